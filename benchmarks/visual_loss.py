@@ -1,0 +1,443 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Time, peak memory and error of the fused losses, against the ways others compute the same numbers.
+
+    PYTHONPATH=. python benchmarks/visual_loss.py --json visual_loss.json
+
+Four comparisons: the visual loss where the VM head learns (stage III) and where the decoder learns (stage IV), the
+whole loss of stage IV (text + visual), and the pseudo image features. Forward and backward, on random data.
+
+Every implementation runs once a round, each round begins with another one, and a ratio is the median over the rounds
+of the ratio within a round (least and greatest in brackets): a machine that is slow for a while slows all of them.
+Peak memory is what a call allocates above its inputs, its gradients included. Errors are relative, ‖found − exact‖ /
+‖exact‖, to float64 on the same (rounded) inputs.
+"""
+
+import argparse
+import datetime
+import gc
+import importlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from modeling_vtlmm.fused_losses_vtlmm import (
+    fused_language_loss_sum,
+    fused_pseudo_image_features,
+    fused_visual_loss_sum,
+)
+from modeling_vtlmm.losses_vtlmm import language_loss_sum, pseudo_image_features, visual_loss_sum
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STAGES = {"visual_head": "III", "joint": "IV"}
+# One sequence: a system prompt, an image of CLIP-L/336, a question, an answer. Only the answer is a language target.
+PROMPT_TOKENS, IMAGE_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 35, 576, 25, 100
+SEQUENCE_TOKENS = PROMPT_TOKENS + IMAGE_TOKENS + QUESTION_TOKENS + ANSWER_TOKENS
+PLAIN, OURS, PRODUCTS = "masked, plain autograd", "ours", "matrix products alone"
+
+
+@dataclass
+class Comparison:
+    """Implementations of one thing; each returns its value and gradients, in the order of `names`."""
+
+    title: str
+    names: tuple[str, ...]
+    implementations: dict[str, Callable[[], list[torch.Tensor]]]
+    exact: Callable[[], list[torch.Tensor]]
+    results: dict[str, dict] = field(default_factory=dict)  # of each implementation, filled by `measure`
+
+
+class Data:
+    """Hidden states and image features of whole sequences, the rows that the losses look at, and both heads."""
+
+    def __init__(self, arguments):
+        if arguments.rows % IMAGE_TOKENS:
+            raise ValueError(f"--rows {arguments.rows} is not a multiple of the {IMAGE_TOKENS} tokens of an image.")
+        self.device, self.dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
+        self.num_rows, hidden_size, self.vocab_size = arguments.rows, arguments.hidden_size, arguments.vocab_size
+        batch_size = arguments.rows // IMAGE_TOKENS
+        torch.manual_seed(0)
+        self.hidden_states = self.normal(batch_size, SEQUENCE_TOKENS, hidden_size)
+        self.inputs_embeds = self.normal(batch_size, SEQUENCE_TOKENS, hidden_size)
+        # Logits with a standard deviation of 2: neither flat nor certain.
+        self.lm_weight = self.normal(self.vocab_size, hidden_size, scale=2 / hidden_size**0.5)
+        self.vm_weight = self.normal(self.vocab_size, hidden_size, scale=2 / hidden_size**0.5)
+        self.embeddings = self.normal(self.vocab_size, hidden_size)
+        self.upstream = self.normal(self.num_rows, hidden_size)
+
+        self.labels = torch.randint(self.vocab_size, (batch_size, SEQUENCE_TOKENS), device=self.device)
+        self.labels[:, :-ANSWER_TOKENS] = -100
+        self.image_token_mask = torch.zeros_like(self.labels, dtype=torch.bool)
+        self.image_token_mask[:, PROMPT_TOKENS : PROMPT_TOKENS + IMAGE_TOKENS] = True
+        # A hidden state predicts the position to its right.
+        self.predicts_patch, self.predicts_word = self.image_token_mask[:, 1:], self.labels[:, 1:] != -100
+        self.patch_states = self.hidden_states[:, :-1][self.predicts_patch]
+        self.image_features = self.inputs_embeds[:, 1:][self.predicts_patch]
+        self.words = self.labels[:, 1:][self.predicts_word]
+
+    def normal(self, *shape, scale=1.0):
+        return torch.randn(*shape, device=self.device).mul_(scale).to(self.dtype)
+
+
+def step(function, inputs, upstream=None, learn=None):
+    """A call without arguments: the forward and backward of `function`, giving its value and gradients."""
+    learn = learn or [True] * len(inputs)
+
+    def run():
+        leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(inputs, learn, strict=True)]
+        value = function(*leaves)
+        value.backward(upstream)
+        return [value.detach(), *(leaf.grad for leaf, needed in zip(leaves, learn, strict=True) if needed)]
+
+    return run
+
+
+def released_loss(data, stage, with_text=False, upcast=False):
+    """
+    The released formulation: the whole sequence through both heads, shifted, copied, then indexed by the image tokens;
+    log_softmax, softmax and KLDivLoss in the dtype of the logits. The target is not detached, so where the projector
+    learns (stage IV) a gradient goes through it too.
+    """
+    joint = stage == "joint"
+    inputs = data.hidden_states, data.inputs_embeds, data.lm_weight, data.vm_weight
+    learn = [joint, joint, joint, not joint]
+
+    def loss(hidden_states, inputs_embeds, lm_weight, vm_weight):
+        visual_logits, logits = F.linear(inputs_embeds, vm_weight), F.linear(hidden_states, lm_weight)
+        if upcast:
+            visual_logits, logits = visual_logits.float(), logits.float()
+        shift_logits, shift_visual = logits[..., :-1, :].contiguous(), visual_logits[..., 1:, :].contiguous()
+        mask = data.image_token_mask[..., 1:].contiguous()
+        student, teacher = shift_logits[mask], shift_visual[mask]
+        if not joint:
+            student, teacher = teacher, student
+        value = torch.nn.KLDivLoss(reduction="batchmean")(F.log_softmax(student, -1), F.softmax(teacher, -1))
+        if with_text:
+            value = value + F.cross_entropy(shift_logits.flatten(0, 1), data.labels[:, 1:].flatten())
+        return value
+
+    def run():
+        value, *gradients = step(loss, inputs, learn=learn)()
+        if not joint:
+            return [value, *gradients]
+        grad_states, _, grad_weight = gradients
+        grad_states = grad_states if with_text else grad_states[:, :-1][data.predicts_patch]
+        return [value, grad_weight, grad_states]
+
+    return run
+
+
+def add_released(implementations, data, stage, with_text=False):
+    implementations["released formulation"] = released_loss(data, stage, with_text)
+    if data.dtype != torch.float32:
+        implementations["released formulation, float32 softmax"] = released_loss(data, stage, with_text, upcast=True)
+
+
+def compare_visual_loss(data, stage):
+    image, text = (data.image_features, data.vm_weight), (data.patch_states, data.lm_weight)
+    (student, weight), (teacher, teacher_weight) = (image, text) if stage == "visual_head" else (text, image)
+    joint = stage == "joint"
+
+    def weight_first(function):
+        # dW learns in both stages, dx in stage IV alone.
+        inputs = (weight, student) if joint else (weight,)
+        return step(lambda w, x=student: function(x, w) / data.num_rows, inputs)
+
+    def products():
+        logits = torch.mm(student, weight.t())
+        del logits
+        gradient = torch.mm(teacher, teacher_weight.t())
+        if joint:
+            torch.mm(gradient, weight)
+        torch.mm(gradient.t(), student)
+
+    implementations = {
+        PRODUCTS: products,
+        PLAIN: weight_first(lambda x, w: visual_loss_sum(x, w, teacher, teacher_weight)),
+        OURS: weight_first(lambda x, w: fused_visual_loss_sum(x, w, teacher, teacher_weight)),
+    }
+    add_released(implementations, data, stage)
+    if trl := optional("trl.kernels.chunked_divergence", "TRL chunked divergence"):
+        divergence = trl.ChunkedDivergenceFunction.apply
+        implementations["TRL chunked divergence"] = weight_first(
+            lambda x, w: divergence(x, w, None, teacher, teacher_weight, None, 0.0)[0].sum()
+        )
+    if data.device.type != "cuda":
+        print("Skipped: Liger fused JSD (its kernels need a GPU)")
+    elif liger := optional("liger_kernel.transformers", "Liger fused JSD"):
+        jsd = liger.LigerFusedLinearJSD(jsd_beta=0.0)  # 0 is KL(teacher ‖ student), a mean over the rows
+        implementations["Liger fused JSD"] = weight_first(
+            lambda x, w: jsd(x, w, teacher, teacher_weight, None) * data.num_rows
+        )
+    names = ("loss", "dW", "dX") if joint else ("loss", "dW")
+    title = f"Visual loss, stage {STAGES[stage]}"
+    return Comparison(title, names, implementations, lambda: exact_losses(data, stage)[: len(names)])
+
+
+def compare_stage_iv_loss(data):
+    """Text and visual loss through one `lm_head`; the gradient at the hidden states is that of whole sequences."""
+    num_words = data.words.numel()
+
+    def both(language_loss, visual_loss):
+        def loss(weight, hidden_states):
+            left = hidden_states[:, :-1]
+            lm_loss = language_loss(left[data.predicts_word], weight, data.words)
+            vm_loss = visual_loss(left[data.predicts_patch], weight, data.image_features, data.vm_weight)
+            return lm_loss / num_words + vm_loss / data.num_rows
+
+        return step(loss, (data.lm_weight, data.hidden_states))
+
+    word_states = data.hidden_states[:, :-1][data.predicts_word]
+
+    def products():
+        for states, teach in ((word_states, False), (data.patch_states, True)):
+            logits = torch.mm(states, data.lm_weight.t())
+            if teach:
+                torch.mm(data.image_features, data.vm_weight.t())
+            torch.mm(logits, data.lm_weight)
+            torch.mm(logits.t(), states)
+
+    implementations = {
+        PRODUCTS: products,
+        PLAIN: both(language_loss_sum, visual_loss_sum),
+        OURS: both(fused_language_loss_sum, fused_visual_loss_sum),
+    }
+    add_released(implementations, data, "joint", with_text=True)
+    title, names = "Text + visual loss, stage IV", ("loss", "dW", "dX")
+    return Comparison(title, names, implementations, lambda: exact_losses(data, "joint", with_text=True))
+
+
+def compare_pseudo_image_features(data):
+    inputs = data.vm_weight, data.image_features, data.embeddings
+
+    def products():
+        for _ in range(2):  # the forward's two products have two gradients each
+            logits = torch.mm(data.image_features, data.vm_weight.t())
+            torch.mm(logits, data.embeddings)
+            torch.mm(logits.t(), data.image_features)
+
+    def implementation(function):
+        return step(lambda weight, features, embeddings: function(features, weight, embeddings), inputs, data.upstream)
+
+    def exact():
+        weight, features, embeddings = (tensor.double().requires_grad_() for tensor in inputs)
+        values = []
+        for rows, upstream in zip(features.split(256), data.upstream.double().split(256), strict=True):
+            values.append(pseudo_image_features(rows, weight, embeddings))
+            values[-1].backward(upstream)
+            values[-1] = values[-1].detach()
+        return [torch.cat(values), weight.grad, features.grad, embeddings.grad]
+
+    implementations = {
+        PRODUCTS: products,
+        PLAIN: implementation(pseudo_image_features),
+        OURS: implementation(fused_pseudo_image_features),
+    }
+    return Comparison("Pseudo image features", ("value", "dW", "dX", "dE"), implementations, exact)
+
+
+def exact_losses(data, stage, with_text=False):
+    """Loss, dW and dX in float64 by plain autograd, some rows at a time."""
+    heads = {"visual_head": (data.image_features, data.vm_weight), "joint": (data.patch_states, data.lm_weight)}
+    features, weight = (tensor.double() for tensor in heads.pop(stage))
+    ((teacher, teacher_weight),) = heads.values()
+    features, weight, teacher_weight = features.requires_grad_(), weight.requires_grad_(), teacher_weight.double()
+    total = 0.0
+    for rows, teacher_rows in zip(features.split(256), teacher.split(256), strict=True):
+        loss = visual_loss_sum(rows, weight, teacher_rows.double(), teacher_weight) / data.num_rows
+        loss.backward()
+        total += loss.detach()
+    if not with_text:
+        return [total, weight.grad, features.grad]
+    states = data.hidden_states[:, :-1][data.predicts_word].double().requires_grad_()
+    loss = language_loss_sum(states, weight, data.words) / data.words.numel()
+    loss.backward()
+    gradient = torch.zeros_like(data.hidden_states, dtype=torch.float64)
+    gradient[:, :-1][data.predicts_patch] = features.grad
+    gradient[:, :-1][data.predicts_word] = states.grad
+    return [total + loss.detach(), weight.grad, gradient]
+
+
+def optional(module, name):
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # some libraries fail in their own import, each in its own way
+        print(f"Skipped: {name} ({type(error).__name__}: {error})")
+        return None
+
+
+def milliseconds(function, device):
+    gc.collect()
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    # The time of a single thread can be counted without what other processes took from it.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    function()
+    return (clock() - start) * 1e3
+
+
+def peak_bytes(function, device):
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # torch keeps no peak for a CPU, but its profiler records each allocation and each release.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
+
+
+def measure(comparison, device, rounds):
+    """Errors and peak from one call each, then the interleaved rounds."""
+    exact = comparison.exact()
+    for name, function in list(comparison.implementations.items()):
+        result = comparison.results[name] = {"milliseconds": []}
+        try:
+            found = function()
+            result["peak_bytes"] = peak_bytes(function, device)
+        except Exception as error:  # one that does not fit, or whose interface has changed, must not stop the others
+            print(f"Skipped: {name} ({type(error).__name__}: {str(error)[:200]})")
+            del comparison.implementations[name], comparison.results[name]
+            continue
+        if found is not None:
+            result["errors"] = {
+                part: ((a.double() - b).norm() / b.norm()).item()
+                for part, a, b in zip(comparison.names, found, exact, strict=True)
+            }
+        del found
+    del exact
+    names = list(comparison.implementations)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            comparison.results[name]["milliseconds"].append(milliseconds(comparison.implementations[name], device))
+
+
+def ratio(result, reference):
+    """Median, least and greatest of the ratios within a round."""
+    ratios = [a / b for a, b in zip(result["milliseconds"], reference["milliseconds"], strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def table(comparison):
+    """A markdown table; writes the ratios into the results on its way."""
+    results = comparison.results
+    lines = [
+        f"### {comparison.title}",
+        "",
+        f"| implementation | ms | time / plain | time / products | share of products | peak GB | peak / plain "
+        f"| error of {', '.join(comparison.names)} |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        cells = [name, f"{statistics.median(result['milliseconds']):.1f}"]
+        for key, reference in (("time_to_plain", PLAIN), ("time_to_products", PRODUCTS)):
+            result[key] = ratio(result, results[reference])
+            cells.append("{median:.2f} ({min:.2f}–{max:.2f})".format(**result[key]))
+        result["share_of_products"] = 1 / result["time_to_products"]["median"]
+        cells.append(f"{result['share_of_products']:.0%}")
+        if name == PRODUCTS:
+            cells += ["–", "–", "–"]
+        else:
+            result["peak_to_plain"] = result["peak_bytes"] / results[PLAIN]["peak_bytes"]
+            cells += [f"{result['peak_bytes'] / 1e9:.3f}", f"{result['peak_to_plain']:.2f}"]
+            cells.append(", ".join(f"{error:.1e}" for error in result["errors"].values()))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def machine(device):
+    """Where the numbers come from."""
+    try:
+        cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        cpu = cpu.partition(":")[2].strip()
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        commit = subprocess.check_output(
+            [*git, "describe", "--always", "--dirty"], text=True, stderr=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": cpu,
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "commit": commit.strip(),
+    }
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="cpu: float32, cuda: bfloat16")
+    parser.add_argument("--rows", type=int, help=f"image tokens, a multiple of {IMAGE_TOKENS} (cpu: 1152, cuda: 9216)")
+    parser.add_argument("--hidden-size", type=int, help="cpu: 1024, cuda: 4096")
+    parser.add_argument("--vocab-size", type=int, default=32000, help="words")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="visual_head: III, joint: IV")
+    parser.add_argument("--rounds", type=int, help="cpu: 5, cuda: 20")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU; with 1, times are CPU times")
+    parser.add_argument("--json", type=Path, help="also write every number to this file")
+    arguments = parser.parse_args()
+    defaults = {"dtype": "float32", "rows": 1152, "hidden_size": 1024, "rounds": 5}
+    if arguments.device == "cuda":
+        defaults = {"dtype": "bfloat16", "rows": 9216, "hidden_size": 4096, "rounds": 20}
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return arguments
+
+
+def main():
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    data = Data(arguments)
+    where = machine(data.device)
+    print(", ".join(f"{key} {value}" for key, value in where.items() if value is not None))
+    print(
+        f"{arguments.rows} rows, hidden size {arguments.hidden_size}, {arguments.vocab_size} words, {arguments.dtype}"
+    )
+
+    comparisons = [compare_visual_loss(data, stage) for stage in arguments.stage]
+    if "joint" in arguments.stage:
+        comparisons.append(compare_stage_iv_loss(data))
+    comparisons.append(compare_pseudo_image_features(data))
+    report = {"machine": where, "arguments": {**vars(arguments), "json": str(arguments.json)}, "comparisons": {}}
+    for comparison in comparisons:
+        measure(comparison, data.device, arguments.rounds)
+        print(f"\n{table(comparison)}", flush=True)
+        report["comparisons"][comparison.title] = comparison.results
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

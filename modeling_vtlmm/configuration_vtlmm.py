@@ -1,0 +1,154 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of VT-LMM (arXiv 2403.07720)."""
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+# What a Hub repository says to the Auto classes. AutoModel gives the full model: whoever loads a remote-code
+# vision-language model by AutoModel expects `generate`.
+AUTO_MAP = {
+    "AutoConfig": "configuration_vtlmm.VTLMMConfig",
+    "AutoModel": "modeling_vtlmm.VTLMMForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_vtlmm.VTLMMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_vtlmm.VTLMMForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_vtlmm.VTLMMForConditionalGeneration",
+    "AutoProcessor": "processing_vtlmm.VTLMMProcessor",
+}
+
+
+class VTLMMConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`VTLMMForConditionalGeneration`]: a vision tower, a projector, a causal decoder and a VM head.
+
+    The names are those of transformers' llava; what is new stands last.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a CLIP ViT-L/14 at 336 pixels):
+            The vision tower: a ViT (CLIP, SigLIP, DINOv2, …) or a convolutional network (MobileNetV2, ConvNeXt, …).
+        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a Llama of the 7B shape):
+            The decoder.
+        image_token_id (`int`, *optional*, defaults to 32000):
+            Id of the placeholder that stands for one image feature in `input_ids`. It may lie after the decoder's
+            vocabulary: then it has no embedding, no logit, and takes no probability from the words.
+        image_seq_length (`int`, *optional*, defaults to 576):
+            Image tokens per image.
+        projector_type (`str`, *optional*, defaults to `"mlp2x_gelu"`):
+            `"mlp2x_gelu"` (two layers) or `"linear"`.
+        projector_hidden_act (`str`, *optional*, defaults to `"gelu"`)
+        multimodal_projector_bias (`bool`, *optional*, defaults to `True`)
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
+            `"default"` drops the CLS position and register positions of a ViT, `"full"` keeps every position.
+        vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -2):
+            Hidden states of the tower that become image features (several are concatenated). A convolutional tower
+            gives its last map, so this must be -1 there.
+        vision_hidden_size (`int`, *optional*):
+            Channels of the image features before the projector (of several layers: together). Only needed where
+            `vision_config` does not state them.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether `lm_head` is the input embedding matrix. Taken from `text_config` when that is tied.
+        vm_head_type (`str`, *optional*, defaults to `"linear"`):
+            `"linear"` (the paper), or with a residual block before the linear map: `"mlp"` (per patch) or
+            `"attention"` (across the patches of one image).
+        visual_vocab_size (`int`, *optional*, defaults to the decoder's vocabulary):
+            Words of a visual token: the first `visual_vocab_size` of the decoder's vocabulary. Smaller than the
+            decoder's when rows were added to it or it is padded.
+        use_pseudo_image_features (`bool`, *optional*, defaults to `False`):
+            Whether pseudo image features (visual tokens × input embeddings) replace the image features at the
+            decoder's input, in training and generation.
+
+    Raises:
+        `ValueError`: for an unknown type, or a VM head wider than the decoder's vocabulary; on building the model,
+        for a tower whose channels cannot be told.
+    """
+
+    model_type = "vtlmm"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    attribute_map = {"image_token_index": "image_token_id"}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 32000
+    image_seq_length: int = 576
+    projector_type: str = "mlp2x_gelu"
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    vision_feature_select_strategy: str = "default"
+    vision_feature_layer: int | list[int] = -2
+    vision_hidden_size: int | None = None
+    tie_word_embeddings: bool = False
+    vm_head_type: str = "linear"
+    visual_vocab_size: int | None = None
+    use_pseudo_image_features: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.vision_config is None:
+            self.vision_config = AutoConfig.for_model(
+                "clip_vision_model",
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                image_size=336,
+                patch_size=14,
+                projection_dim=768,
+            )
+        elif isinstance(self.vision_config, dict):
+            self.vision_config = AutoConfig.for_model(**{"model_type": "clip_vision_model", **self.vision_config})
+        if self.text_config is None:
+            self.text_config = AutoConfig.for_model("llama")
+        elif isinstance(self.text_config, dict):
+            self.text_config = AutoConfig.for_model(**{"model_type": "llama", **self.text_config})
+
+        if getattr(self.text_config, "tie_word_embeddings", False):
+            self.tie_word_embeddings = True
+        if self.visual_vocab_size is None:
+            self.visual_vocab_size = self.text_config.vocab_size
+        self._check()
+        self.auto_map = dict(AUTO_MAP)
+        kwargs.pop("auto_map", None)
+        super().__post_init__(**kwargs)
+
+    @property
+    def vision_feature_layers(self) -> list[int]:
+        """`vision_feature_layer` as a list."""
+        layers = self.vision_feature_layer
+        return [layers] if isinstance(layers, int) else list(layers)
+
+    @property
+    def vision_feature_size(self) -> int:
+        """Channels of the image features before the projector: `vision_hidden_size`, or what `vision_config` says."""
+        if self.vision_hidden_size is not None:
+            return self.vision_hidden_size
+        for name in ("hidden_size", "hidden_sizes"):
+            size = getattr(self.vision_config, name, None)
+            if size is not None:
+                return (size if isinstance(size, int) else size[-1]) * len(self.vision_feature_layers)
+        raise ValueError(
+            f"The vision tower {self.vision_config.model_type!r} does not say its channels: set `vision_hidden_size`."
+        )
+
+    def _check(self):
+        choices = {
+            "projector_type": ("linear", "mlp2x_gelu"),
+            "vm_head_type": ("linear", "mlp", "attention"),
+            "vision_feature_select_strategy": ("default", "full"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
+        if not hasattr(self.vision_config, "num_attention_heads") and self.vision_feature_layers != [-1]:
+            raise ValueError("A convolutional vision tower gives its last map: set `vision_feature_layer` to -1.")
+        if self.visual_vocab_size > self.text_config.vocab_size:
+            raise ValueError(
+                f"The VM head has {self.visual_vocab_size} words (`visual_vocab_size`) but the decoder's vocabulary "
+                f"only {self.text_config.vocab_size}: visual tokens are distributions over words of the decoder."
+            )
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in the base class. A configuration that came from the Hub names its code files with the repository's id;
+        the saved folder gets those files beside it, so the plain names are written."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+__all__ = ["VTLMMConfig"]

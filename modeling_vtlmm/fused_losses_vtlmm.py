@@ -1,0 +1,352 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""The functions of `losses_vtlmm` that are wide as the vocabulary, without ever holding (N, V) numbers.
+
+For both losses the gradient at the logits is softmax(logits) − target, known as soon as the logits are. So a chunk of
+rows goes logits → loss and gradient → both matrix products of the backward, all in the forward, and its logits are
+overwritten by the next chunk. What is kept for the backward is the finished gradient, lacking only its scale.
+
+Prior art: TRL's chunked divergence, flash-linear-attention's FusedKLDivLoss, Liger's fused losses, Apple's CCE.
+
+Shapes: N rows, C rows of a chunk, V vocabulary, D hidden size. In the comments G is the (C, V) gradient at the logits.
+"""
+
+import functools
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .losses_vtlmm import accumulation_dtype
+
+
+# At most so many; the chunks of a call are even, as one of a few rows would read and write (V, D) numbers for little.
+# Below some 700 rows adding to the float32 (V, D) gradient takes a GPU longer than the product it adds.
+ROWS_PER_CHUNK = 1024
+# A CPU computes so slowly that the addition stops showing here (fewer rows are slower, more are not faster), and its
+# memory goes to the two (C, V) tiles.
+ROWS_PER_CHUNK_CPU = 192
+# The softmax passes over a block of logits should find it in the cache (16 rows of 32000 words in float32 are 2 MB);
+# in much smaller blocks threads wait for each other longer than they compute, above all on a busy machine.
+LOGITS_PER_BLOCK_CPU = 2**19
+
+
+def fused_visual_loss_sum(
+    student_features: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_features: torch.Tensor,
+    teacher_weight: torch.Tensor,
+) -> torch.Tensor:
+    r"""
+    Visual loss L_vm, summed, as [`visual_loss_sum`] with the teacher detached: Σ_n KL(teacher_n ‖ student_n).
+
+    The teacher is a constant here, even where its weight is the student's own. Can be differentiated once, and
+    backward runs once: it scales the finished gradient in place.
+
+    Args:
+        student_features, teacher_features (`torch.Tensor` of shape `(N, D)`): row n of both belongs to the same patch.
+            The two sides may differ in D and in dtype.
+        student_weight, teacher_weight (`torch.Tensor` of shape `(V, D)`): the two heads, over the same V words.
+
+    Returns:
+        `torch.Tensor` of shape `()`: nats, float32 (float64 for float64); 0 (with a graph) when there are no rows.
+    """
+    student_size = student_features.shape[0], student_weight.shape[0]
+    teacher_size = teacher_features.shape[0], teacher_weight.shape[0]
+    if student_size != teacher_size:
+        raise ValueError(
+            f"The student has (rows, words) {student_size}, the teacher {teacher_size}: slice the larger."
+        )
+    teacher_features, teacher_weight = (
+        tensor.detach().to(_product_dtype(tensor)) for tensor in (teacher_features, teacher_weight)
+    )
+    teacher_tile = _logits_tile(student_features, teacher_weight)
+
+    def divergence(student_logits, rows, grad_dtype):
+        teacher_logits = _multiply(teacher_features[rows], teacher_weight.t(), teacher_tile[: len(student_logits)])
+        return _run(_divergence, _divergence_in_blocks, student_logits, teacher_logits, grad_dtype)
+
+    return _linear_loss_sum(student_features, student_weight, divergence)
+
+
+def fused_language_loss_sum(features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    r"""
+    Language loss L_lm, summed, as [`language_loss_sum`]: −Σ_n log q_n[y_n] with q_n = softmax(W h_n).
+
+    Can be differentiated once, and backward runs once.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, D)`): hidden states of the positions left of the targets.
+        weight (`torch.Tensor` of shape `(V, D)`): weight of `lm_head`.
+        targets (`torch.LongTensor` of shape `(N,)`): the words, without ignored positions.
+
+    Returns:
+        `torch.Tensor` of shape `()`: nats, float32 (float64 for float64); 0 (with a graph) when there are no rows.
+    """
+
+    def cross_entropy(logits, rows, grad_dtype):
+        return _run(_cross_entropy, _cross_entropy_in_blocks, logits, targets[rows], grad_dtype)
+
+    return _linear_loss_sum(features, weight, cross_entropy)
+
+
+def fused_pseudo_image_features(
+    features: torch.Tensor, vm_weight: torch.Tensor, embeddings: torch.Tensor
+) -> torch.Tensor:
+    r"""
+    Pseudo image features as [`pseudo_image_features`]: ṽ_n = p_n E with p_n = softmax(W_vm v_n).
+
+    The backward computes the visual tokens p a second time instead of keeping them.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, D)`): image features (after the VM head's mixer, if it has one).
+        vm_weight (`torch.Tensor` of shape `(V, D)`): weight of `vm_head`.
+        embeddings (`torch.Tensor` of shape `(V, D)`): input embeddings.
+
+    Returns:
+        `torch.Tensor` of shape `(N, D)` in the dtype of `embeddings` (under autocast in autocast's).
+    """
+    return _PseudoImageFeatures.apply(features, vm_weight, embeddings)
+
+
+class _LinearLossSum(torch.autograd.Function):
+    r"""Σ over chunks of `chunk_loss(logits (C, V), rows, grad_dtype) -> (losses (C,), G (C, V))`, logits = X Wᵀ."""
+
+    @staticmethod
+    def forward(ctx, features, weight, chunk_loss):
+        needs_features, needs_weight = ctx.needs_input_grad[:2]
+        ctx.dtypes = features.dtype, weight.dtype
+        features, weight = (tensor.to(_product_dtype(tensor)) for tensor in (features, weight))
+        grad_dtype = features.dtype if needs_features or needs_weight else None
+
+        tile = _logits_tile(features, weight)
+        total = tile.new_zeros(())
+        # Sums and gradients stay in float32 until the scale is in: one rounding, and float16 cannot overflow.
+        grad_features = tile.new_empty(features.shape) if needs_features else None
+        grad_weight = tile.new_zeros(weight.shape) if needs_weight else None
+
+        with torch.autocast(features.device.type, enabled=False):
+            for rows in _chunks(features):
+                inputs = features[rows]
+                logits = _multiply(inputs, weight.t(), tile[: len(inputs)])
+                losses, gradient = chunk_loss(logits, rows, grad_dtype)
+                total += losses.sum()
+                if needs_features:
+                    _multiply(gradient, weight, grad_features[rows])
+                if needs_weight:
+                    _add_product(grad_weight, gradient.t(), inputs)
+                # Or this G would still be alive while the next chunk's is made.
+                del gradient
+        ctx.gradients = grad_features, grad_weight
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "backward() ran a second time through a fused loss: its gradient was computed in the forward and has "
+                "been used up. Compute the loss again, or use the plain function in losses_vtlmm."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        grad_features, grad_weight = (
+            None if gradient is None else gradient.mul_(grad_output).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return grad_features, grad_weight, None
+
+
+def _linear_loss_sum(features, weight, chunk_loss):
+    # `needs_input_grad` says what the tensors want, also under no_grad: evaluation would pay for gradients.
+    if not torch.is_grad_enabled():
+        features, weight = features.detach(), weight.detach()
+    return _LinearLossSum.apply(features, weight, chunk_loss)
+
+
+class _PseudoImageFeatures(torch.autograd.Function):
+    r"""ṽ = softmax(V Wᵀ) E, for each chunk once in the forward and once more in the backward."""
+
+    @staticmethod
+    def forward(ctx, features, vm_weight, embeddings):
+        tensors = features, vm_weight, embeddings
+        ctx.save_for_backward(*tensors)
+        # Kept, since the backward may run outside the forward's autocast.
+        ctx.dtypes = [_product_dtype(tensor) for tensor in tensors]
+        features, vm_weight, embeddings = map(torch.Tensor.to, tensors, ctx.dtypes)
+        tile = _logits_tile(features, vm_weight)
+        outputs = embeddings.new_empty(features.shape[0], embeddings.shape[1])
+        with torch.autocast(features.device.type, enabled=False):
+            for rows in _chunks(features):
+                probs = _softmax_(_multiply(features[rows], vm_weight.t(), tile[: len(features[rows])]))
+                _multiply(probs.to(embeddings.dtype), embeddings, outputs[rows])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_outputs):
+        needs_features, needs_weight, needs_embeddings = ctx.needs_input_grad
+        saved_tensors = ctx.saved_tensors  # under gradient checkpointing this may be read once only
+        features, vm_weight, embeddings = map(torch.Tensor.to, saved_tensors, ctx.dtypes)
+        grad_features, grad_weight, grad_embeddings = gradients = [
+            torch.zeros_like(tensor, dtype=accumulation_dtype(tensor.dtype)) if needed else None
+            for tensor, needed in zip(saved_tensors, ctx.needs_input_grad, strict=True)
+        ]
+        tile, grad_tile = _logits_tile(features, vm_weight), _logits_tile(features, vm_weight)
+        with torch.autocast(features.device.type, enabled=False):
+            for rows in _chunks(features):
+                inputs, grad_rows = features[rows], grad_outputs[rows]
+                probs = _softmax_(_multiply(inputs, vm_weight.t(), tile[: len(inputs)]))
+                if needs_embeddings:
+                    _add_product(grad_embeddings, probs.to(embeddings.dtype).t(), grad_rows)
+                if needs_features or needs_weight:
+                    grad_probs = _multiply(grad_rows, embeddings.t(), grad_tile[: len(inputs)])
+                    gradient = _softmax_backward_(probs, grad_probs).to(features.dtype)
+                if needs_features:
+                    _multiply(gradient, vm_weight, grad_features[rows])
+                if needs_weight:
+                    _add_product(grad_weight, gradient.t(), inputs)
+        return tuple(
+            None if gradient is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(gradients, saved_tensors, strict=True)
+        )
+
+
+def _divergence(student_logits, teacher_logits, grad_dtype):
+    """Divergences (C,) and G (C, V), written for torch.compile, which makes one kernel of it."""
+    student_logprobs, teacher_logprobs = F.log_softmax(student_logits, -1), F.log_softmax(teacher_logits, -1)
+    teacher_probs = teacher_logprobs.exp()
+    losses = (teacher_probs * (teacher_logprobs - student_logprobs)).sum(-1)
+    if grad_dtype is None:
+        return losses, None
+    return losses, (student_logprobs.exp() - teacher_probs).to(grad_dtype)
+
+
+def _divergence_in_blocks(student_logits, teacher_logits, grad_dtype):
+    """The same without a compiler: few passes over few rows; overwrites both logits."""
+    losses = []
+    for student, teacher in _blocks(student_logits, teacher_logits):
+        # log Σ exp z = max z − log max softmax(z): no second pass of exponentials.
+        constants = student.amax(-1) - teacher.amax(-1)
+        teacher_probs = teacher.softmax(-1)
+        constants += teacher_probs.amax(-1).log() + torch.linalg.vecdot(teacher_probs, teacher.sub_(student))
+        student_probs = torch.softmax(student, -1, out=teacher)
+        losses.append(constants - student_probs.amax(-1).log())
+        if grad_dtype is not None:
+            torch.sub(student_probs, teacher_probs, out=student)
+    return torch.cat(losses), None if grad_dtype is None else student_logits.to(grad_dtype)
+
+
+def _cross_entropy(logits, targets, grad_dtype):
+    """Cross-entropies (C,) and G (C, V), written for torch.compile, which never stores the one-hot target."""
+    logprobs = F.log_softmax(logits, -1)
+    losses = -logprobs.gather(1, targets[:, None])[:, 0]
+    if grad_dtype is None:
+        return losses, None
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    return losses, (logprobs.exp() - is_target.to(logprobs.dtype)).to(grad_dtype)
+
+
+def _cross_entropy_in_blocks(logits, targets, grad_dtype):
+    """The same without a compiler; overwrites the logits."""
+    losses = []
+    for block, words in _blocks(logits, targets[:, None]):
+        probs = block.softmax(-1)
+        losses.append(block.amax(-1) - block.gather(1, words)[:, 0] - probs.amax(-1).log())
+        if grad_dtype is not None:
+            block.copy_(probs).scatter_add_(1, words, probs.new_full(words.shape, -1.0))
+    return torch.cat(losses), None if grad_dtype is None else logits.to(grad_dtype)
+
+
+_compiled = {}
+
+
+def _run(definition, in_blocks, logits, *arguments):
+    """`definition` under torch.compile on CUDA; `in_blocks` elsewhere, and where it cannot be compiled."""
+    if logits.is_cuda and definition not in _compiled:
+        # Chunks differ in rows from batch to batch: at the second size torch.compile makes that a variable, once.
+        _compiled[definition] = torch.compile(definition)
+    if logits.is_cuda and _compiled[definition] is not None:
+        try:
+            return _compiled[definition](logits, *arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no Triton, no C compiler, an old driver: each raises its own kind
+            _compiled[definition] = None
+            message = f"torch.compile failed, so the VT-LMM losses run uncompiled and slower: {error}"
+            warnings.warn(message, stacklevel=2)
+    return in_blocks(logits, *arguments)
+
+
+def _softmax_(logits):
+    for (block,) in _blocks(logits):
+        block.copy_(block.softmax(-1))
+    return logits
+
+
+def _softmax_backward_(probs, grad_probs):
+    for block, grad_block in _blocks(probs, grad_probs):
+        grad_block.sub_(torch.linalg.vecdot(block, grad_block)[:, None]).mul_(block)
+    return grad_probs
+
+
+def _rows_per_chunk(features):
+    limit = ROWS_PER_CHUNK_CPU if features.device.type == "cpu" else ROWS_PER_CHUNK
+    num_chunks = math.ceil(features.shape[0] / limit)
+    return math.ceil(features.shape[0] / num_chunks) if num_chunks else 0
+
+
+def _chunks(features):
+    size = _rows_per_chunk(features)
+    return [slice(start, start + size) for start in range(0, features.shape[0], size or 1)]
+
+
+def _blocks(logits, *others):
+    num_rows, vocab_size = logits.shape
+    if logits.device.type == "cpu":
+        num_rows = max(1, LOGITS_PER_BLOCK_CPU // vocab_size)
+    return zip(*(tensor.split(num_rows) for tensor in (logits, *others)), strict=True)
+
+
+def _logits_tile(features, weight):
+    """Room for the logits of one chunk: fresh memory for each chunk costs a CPU its page faults."""
+    size = _rows_per_chunk(features), weight.shape[0]
+    return torch.empty(size, dtype=accumulation_dtype(features.dtype), device=features.device)
+
+
+def _product_dtype(tensor):
+    """The dtype in which F.linear would multiply `tensor`: autocast's where that is on (it leaves float64 alone)."""
+    device_type = tensor.device.type
+    if torch.is_autocast_enabled(device_type) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return tensor.dtype
+
+
+@functools.cache
+def _multiplies_into(dtype, device, out_dtype):
+    """Whether products of `dtype` can be written and added to `out_dtype` unrounded (half to float32 on CUDA)."""
+    operand = torch.zeros(16, 16, dtype=dtype, device=device)
+    out = torch.zeros(16, 16, dtype=out_dtype, device=device)
+    # The operations are younger than the arguments, and no release note says which devices have them: so try.
+    try:
+        torch.mm(operand, operand, out_dtype=out_dtype, out=out)
+        torch.addmm(out, operand, operand, out_dtype=out_dtype, out=out)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _multiply(left, right, out):
+    """out = left @ right; unrounded where `out` is wider and the device can, else rounded as F.linear would."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    if _multiplies_into(left.dtype, left.device, out.dtype):
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    return out.copy_(left @ right)
+
+
+def _add_product(out, left, right):
+    """out += left @ right, the product always unrounded."""
+    if left.dtype != out.dtype and _multiplies_into(left.dtype, left.device, out.dtype):
+        return torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+    return out.addmm_(left.to(out.dtype), right.to(out.dtype))

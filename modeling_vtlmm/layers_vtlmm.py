@@ -1,0 +1,104 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""What VT-LMM adds to a vision tower and a decoder: the projector and the VM head."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .configuration_vtlmm import VTLMMConfig
+
+
+def _pass_through(hidden_states, *args, **kwargs):
+    return hidden_states
+
+
+def skip_unused_layers(vision_tower: nn.Module, config: VTLMMConfig):
+    """The tower's layers above the highest in `vision_feature_layer` keep their weights but are not computed."""
+    num_layers = getattr(config.vision_config, "num_hidden_layers", None)
+    stacks = [m for m in vision_tower.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    if len(stacks) != 1:  # convolutional, or a tower of another build: everything is computed
+        return
+    # hidden_states[0] is the input of layer 0 and hidden_states[i] the output of layer i - 1
+    used = max(layer % (num_layers + 1) for layer in config.vision_feature_layers)
+    for layer in stacks[0][used:]:
+        layer.forward = _pass_through
+
+
+class VTLMMProjector(nn.Module):
+    """The paper's adapter g: tower features to the decoder's hidden size."""
+
+    def __init__(self, config: VTLMMConfig):
+        super().__init__()
+        hidden_size, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        self.linear_1 = nn.Linear(config.vision_feature_size, hidden_size, bias=bias)
+        self.two_layers = config.projector_type == "mlp2x_gelu"
+        if self.two_layers:
+            self.act = ACT2FN[config.projector_hidden_act]
+            self.linear_2 = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features = self.linear_1(features)
+        return self.linear_2(self.act(features)) if self.two_layers else features
+
+
+class VTLMMZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+
+class VTLMMMLPMixer(nn.Module):
+    """v + W₂ gelu(W₁ v), patch by patch; W₂ starts at zero, so that the head starts as the linear one."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.input = nn.Linear(hidden_size, hidden_size)
+        self.output = VTLMMZeroLinear(hidden_size, hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features + self.output(F.gelu(self.input(features)))
+
+
+class VTLMMAttentionMixer(nn.Module):
+    """v + W₂ attention(v) across the patches of one image; W₂ starts at zero, as in the MLP one."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(hidden_size)
+        self.input = nn.Linear(hidden_size, 3 * hidden_size)
+        self.output = VTLMMZeroLinear(hidden_size, hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        num_images, num_patches, hidden_size = features.shape
+        qkv = self.input(self.norm(features)).view(num_images, num_patches, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        return features + self.output(mixed.reshape(num_images, num_patches, hidden_size))
+
+
+class VTLMMVisualHead(nn.Linear):
+    """
+    The VM head: image features (num_images, num_patches, hidden_size) to visual logits (…, visual_vocab_size).
+
+    A linear map without bias (the paper), behind an optional residual `mixer`. `weight` is the (V, D) matrix in all.
+    """
+
+    def __init__(self, config: VTLMMConfig):
+        hidden_size = config.text_config.hidden_size
+        super().__init__(hidden_size, config.visual_vocab_size, bias=False)
+        self.mixer = nn.Identity()
+        if config.vm_head_type == "mlp":
+            self.mixer = VTLMMMLPMixer(hidden_size)
+        elif config.vm_head_type == "attention":
+            self.mixer = VTLMMAttentionMixer(hidden_size, config.text_config.num_attention_heads)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.mixer(image_features))
+
+    def keep_words(self, num_words: int) -> int:
+        """Cut the head to the first `num_words` words, if it has more; returns how many it has then."""
+        if num_words < self.out_features:
+            requires_grad = self.weight.requires_grad
+            self.weight = nn.Parameter(self.weight.detach()[:num_words].clone(), requires_grad=requires_grad)
+            self.out_features = num_words
+        return self.out_features

@@ -1,0 +1,392 @@
+"""The fused losses against the plain ones: the same value and gradients, and what their docstrings promise."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from modeling_vtlmm import fused_losses_vtlmm as fused
+from modeling_vtlmm import losses_vtlmm as plain
+
+
+# Two chunks of 150 and 149 rows on a CPU, in blocks of 8 rows here; the two sides differ in hidden size.
+NUM_ROWS, VOCAB_SIZE, IMAGE_SIZE, HIDDEN_SIZE = 299, 61, 12, 20
+LOSSES = ("vm_head learns", "lm_head learns", "language")
+FUNCTIONS = (*LOSSES, "pseudo image features")
+
+
+@pytest.fixture(autouse=True)
+def several_blocks_per_chunk(monkeypatch):
+    monkeypatch.setattr(fused, "LOGITS_PER_BLOCK_CPU", 8 * VOCAB_SIZE)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On a busy machine threads would wait for each other at each of the many tiny operations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def function_and_inputs(module, name, num_rows=NUM_ROWS, dtype=torch.float64, exact=False, device="cpu"):
+    """
+    One function of `module` (plain or fused) with its constants bound, and the tensors that it differentiates.
+
+    With `exact` the numbers are rounded to `dtype` and then computed with in float64.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        numbers = torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        return numbers.double() if exact else numbers
+
+    image = normal(num_rows, IMAGE_SIZE), normal(VOCAB_SIZE, IMAGE_SIZE) / 2
+    text = normal(num_rows, HIDDEN_SIZE), normal(VOCAB_SIZE, HIDDEN_SIZE) / 2
+    embeddings = normal(VOCAB_SIZE, HIDDEN_SIZE)
+    words = torch.randint(VOCAB_SIZE, (num_rows,), generator=generator).to(device)
+
+    prefix = "fused_" if module is fused else ""
+    visual_loss_sum, language_loss_sum, pseudo_image_features = (
+        getattr(module, prefix + f) for f in ("visual_loss_sum", "language_loss_sum", "pseudo_image_features")
+    )
+    return {
+        "vm_head learns": (lambda features, weight: visual_loss_sum(features, weight, *text), image),
+        "lm_head learns": (lambda features, weight: visual_loss_sum(features, weight, *image), text),
+        "language": (lambda features, weight: language_loss_sum(features, weight, words), text),
+        "pseudo image features": (pseudo_image_features, (*image, embeddings)),
+    }[name]
+
+
+def value_and_gradients(function, inputs, scale=1.0, learn=(True, True, True)):
+    leaves = [tensor.detach().clone().requires_grad_(needed) for tensor, needed in zip(inputs, learn, strict=False)]
+    value = function(*leaves)
+    # Uneven weights: a plain sum of the pseudo image features would hide a mistake in the columns.
+    weights = torch.arange(1, value.numel() + 1, device=value.device).view(value.shape) / value.numel()
+    (value * weights * scale).sum().backward()
+    return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_value_and_gradients_match_float64_autograd(name, dtype, tolerance):
+    expected = value_and_gradients(*function_and_inputs(plain, name, dtype=dtype, exact=True), scale=0.37)
+    found = value_and_gradients(*function_and_inputs(fused, name, dtype=dtype), scale=0.37)
+    for found_tensor, expected_tensor in zip(found, expected, strict=True):
+        assert found_tensor.dtype == dtype
+        assert relative_error(found_tensor, expected_tensor) < tolerance
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_bfloat16_is_no_worse_than_plain_autograd(name):
+    exact, by_autograd, found = (
+        value_and_gradients(*function_and_inputs(*arguments))
+        for arguments in (
+            (plain, name, NUM_ROWS, torch.bfloat16, True),
+            (plain, name, NUM_ROWS, torch.bfloat16),
+            (fused, name, NUM_ROWS, torch.bfloat16),
+        )
+    )
+    for found_tensor, autograd_tensor, exact_tensor in zip(found, by_autograd, exact, strict=True):
+        assert found_tensor.dtype == autograd_tensor.dtype
+        assert relative_error(found_tensor, exact_tensor) < 1.1 * relative_error(autograd_tensor, exact_tensor) + 1e-6
+
+
+def test_two_words_by_hand():
+    def leaf(*rows):
+        return torch.tensor(rows, dtype=torch.float64, requires_grad=True)
+
+    # The student says (3/4, 1/4), the teacher (1/2, 1/2): KL = ½ ln(2/3) + ½ ln 2, and G = (1/4, −1/4).
+    features, weight, flat = leaf([1.0]), leaf([math.log(3)], [0.0]), torch.zeros(2, 1, dtype=torch.float64)
+    loss = fused.fused_visual_loss_sum(features, weight, torch.ones(1, 1, dtype=torch.float64), flat)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 * math.log(4 / 3))
+    assert weight.grad.flatten().tolist() == pytest.approx([0.25, -0.25])
+    assert features.grad.item() == pytest.approx(0.25 * math.log(3))
+
+    # The word is the second: −ln(1/4), and G = (3/4, −3/4).
+    features, weight = leaf([1.0]), leaf([math.log(3)], [0.0])
+    loss = fused.fused_language_loss_sum(features, weight, torch.tensor([1]))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(4))
+    assert weight.grad.flatten().tolist() == pytest.approx([0.75, -0.75])
+
+    # ¾·4 + ¼·8 = 5; at the logits p·(E − 5) = (−3/4, 3/4).
+    features, weight, embeddings = leaf([1.0]), leaf([math.log(3)], [0.0]), leaf([4.0], [8.0])
+    pseudo = fused.fused_pseudo_image_features(features, weight, embeddings)
+    pseudo.sum().backward()
+    assert pseudo.item() == pytest.approx(5)
+    assert weight.grad.flatten().tolist() == pytest.approx([-0.75, 0.75])
+    assert embeddings.grad.flatten().tolist() == pytest.approx([0.75, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("name", "learner"), [*((name, i) for name in FUNCTIONS for i in (0, 1)), ("pseudo image features", 2)]
+)
+def test_only_the_gradients_asked_for(name, learner):
+    function, inputs = function_and_inputs(fused, name)
+    learn = [i == learner for i in range(len(inputs))]
+    expected = value_and_gradients(*function_and_inputs(plain, name), learn=learn)
+    found = value_and_gradients(function, inputs, learn=learn)
+    assert [tensor is not None for tensor in found] == [True, *learn]
+    assert relative_error(found[1 + learner], expected[1 + learner]) < 1e-9
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_without_rows_everything_is_zero_and_has_a_graph(name):
+    function, inputs = function_and_inputs(fused, name, num_rows=0)
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    value = function(*leaves)
+    assert value.requires_grad and value.sum().item() == 0
+    value.sum().mul(0.5).backward()
+    assert all(leaf.grad.shape == leaf.shape and not leaf.grad.any() for leaf in leaves)
+
+
+def test_the_teacher_is_a_constant_even_with_tied_heads():
+    _, (features, weight) = function_and_inputs(fused, "vm_head learns")
+    teacher_features = features.flip(0).requires_grad_()
+    expected = value_and_gradients(
+        lambda x, w: plain.visual_loss_sum(x, w, teacher_features.detach(), w.detach()), (features, weight)
+    )
+    found = value_and_gradients(
+        lambda x, w: fused.fused_visual_loss_sum(x, w, teacher_features, w), (features, weight)
+    )
+    assert teacher_features.grad is None
+    for found_tensor, expected_tensor in zip(found, expected, strict=True):
+        assert relative_error(found_tensor, expected_tensor) < 1e-9
+
+
+def test_a_slice_of_a_wider_weight_learns_in_its_rows_only():
+    function, (features, weight) = function_and_inputs(fused, "lm_head learns")
+    wider = torch.cat((weight, torch.ones(5, HIDDEN_SIZE, dtype=weight.dtype)))
+    _, expected = value_and_gradients(lambda w: function(features, w), (weight,))
+    _, found = value_and_gradients(lambda w: function(features, w[:VOCAB_SIZE]), (wider,))
+    assert relative_error(found[:VOCAB_SIZE], expected) < 1e-12 and not found[VOCAB_SIZE:].any()
+
+
+def test_the_sides_may_differ_in_dtype():
+    _, (image_features, vm_weight) = function_and_inputs(fused, "vm_head learns", dtype=torch.bfloat16)
+    _, student = function_and_inputs(fused, "lm_head learns", dtype=torch.float32)
+    teacher_logits = (image_features @ vm_weight.t()).double()
+    expected = value_and_gradients(
+        lambda x, w: plain.visual_loss_sum(x, w, teacher_logits, torch.eye(VOCAB_SIZE, dtype=torch.float64)),
+        [tensor.double() for tensor in student],
+    )
+    found = value_and_gradients(lambda x, w: fused.fused_visual_loss_sum(x, w, image_features, vm_weight), student)
+    for found_tensor, expected_tensor in zip(found, expected, strict=True):
+        assert found_tensor.dtype == torch.float32
+        assert relative_error(found_tensor, expected_tensor) < 1e-5
+
+
+def test_sides_of_different_length_are_refused():
+    function, (features, weight) = function_and_inputs(fused, "lm_head learns")
+    with pytest.raises(ValueError, match=r"\(298, 61\).*\(299, 61\)"):
+        function(features[1:], weight)
+    with pytest.raises(ValueError, match=r"\(299, 60\).*\(299, 61\)"):
+        function(features, weight[1:])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_can_be_weighted_and_divided_by_tensors(name):
+    def weighted(module):
+        function, (features, weight) = function_and_inputs(module, name)
+        factor = torch.tensor(-2.5, dtype=torch.float64)
+        return value_and_gradients(
+            lambda x, w, f: function(x, w) * f / torch.tensor(NUM_ROWS) + w.sum(), (features, weight, factor)
+        )
+
+    for found, expected in zip(weighted(fused), weighted(plain), strict=True):
+        assert relative_error(found, expected) < 1e-9
+
+
+def test_a_float16_weight_gradient_is_scaled_before_it_is_rounded():
+    # Σ_n G_n x_n is 4096 · ½ · 60 = 122880, beyond float16; the mean is 30.
+    features, weight = torch.full((4096, 1), 60.0).half(), torch.zeros(2, 1).half().requires_grad_()
+    loss = fused.fused_language_loss_sum(features, weight, torch.zeros(4096, dtype=torch.long)) / 4096
+    loss.backward()
+    assert weight.grad.flatten().tolist() == [-30, 30]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_under_no_grad_no_gradient_is_computed(name, monkeypatch):
+    function, inputs = function_and_inputs(fused, name)
+    expected = function_and_inputs(plain, name)[0](*inputs)
+    asked = []
+    run = fused._run
+    monkeypatch.setattr(fused, "_run", lambda *arguments: asked.append(arguments[-1]) or run(*arguments))
+    monkeypatch.setattr(fused, "_add_product", lambda *_: pytest.fail("computed a weight gradient"))
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    with torch.no_grad():
+        loss = function(*leaves)
+    assert set(asked) == {None} and not loss.requires_grad
+    assert relative_error(loss, expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_second_backward_raises(name):
+    function, inputs = function_and_inputs(fused, name)
+    loss = function(*(tensor.clone().requires_grad_() for tensor in inputs))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time through a fused loss"):
+        loss.backward()
+
+
+def test_pseudo_image_features_can_be_differentiated_again():
+    function, inputs = function_and_inputs(fused, "pseudo image features")
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    value = function(*leaves).sum()
+    first, second = (torch.autograd.grad(value, leaves, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_autocast(name):
+    def under_autocast(module):
+        function, inputs = function_and_inputs(module, name, dtype=torch.float32)
+
+        def call(*leaves):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return function(*leaves)
+
+        return value_and_gradients(call, inputs)
+
+    exact = value_and_gradients(*function_and_inputs(plain, name, dtype=torch.float32, exact=True))
+    for i, (found, by_autograd, reference) in enumerate(
+        zip(under_autocast(fused), under_autocast(plain), exact, strict=True)
+    ):
+        assert found.dtype == by_autograd.dtype
+        assert relative_error(found, reference) < 1.1 * relative_error(by_autograd, reference) + 1e-6
+        if i == 0:  # the same bfloat16 logits; in float32 they would be another value
+            assert relative_error(found, by_autograd) < 1e-6 < relative_error(found, reference)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_autocast_leaves_float64_alone(name):
+    function, inputs = function_and_inputs(fused, name)
+    expected = function(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(function(*inputs), expected)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(name, use_reentrant):
+    function, inputs = function_and_inputs(fused, name)
+    expected = value_and_gradients(function, inputs)
+    found = value_and_gradients(
+        lambda *leaves: checkpoint(
+            lambda *args: function(args[0] * 1, *args[1:]), *leaves, use_reentrant=use_reentrant
+        ),
+        inputs,
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that an operation returns."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else [results]:
+            if isinstance(result, torch.Tensor):
+                self.num_elements = max(self.num_elements, result.numel())
+        return results
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_tensor_is_larger_than_the_logits_of_a_chunk(name, monkeypatch):
+    monkeypatch.setattr(fused, "ROWS_PER_CHUNK_CPU", 32)
+    largest = {}
+    for module in (fused, plain):
+        with LargestTensor() as mode:
+            value_and_gradients(*function_and_inputs(module, name))
+        largest[module] = mode.num_elements
+    inputs_size = NUM_ROWS * HIDDEN_SIZE
+    assert largest[plain] == NUM_ROWS * VOCAB_SIZE > inputs_size
+    assert largest[fused] <= max(32 * VOCAB_SIZE, inputs_size)
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, None])
+def test_the_compiled_definitions_equal_the_blocks(grad_dtype):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 19, VOCAB_SIZE, generator=generator)
+    words = torch.randint(VOCAB_SIZE, (19,), generator=generator)
+    for definition, in_blocks, target in (
+        (fused._divergence, fused._divergence_in_blocks, teacher),
+        (fused._cross_entropy, fused._cross_entropy_in_blocks, words),
+    ):
+        expected_losses, expected_gradient = definition(student, target, grad_dtype)
+        losses, gradient = in_blocks(student.clone(), target.clone(), grad_dtype)
+        torch.testing.assert_close(losses, expected_losses)
+        if grad_dtype is None:
+            assert gradient is expected_gradient is None
+        else:
+            torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_a_failed_compilation_warns_once_and_falls_back(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no C compiler")
+
+    on_cuda = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(fused, "_compiled", {})
+    monkeypatch.setattr(torch, "compile", lambda definition: fails)
+    with pytest.warns(UserWarning, match="no C compiler") as caught:
+        assert [fused._run("definition", lambda *_: "in blocks", on_cuda) for _ in range(3)] == ["in blocks"] * 3
+    assert len(caught) == 1
+
+
+def test_running_out_of_memory_is_not_taken_for_a_failed_compilation(monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fused, "_compiled", {"definition": fails})
+    with pytest.raises(torch.OutOfMemoryError):
+        fused._run("definition", lambda *_: "in blocks", SimpleNamespace(is_cuda=True))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 191, 192, 193, 200, 1152])
+def test_chunks_are_even_and_cover_every_row(num_rows):
+    features = torch.empty(num_rows, 1)
+    chunks = [len(features[rows]) for rows in fused._chunks(features)]
+    assert sum(chunks) == num_rows and len(chunks) == math.ceil(num_rows / fused.ROWS_PER_CHUNK_CPU)
+    assert not chunks or max(chunks) - min(chunks) < len(chunks)
+    assert max(chunks, default=0) == fused._logits_tile(features, features).shape[0]
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_cuda_matches_float64_autograd(name, dtype, tolerance):
+    num_rows = 2 * fused.ROWS_PER_CHUNK + 3
+    exact = value_and_gradients(*function_and_inputs(plain, name, num_rows, dtype, True, "cuda"))
+    found = value_and_gradients(*function_and_inputs(fused, name, num_rows, dtype, False, "cuda"))
+    for found_tensor, exact_tensor in zip(found, exact, strict=True):
+        assert relative_error(found_tensor, exact_tensor) < tolerance
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", LOSSES)
+def test_cuda_bfloat16_has_float32_logits(name):
+    if not fused._multiplies_into(torch.bfloat16, torch.device("cuda", 0), torch.float32):
+        pytest.skip("this GPU or torch has no float32 results of bfloat16 products")
+    num_rows = 2 * fused.ROWS_PER_CHUNK + 3
+    exact, by_autograd, found = (
+        value_and_gradients(*function_and_inputs(module, name, num_rows, torch.bfloat16, exact, "cuda"))
+        for module, exact in ((plain, True), (plain, False), (fused, False))
+    )
+    assert relative_error(found[0], exact[0]) < 1e-5
+    for found_tensor, autograd_tensor, exact_tensor in zip(found[1:], by_autograd[1:], exact[1:], strict=True):
+        assert relative_error(found_tensor, exact_tensor) < 0.9 * relative_error(autograd_tensor, exact_tensor)

@@ -1,0 +1,427 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""The model: towers, decoders, images per row, padding, generation, pseudo image features, errors."""
+
+import copy
+
+import pytest
+import torch
+from conftest import TEXT_CONFIGS, VISION_CONFIGS, build_config
+from transformers import AutoModel, StaticCache
+
+from modeling_vtlmm import VTLMMForConditionalGeneration
+from modeling_vtlmm.losses_vtlmm import language_loss_sum, predicted_positions, visual_loss_sum
+
+
+def rows(model, images_per_row: list[int], seed: int = 0, side: int | None = None):
+    """Right-padded rows of random words with that many images each: input_ids, attention_mask, pixel_values."""
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    texts = []
+    for number in images_per_row:
+        row = torch.randint(4, config.visual_vocab_size, (3,), generator=generator).tolist()
+        for _ in range(number):
+            row += [config.image_token_id] * config.image_seq_length
+            row += torch.randint(4, config.visual_vocab_size, (2,), generator=generator).tolist()
+        texts.append(row)
+    length = max(map(len, texts))
+    input_ids = torch.tensor([row + [3] * (length - len(row)) for row in texts])
+    attention_mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in texts])
+    side = side or config.vision_config.image_size
+    pixel_values = torch.randn(sum(images_per_row), 3, side, side, generator=generator)
+    return input_ids, attention_mask, pixel_values if sum(images_per_row) else None
+
+
+@pytest.mark.parametrize("text", TEXT_CONFIGS)
+def test_a_batch_equals_its_rows_one_by_one(build_model, text):
+    """Several images, none, different numbers, right and left padding."""
+    model = build_model(text)
+    counts = [1, 0, 3, 2]
+    input_ids, attention_mask, pixel_values = rows(model, counts)
+    batched = model(input_ids, pixel_values, attention_mask).logits
+    flipped = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    left_ids = torch.stack(
+        [torch.nn.functional.pad(row, (input_ids.shape[1] - len(row), 0), value=3) for row in flipped]
+    )
+    left_mask = attention_mask.flip(1)
+    left_positions = (left_mask.cumsum(1) - 1).clamp(min=0)
+    left = model(left_ids, pixel_values, left_mask, left_positions).logits
+    for i, images in enumerate(pixel_values.split(counts)):
+        ids = flipped[i][None]
+        alone = model(ids, images if len(images) else None).logits[0]
+        torch.testing.assert_close(batched[i, : ids.shape[1]], alone, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(left[i, -ids.shape[1] :], alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("vision", VISION_CONFIGS)
+def test_image_features_are_the_towers_own(build_model, vision):
+    """Against the tower run whole and by itself: selected layer, CLS and registers dropped, maps in raster order."""
+    model = build_model(vision=vision)
+    config, tower = model.config, AutoModel.from_config(model.config.vision_config).eval()
+    tower.load_state_dict(model.model.vision_tower.state_dict())
+    side = config.vision_config.image_size
+    pixel_values = torch.randn(2, 3, side, side)
+    outputs = tower(pixel_values, output_hidden_states=True)
+    if outputs.last_hidden_state.ndim == 4:
+        maps = outputs.last_hidden_state
+        features = torch.stack([maps[:, :, y, x] for y in range(maps.shape[2]) for x in range(maps.shape[3])], 1)
+    else:
+        dropped = {"siglip_vision_model": 0, "dinov2_with_registers": 3}.get(vision, 1)
+        features = outputs.hidden_states[-2][:, dropped:]
+    expected = model.model.multi_modal_projector(features)
+    found = model.get_image_features(pixel_values)
+    torch.testing.assert_close(found.image_features, expected)
+    assert [tuple(image.shape) for image in found.pooler_output] == [(4, 32)] * 2
+
+
+def test_unused_layers_of_the_tower_are_not_computed(build_model):
+    model = build_model()
+    layers = model.model.vision_tower.encoder.layers
+    calls = []
+    for i, layer in enumerate(layers):
+        layer.mlp.register_forward_hook(lambda *_, i=i: calls.append(i))
+    model.get_image_features(torch.randn(1, 3, 28, 28))
+    assert calls == [0, 1]
+
+
+def test_several_vision_layers_are_concatenated(build_model):
+    model = build_model(vision_feature_layer=[-3, -1])
+    assert model.model.multi_modal_projector.linear_1.in_features == 32
+    hidden_states = model.get_image_features(torch.randn(1, 3, 28, 28)).hidden_states
+    assert hidden_states[1] is not None and hidden_states[3] is not None
+
+
+def test_a_config_may_be_changed_before_the_model_is_built():
+    config = build_config()
+    config.vision_feature_layer = [-3, -1]
+    model = VTLMMForConditionalGeneration(config)
+    assert model.model.multi_modal_projector.linear_1.in_features == 32
+    assert model.get_image_features(torch.randn(1, 3, 28, 28)).image_features.shape == (1, 4, 32)
+
+
+def test_loss_is_the_mean_over_supervised_text(build_model):
+    model = build_model()
+    input_ids, attention_mask, pixel_values = rows(model, [1, 2])
+    labels = torch.where((input_ids < model.config.image_token_id) & attention_mask.bool(), input_ids, -100)
+    outputs = model(input_ids, pixel_values, attention_mask, labels=labels)
+    logprobs = outputs.logits.log_softmax(-1)
+    chosen = [
+        -logprobs[b, s - 1, labels[b, s]] for b in range(2) for s in range(1, labels.shape[1]) if labels[b, s] >= 0
+    ]
+    torch.testing.assert_close(outputs.loss, torch.stack(chosen).mean())
+    sums = model(input_ids, pixel_values, attention_mask, labels=labels, return_loss_sums=True).loss_sums
+    assert sums["num_lm_targets"] == len(chosen)
+    torch.testing.assert_close(sums["lm_loss"], torch.stack(chosen).sum())
+
+
+@pytest.mark.parametrize("student", ["vm_head", "lm_head"])
+@pytest.mark.parametrize("vm_head_type", ["linear", "mlp", "attention"])
+def test_visual_loss_is_the_kl_of_each_patch_with_its_left_neighbour(build_model, student, vm_head_type):
+    """A second implementation, patch by patch, from the public outputs; and who gets gradients."""
+    model = build_model(vm_head_type=vm_head_type)
+    input_ids, attention_mask, pixel_values = rows(model, [2, 0, 1])
+    input_ids[2, :4], input_ids[2, 4:7] = model.config.image_token_id, torch.tensor([5, 6, 7])  # an image at the start
+    outputs = model(input_ids, pixel_values, attention_mask, output_visual_logits=True)
+    p = outputs.visual_logits.log_softmax(-1)
+    q = outputs.logits[..., : model.config.visual_vocab_size].log_softmax(-1)
+    total, count, patch = 0.0, 0, 0
+    for b in range(3):
+        for s in range(input_ids.shape[1]):
+            if input_ids[b, s] == model.config.image_token_id:
+                if s > 0:
+                    teacher, learner = (q[b, s - 1], p[patch]) if student == "vm_head" else (p[patch], q[b, s - 1])
+                    total += (teacher.exp() * (teacher - learner)).sum()
+                    count += 1
+                patch += 1
+    sums = model(input_ids, pixel_values, attention_mask, return_loss_sums=True, visual_student=student).loss_sums
+    assert sums["num_visual_targets"] == count == 11
+    torch.testing.assert_close(sums["visual_loss"], total)
+    sums["visual_loss"].backward()
+    taught = {"vm_head": model.model.vm_head.weight, "lm_head": model.lm_head.weight}
+    assert taught.pop(student).grad.abs().max() > 0
+    assert next(iter(taught.values())).grad is None
+    decoder = model.model.language_model.layers[0].self_attn.q_proj.weight.grad
+    assert (decoder is None) == (student == "vm_head")
+
+
+def test_a_batch_without_images_has_visual_loss_zero_and_touches_every_module(build_model):
+    model = build_model(vm_head_type="mlp").train()
+    input_ids, attention_mask, _ = rows(model, [0, 0])
+    sums = model(
+        input_ids,
+        None,
+        attention_mask,
+        labels=input_ids,
+        return_loss_sums=True,
+        visual_student="vm_head",
+        detach_visual_teacher=False,
+    ).loss_sums
+    assert sums["visual_loss"] == 0 and sums["num_visual_targets"] == 0
+    (sums["visual_loss"] + sums["lm_loss"]).backward()
+    for name, parameter in model.named_parameters():
+        if "vision_tower" in name:
+            continue
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    assert model.model.vm_head.weight.grad.abs().max() == 0
+
+
+def test_vm_head_starts(build_model):
+    model = build_model()
+    rows_ = model.config.visual_vocab_size
+    for source, weight in (
+        ("lm_head", model.lm_head.weight),
+        ("input_embeddings", model.get_input_embeddings().weight),
+    ):
+        model.initialize_vm_head(source)
+        assert torch.equal(model.model.vm_head.weight, weight[:rows_])
+    model.initialize_vm_head("random")
+    assert 0.015 < model.model.vm_head.weight.std() < 0.025
+    with pytest.raises(ValueError, match="not from 'zeros'"):
+        model.initialize_vm_head("zeros")
+
+
+@pytest.mark.parametrize("vm_head_type", ["mlp", "attention"])
+def test_a_fresh_mixer_changes_nothing_and_attention_looks_across_patches(vm_head_type):
+    torch.manual_seed(0)
+    model = VTLMMForConditionalGeneration(build_config(vm_head_type=vm_head_type)).eval()
+    features = torch.randn(2, 4, 32)
+    mixer = model.model.vm_head.mixer
+    assert torch.equal(mixer(features), features)
+    torch.nn.init.normal_(mixer.output.weight)
+    other = features.clone()
+    other[0, 3] = torch.randn(32)  # not a constant: the norm would take that away
+    changed = (mixer(other) - mixer(features)).abs().amax(-1) > 1e-6
+    assert changed[0].tolist() == ([True] * 4 if vm_head_type == "attention" else [False, False, False, True])
+    assert not changed[1].any()
+
+
+def test_pseudo_image_features_replace_the_input(build_model):
+    model = build_model(use_pseudo_image_features=True)
+    input_ids, attention_mask, pixel_values = rows(model, [1, 2])
+    features = model.get_image_features(pixel_values)
+    probs = model.model.vm_head(features.image_features).softmax(-1)
+    pseudo = probs @ model.get_input_embeddings().weight[: model.config.visual_vocab_size]
+    torch.testing.assert_close(torch.stack(features.pooler_output), pseudo)
+    embeds = model.get_input_embeddings()(input_ids)
+    embeds[input_ids == model.config.image_token_id] = pseudo.flatten(0, 1)
+    expected = model.model.language_model(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
+    found = model(input_ids, pixel_values, attention_mask)
+    torch.testing.assert_close(found.logits, model.lm_head(expected))
+    generated = model.generate(
+        input_ids=input_ids[1:], pixel_values=pixel_values[1:], max_new_tokens=3, do_sample=False
+    )
+    assert generated[0, -3] == found.logits[1, -1].argmax()
+
+
+def test_visual_tokens_are_the_top_words(build_model):
+    model = build_model()
+    pixel_values = torch.randn(2, 3, 28, 28)
+    probs = model.model.vm_head(model.get_image_features(pixel_values).image_features).softmax(-1)
+    tokens = model.get_visual_tokens(pixel_values, top_k=3)
+    order = probs.argsort(-1, descending=True)[..., :3]
+    assert torch.equal(tokens.token_ids, order)
+    torch.testing.assert_close(tokens.probabilities, probs.gather(-1, order))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}])
+def test_generate_batched_equals_alone(build_model, options):
+    """Different numbers of images per row, left padding; beams repeat the pictures of a row as a group."""
+    model = build_model()
+    counts = [1, 2, 0]
+    right_ids, right_mask, pixel_values = rows(model, counts)
+    texts = [ids[mask.bool()] for ids, mask in zip(right_ids, right_mask, strict=True)]
+    length = right_ids.shape[1]
+    input_ids = torch.stack([torch.nn.functional.pad(text, (length - len(text), 0), value=3) for text in texts])
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 3, **options}
+    found = model.generate(
+        input_ids=input_ids, attention_mask=right_mask.flip(1), pixel_values=pixel_values, **settings
+    )
+    for i, images in enumerate(pixel_values.split(counts)):
+        images = {"pixel_values": images} if len(images) else {}
+        alone = model.generate(
+            input_ids=texts[i][None], attention_mask=torch.ones_like(texts[i][None]), **images, **settings
+        )
+        assert torch.equal(found[i, -5:], alone[0, -5:])
+
+
+def test_cache_and_logits_to_keep(build_model):
+    model = build_model()
+    input_ids, _, pixel_values = rows(model, [2])
+    full = model(input_ids, pixel_values).logits
+    cache = StaticCache(config=model.config.text_config, max_cache_len=32)
+    first = model(input_ids[:, :-1], pixel_values, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    assert first.logits.shape[1] == 1
+    torch.testing.assert_close(first.logits[:, 0], full[:, -2])
+    position = torch.tensor([[input_ids.shape[1] - 1]])
+    last = model(input_ids[:, -1:], past_key_values=cache, position_ids=position, use_cache=True).logits
+    torch.testing.assert_close(last[:, 0], full[:, -1])
+
+
+@torch.no_grad()  # flex attention has no backward on CPU
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+def test_attention_implementations_agree(build_model, implementation):
+    model = build_model()
+    input_ids, attention_mask, pixel_values = rows(model, [1, 2])
+    expected = model(input_ids, pixel_values, attention_mask).logits
+    model.model.language_model.set_attn_implementation(implementation)
+    found = model(input_ids, pixel_values, attention_mask).logits
+    used = attention_mask.bool()
+    torch.testing.assert_close(found[used], expected[used], atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_forward_equals_eager(build_model):
+    model = build_model()
+    input_ids, attention_mask, pixel_values = rows(model, [1, 2])
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(input_ids, pixel_values, attention_mask).logits, model(input_ids, pixel_values, attention_mask).logits
+    )
+
+
+def test_gradient_checkpointing_changes_no_gradient(build_model):
+    plain = build_model().train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    input_ids, attention_mask, pixel_values = rows(plain, [1, 2])
+    for model in (plain, checkpointed):
+        sums = model(
+            input_ids, pixel_values, attention_mask, labels=input_ids, return_loss_sums=True, visual_student="lm_head"
+        ).loss_sums
+        (sums["lm_loss"] + sums["visual_loss"]).backward()
+    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        if a.grad is not None or b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_a_frozen_tower_stays_in_evaluation_mode(build_model):
+    model = build_model(vision="mobilenet_v2")
+    assert model.train().model.vision_tower.training
+    model.model.vision_tower.requires_grad_(False)
+    assert not model.train().model.vision_tower.training and model.model.language_model.training
+
+
+def test_bad_calls_are_named(build_model):
+    model = build_model()
+    input_ids, attention_mask, pixel_values = rows(model, [1, 2])
+    with pytest.raises(ValueError, match="tokens: 12, features: 8"):
+        model(input_ids, pixel_values[:2], attention_mask)
+    with pytest.raises(ValueError, match="tokens: 0, features: 12"):
+        model(torch.full_like(input_ids, 5), pixel_values, attention_mask)
+    with pytest.raises(ValueError, match="exactly one of"):
+        model(pixel_values=pixel_values)
+    with pytest.raises(ValueError, match="must be 'vm_head' or 'lm_head'"):
+        model(input_ids, pixel_values, return_loss_sums=True, visual_student="projector")
+    with pytest.raises(ValueError, match="VM head has 65 words"):
+        build_config(visual_vocab_size=65)
+    with pytest.raises(ValueError, match="must be one of linear, mlp2x_gelu"):
+        build_config(projector_type="mlp3x")
+    with pytest.raises(ValueError, match="last map"):
+        build_config(vision="convnext", vision_feature_layer=-2)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(build_model, tmp_path):
+    model = build_model()
+    state = model.state_dict()
+    del state["model.vm_head.weight"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"lacks 1 tensors.*model\.vm_head\.weight"):
+        VTLMMForConditionalGeneration.from_pretrained(tmp_path)
+    # the library's own tools ask what lacks, or start from no checkpoint at all
+    _, info = VTLMMForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {"model.vm_head.weight"}
+    VTLMMForConditionalGeneration.from_pretrained(None, config=build_config(), state_dict={})
+
+
+def test_saved_and_loaded_is_the_same(build_model, tmp_path):
+    for text in ("llama", "qwen2"):
+        model = build_model(text, vm_head_type="attention")
+        model.save_pretrained(tmp_path / text)
+        loaded = VTLMMForConditionalGeneration.from_pretrained(tmp_path / text)
+        for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+            assert torch.equal(a, b), name
+        ignored = {"dtype", "_name_or_path", "text_config", "vision_config"}
+        a, b = loaded.config.to_dict(), model.config.to_dict()
+        assert {k: v for k, v in a.items() if k not in ignored} == {k: v for k, v in b.items() if k not in ignored}
+
+
+def test_resized_vocabulary_keeps_the_visual_tokens(build_model):
+    model = build_model(visual_vocab_size=50)
+    input_ids, attention_mask, pixel_values = rows(model, [1, 1])
+    call = {"return_loss_sums": True, "visual_student": "lm_head"}
+    before = model(input_ids, pixel_values, attention_mask, **call).loss_sums["visual_loss"]
+    model.resize_token_embeddings(80, mean_resizing=False)
+    assert model.config.text_config.vocab_size == 80 and model.lm_head.weight.shape[0] == 80
+    torch.testing.assert_close(model(input_ids, pixel_values, attention_mask, **call).loss_sums["visual_loss"], before)
+
+
+def test_a_cut_vocabulary_cuts_the_visual_tokens(build_model, tmp_path):
+    model = build_model(use_pseudo_image_features=True)
+    input_ids, attention_mask, pixel_values = rows(model, [1, 1])
+    input_ids[input_ids != model.config.image_token_id] = 5
+    head = model.model.vm_head.weight[:40]
+    model.resize_token_embeddings(40)
+    assert torch.equal(model.model.vm_head.weight, head) and model.config.visual_vocab_size == 40
+    outputs = model(input_ids, pixel_values, attention_mask, output_visual_logits=True)
+    assert outputs.logits.shape[-1] == outputs.visual_logits.shape[-1] == 40
+    model.save_pretrained(tmp_path)
+    loaded = VTLMMForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(input_ids, pixel_values, attention_mask).logits, outputs.logits)
+
+
+def test_outputs_are_floating_point_unless_the_mask_is_asked_for(build_model):
+    """Tools compare the outputs by subtraction; and a tuple is the same in the same order."""
+    model = build_model()
+    input_ids, attention_mask, pixel_values = rows(model, [1, 2])
+    outputs = model(input_ids, pixel_values, attention_mask)
+    assert outputs.image_token_mask is None
+    assert [tuple(x.shape) for x in outputs.to_tuple() if isinstance(x, torch.Tensor)] == [(2, 15, 64), (3, 4, 32)]
+    for a, b in zip(
+        outputs.to_tuple(), model(input_ids, pixel_values, attention_mask, return_dict=False), strict=True
+    ):
+        if isinstance(a, torch.Tensor):
+            torch.testing.assert_close(a, b)
+    asked = model(input_ids, pixel_values, attention_mask, output_visual_logits=True)
+    assert torch.equal(asked.image_token_mask, input_ids == model.config.image_token_id)
+
+
+def test_tensor_parallel_plan_names_the_head_and_the_decoder(build_model):
+    plan = build_model("qwen2").tp_plan
+    assert plan["lm_head"] == "colwise_gather_output"
+    assert plan["model.language_model.layers.*.mlp.down_proj"] == "rowwise"
+
+
+# ---- The equations ----
+
+
+def test_losses_by_hand():
+    """Two words. p = (0.8, 0.2), q = (0.5, 0.5): KL(p‖q) = 0.8 ln 1.6 + 0.2 ln 0.4 = 0.192745; KL(q‖p) = 0.223144."""
+    p_features, q_features = torch.tensor([[1.0]]), torch.tensor([[1.0]])
+    p_weight, q_weight = torch.tensor([[0.8], [0.2]]).log(), torch.tensor([[0.5], [0.5]]).log()
+    torch.testing.assert_close(visual_loss_sum(q_features, q_weight, p_features, p_weight), torch.tensor(0.192745))
+    torch.testing.assert_close(visual_loss_sum(p_features, p_weight, q_features, q_weight), torch.tensor(0.223144))
+    loss = language_loss_sum(p_features.repeat(2, 1), p_weight, torch.tensor([0, 1]))
+    torch.testing.assert_close(loss, -torch.tensor([0.8, 0.2]).log().sum())
+
+
+def test_losses_against_float64_autograd():
+    """Both directions: the gradient with respect to the student's logits is softmax(student) − softmax(teacher)."""
+    generator = torch.Generator().manual_seed(0)
+    x, t = (torch.randn(7, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    w, v = (torch.randn(11, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    for student, student_weight, teacher, teacher_weight in ((x, w, t, v), (t, v, x, w)):
+        student, student_weight = student.clone().requires_grad_(), student_weight.clone().requires_grad_()
+        visual_loss_sum(student, student_weight, teacher, teacher_weight).backward()
+        difference = ((student @ student_weight.T).softmax(-1) - (teacher @ teacher_weight.T).softmax(-1)).detach()
+        torch.testing.assert_close(student.grad, difference @ student_weight.detach(), atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(student_weight.grad, difference.T @ student.detach(), atol=1e-9, rtol=1e-9)
+
+
+def test_predicted_positions():
+    mask = torch.tensor([[1, 1, 0, 1, 1, 0], [0, 1, 1, 0, 0, 1]]).bool()
+    assert predicted_positions(mask).tolist()[0] == [False, True, False, True, True, False]
+    left_padded = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+    assert predicted_positions(mask, left_padded)[1].tolist() == [False, False, True, False, False, True]
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 0]])
+    assert predicted_positions(mask, None, packed).tolist() == [
+        [False, True, False, False, True, False],
+        [False, True, True, False, False, False],
+    ]

@@ -1,0 +1,157 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""The processor: pictures per text, batches, chats, the pipeline, saving; the counts of image tokens by hand."""
+
+import pytest
+import torch
+from conftest import TEMPLATE, build_processor
+from PIL import Image
+from transformers import CLIPImageProcessorPil, pipeline
+
+from modeling_vtlmm import VTLMMProcessor
+
+
+RED, GREEN, BLUE = (Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue"))
+SETTINGS = {"max_new_tokens": 4, "do_sample": False}
+
+
+def chat(text: str, *images: Image.Image) -> list:
+    content = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+CHATS = [
+    chat("what is it ?", RED),
+    chat("describe the picture", GREEN, BLUE),
+    chat("hello"),
+    chat("yes no yes no"),
+]
+
+
+def left_padding_processor() -> VTLMMProcessor:
+    processor = build_processor()
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+@pytest.fixture
+def model(build_model):
+    model = build_model()
+    model.generation_config.update(eos_token_id=None, pad_token_id=3)
+    return model
+
+
+def picture_counts(processor, inputs) -> list[int]:
+    return ((inputs["input_ids"] == processor.image_token_id).sum(1) // 4).tolist()
+
+
+@pytest.mark.parametrize(
+    "text, images, counts",
+    [
+        (["<image>\nwhat", "<image> and <image> is"], [[RED], [GREEN, BLUE]], [1, 2]),
+        (["<image> and <image> is", "hello", "<image>"], [[GREEN, BLUE], [], [RED]], [2, 0, 1]),
+        (["<image> and <image> is", "<image>"], [GREEN, BLUE, RED], [2, 1]),
+        ("<image> what", RED, [1]),
+        ("hello", None, [0]),
+        (["hello", "yes"], [], [0, 0]),
+        (["hello", "yes"], [[], []], [0, 0]),
+    ],
+)
+def test_each_mark_becomes_the_tokens_of_its_picture(processor, text, images, counts):
+    inputs = processor(text=text, images=images, padding=True, return_tensors="pt")
+    assert picture_counts(processor, inputs) == counts
+    assert ("pixel_values" in inputs) == (sum(counts) > 0)
+    if sum(counts):
+        assert inputs["pixel_values"].shape == (sum(counts), 3, 28, 28)
+
+
+def test_pictures_keep_the_order_of_their_marks(processor):
+    pictures = [[RED], [], [GREEN, BLUE]]
+    text = ["<image>", "hello", "<image> <image>"]
+    found = processor(text=text, images=pictures, padding=True, return_tensors="pt")["pixel_values"]
+    alone = [
+        processor(text="<image>", images=image, return_tensors="pt")["pixel_values"] for image in (RED, GREEN, BLUE)
+    ]
+    assert torch.equal(found, torch.cat(alone))
+
+
+def test_no_text_is_cut_inside_a_picture(processor):
+    with pytest.raises(ValueError, match="[Tt]runcat"):
+        processor(text="<image> what", images=RED, truncation=True, max_length=3)
+
+
+def test_a_tokenizer_that_splits_the_image_token_is_refused(processor):
+    with pytest.raises(ValueError, match="splits '<picture>'"):
+        VTLMMProcessor(processor.image_processor, processor.tokenizer, patch_size=14, image_token="<picture>")
+
+
+@pytest.mark.parametrize(
+    "strategy, additional, expected",
+    [("default", 1, 4), ("full", 1, 5), ("full", 0, 4)],
+    ids=["CLIP", "CLIP with CLS", "SigLIP"],
+)
+def test_image_tokens_by_hand(processor, strategy, additional, expected):
+    """28 pixels in patches of 14: 2 × 2, and the CLS position when it stays."""
+    processor = VTLMMProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=additional,
+    )
+    assert processor(RED, "<image>")["input_ids"][0].count(processor.image_token_id) == expected
+    planned = processor._get_num_multimodal_tokens(image_sizes=[(30, 40), (400, 30)])
+    assert planned["num_image_tokens"] == [expected, expected] and planned["num_image_patches"] == [1, 1]
+
+
+def test_a_batch_of_chats_answers_like_its_chats(model):
+    """Left padding; one picture, two, none."""
+    processor = left_padding_processor()
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    inputs = processor.apply_chat_template(CHATS, padding=True, **options)
+    assert picture_counts(processor, inputs) == [1, 2, 0, 0]
+    lengths = inputs["attention_mask"].sum(1)
+    assert len(set(lengths.tolist())) > 2 and (inputs["attention_mask"][:, -1] == 1).all()
+    answers = model.generate(**inputs, **SETTINGS)[:, -4:]
+    for i, one in enumerate(CHATS):
+        alone = processor.apply_chat_template(one, **options)
+        assert torch.equal(alone["input_ids"][0], inputs["input_ids"][i, -lengths[i] :])
+        assert torch.equal(model.generate(**alone, **SETTINGS)[0, -4:], answers[i])
+
+
+def test_the_pipeline_alone_and_in_batches(model):
+    """The library's pipeline cannot put a chat with pictures and one without into the same batch, for any model."""
+    ask = pipeline("image-text-to-text", model=model, processor=left_padding_processor())
+
+    def answer(output):
+        return (output[0] if isinstance(output, list) else output)["generated_text"][-1]["content"]
+
+    alone = [answer(ask(text=one, **SETTINGS)) for one in CHATS]
+    assert all(alone) and len(set(alone)) == len(alone)
+    assert [answer(output) for output in ask(text=CHATS, batch_size=2, **SETTINGS)] == alone
+    plain = ask(text="USER : <image>\nwhat is it ? ASSISTANT :", images=RED, return_full_text=False, **SETTINGS)
+    assert plain[0]["generated_text"].split() == alone[0].split()
+
+
+def test_saved_and_loaded_is_the_same(tmp_path):
+    image_processor = CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False)
+    tokenizer = build_processor().tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<picture>"]})
+    values = {
+        "patch_size": 7,
+        "num_additional_image_tokens": 2,
+        "vision_feature_select_strategy": "full",
+        "image_token": "<picture>",
+    }
+    processor = VTLMMProcessor(image_processor, tokenizer, chat_template=TEMPLATE, **values)
+    processor.save_pretrained(tmp_path)
+    loaded = VTLMMProcessor.from_pretrained(tmp_path)
+    assert {name: getattr(loaded, name) for name in values} == values
+    assert loaded.chat_template == TEMPLATE and loaded.image_token_id == tokenizer.convert_tokens_to_ids("<picture>")
+    assert loaded.to_dict() == processor.to_dict()
+    assert loaded(RED, "<picture>")["input_ids"] == processor(RED, "<picture>")["input_ids"]
+
+
+def test_visual_words_are_one_string_per_id(processor):
+    ids = torch.tensor([[[4, 5], [6, 7]]])
+    words = processor.tokenizer.convert_ids_to_tokens(range(4, 8))
+    assert processor.visual_words(ids) == [[words[:2], words[2:]]]

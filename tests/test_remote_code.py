@@ -1,0 +1,125 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""A saved folder in a process that cannot import this package: everything comes from the folder's own code."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from PIL import Image
+
+from modeling_vtlmm.configuration_vtlmm import AUTO_MAP
+
+
+# A class that is registered locally wins over the Hub's copy, so the package must not be importable.
+BLOCK = textwrap.dedent(
+    """
+    import importlib.abc, sys
+
+    class Block(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if path is None and name in ("modeling_vtlmm", "vtlmm"):
+                raise ImportError(f"{name} is not installed here")
+
+    sys.meta_path.insert(0, Block())
+    """
+)
+LOAD = textwrap.dedent(
+    """
+    import json
+    import torch
+    import transformers
+    from PIL import Image
+    from transformers import AutoConfig, AutoProcessor, pipeline
+
+    folder, again = sys.argv[1:]
+    trust = {"trust_remote_code": True}
+    found = {"config": type(AutoConfig.from_pretrained(folder, **trust)).__name__}
+    processor = AutoProcessor.from_pretrained(folder, **trust)
+    image = Image.new("RGB", (40, 30), (200, 30, 30))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "what is it"}]
+    messages = [{"role": "user", "content": content}]
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    for name in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM"):
+        model = getattr(transformers, name).from_pretrained(folder, **trust)
+        assert not type(model).__module__.startswith("modeling_vtlmm"), type(model).__module__
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        found[name] = ids[0, -4:].tolist()
+    found["logits"] = model(**inputs).logits[0, -1].tolist()
+    asked = pipeline("image-text-to-text", model=folder, **trust)(text=messages, max_new_tokens=4, do_sample=False)
+    found["pipeline"] = asked[0]["generated_text"][-1]["content"]
+    found["decoded"] = processor.decode(ids[0, -4:], skip_special_tokens=True)
+    model.save_pretrained(again)
+    processor.save_pretrained(again)
+    print("FOUND" + json.dumps(found))
+    """
+)
+
+
+def in_clean_process(code: str, *arguments, cache) -> dict:
+    environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    command = [sys.executable, "-c", BLOCK + code, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.split("FOUND")[-1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, processor):
+    from conftest import build_config
+
+    from modeling_vtlmm import VTLMMForConditionalGeneration
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("hub")
+    model = VTLMMForConditionalGeneration(build_config(vm_head_type="attention"))
+    model.generation_config.update(eos_token_id=None, pad_token_id=3)
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+def test_every_auto_class_and_the_pipeline_load_it_and_a_copy_of_it(folder, processor, tmp_path):
+    from modeling_vtlmm import VTLMMForConditionalGeneration
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    found = in_clean_process(LOAD, folder, first, cache=cache)
+    generated = [found.pop(name) for name in list(found) if name.startswith("AutoModel")]
+    assert len(generated) == 4 and all(ids == generated[0] for ids in generated)
+    assert found["config"] == "VTLMMConfig" and found["pipeline"].strip() == found["decoded"].strip()
+
+    model = VTLMMForConditionalGeneration.from_pretrained(folder)
+    image = Image.new("RGB", (40, 30), (200, 30, 30))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "what is it"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    torch.testing.assert_close(model(**inputs).logits[0, -1], torch.tensor(found["logits"]), atol=1e-5, rtol=1e-5)
+
+    # saved again from remote code: still complete, and the copy loads like the original
+    assert json.loads((first / "config.json").read_text())["auto_map"] == AUTO_MAP
+    names = {file.name for file in folder.glob("*.py")}
+    assert names == {file.name for file in first.glob("*.py")} and len(names) >= 6
+    assert in_clean_process(LOAD, first, second, cache=cache)["logits"] == found["logits"]
+
+
+def test_auto_map_names_what_is_there(folder):
+    """Every file and class of the map exists in the folder; no package of ours is imported by absolute name."""
+    for target in AUTO_MAP.values():
+        file, name = target.split(".")
+        assert f"class {name}(" in (folder / f"{file}.py").read_text()
+    processor_map = json.loads((folder / "processor_config.json").read_text())["auto_map"]
+    assert processor_map["AutoProcessor"] == AUTO_MAP["AutoProcessor"]
+    for file in folder.glob("*.py"):
+        assert "from modeling_vtlmm" not in file.read_text() and "import modeling_vtlmm" not in file.read_text()
