@@ -1,0 +1,283 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Rows of every accepted form become rows of one form, in order, and no picture is decoded meanwhile."""
+
+import json
+import os
+
+import datasets
+import PIL.Image
+import pytest
+import torch
+from datasets import Dataset, Features, Image, List, Value
+
+from vtlmm.train.data import CAPTION_QUESTION, ROW_FEATURES, DataConfig, load_rows
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def picture(path, colour="red"):
+    path.parent.mkdir(exist_ok=True)
+    PIL.Image.new("RGB", (8, 6), colour).save(path)
+    return path
+
+
+def write(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def short(row):
+    """`role: text` of each message, a picture as ■, parts joined by |."""
+    return [
+        f"{m['role']}: {'|'.join('■' if p['type'] == 'image' else p['text'] for p in m['content'])}"
+        for m in row["messages"]
+    ]
+
+
+def answered(question, answer="yes"):
+    return [f"user: {question}", f"assistant: {answer}"]
+
+
+def llava(question, **row):
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "yes"}], **row}
+
+
+TURNS = [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "yes"}]
+# form: row, messages, number of pictures, number of context messages
+FORMS = {
+    "llava, mark first": (llava("<image>\nwhat ?", image="a.png"), answered("■|what ?"), 1, 0),
+    "llava, mark last": (llava("what ?\n<image>", image="a.png"), answered("what ?|■"), 1, 0),
+    "llava, marks inside": (
+        llava("left <image> right <image> same ?", image=["a.png", "b.png"]),
+        answered("left|■|right|■|same ?"),
+        2,
+        0,
+    ),
+    "llava, no mark": (llava("what ?", image="a.png"), answered("■|what ?"), 1, 0),
+    "llava, no picture": (llava("what ?"), answered("what ?"), 0, 0),
+    "llava, system": (
+        {"conversations": [{"from": "system", "value": "be good"}, *llava("hi")["conversations"]], "image": "a.png"},
+        ["system: be good", *answered("■|hi")],
+        1,
+        0,
+    ),
+    "messages": ({"messages": TURNS, "images": ["a.png", "b.png"]}, answered("■|■|what ?"), 2, 0),
+    "messages with parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "what ?"}, {"type": "image"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "yes", "image": None}]},
+            ],
+            "image": "a.png",
+        },
+        answered("what ?|■"),
+        1,
+        0,
+    ),
+    "prompt and completion": (
+        {"prompt": "what ?", "completion": "yes", "images": ["a.png"]},
+        answered("■|what ?"),
+        1,
+        1,
+    ),
+    "prompt and completion messages": (
+        {"prompt": [*TURNS, TURNS[0]], "completion": [TURNS[1]], "images": []},
+        answered("what ?") * 2,
+        0,
+        3,
+    ),
+    "questions": (
+        {"questions": ["what ?", "who ?"], "answers": ["yes", "no"], "image": "a.png"},
+        answered("■|what ?") + answered("who ?", "no"),
+        1,
+        0,
+    ),
+    "question": ({"question": "what ?", "answer": "yes", "image": "a.png"}, answered("■|what ?"), 1, 0),
+    "caption": ({"caption": "a cat", "image": "a.png"}, answered(f"■|{CAPTION_QUESTION}", "a cat"), 1, 0),
+    "text": ({"text": "a cat", "image": "a.png"}, answered(f"■|{CAPTION_QUESTION}", "a cat"), 1, 0),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_form_in_one_file(tmp_path, streaming):
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    path = write(tmp_path / "rows.jsonl", [form[0] for form in FORMS.values()])
+    rows = load_rows(DataConfig(dataset=path, streaming=streaming))
+    assert rows.features == ROW_FEATURES
+    for row, (name, (_, messages, num_images, num_context)) in zip(rows, FORMS.items(), strict=True):
+        assert short(row) == messages, name
+        assert row["num_context_messages"] == num_context, name
+        assert [image.size for image in row["images"]] == [(8, 6)] * num_images, name
+        parts = [part for message in row["messages"] for part in message["content"]]
+        assert all((part["text"] is None) == (part["type"] == "image") for part in parts), name
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("typed", [False, True])
+def test_parquet(tmp_path, streaming, typed):
+    """With pictures as an Image column, and as the bare struct of a file without the metadata of `datasets`."""
+    content = picture(tmp_path / "a.png").read_bytes()
+    features = {"questions": List(Value("string")), "answers": List(Value("string")), "id": Value("string")}
+    features["image"] = Image() if typed else {"bytes": Value("binary"), "path": Value("string")}
+    rows = [
+        {
+            "questions": [f"q{i}", "who ?"],
+            "answers": ["yes", "no"],
+            "id": "x",
+            "image": {"bytes": content, "path": "x"},
+        }
+        for i in range(5)
+    ]
+    path = str(tmp_path / "rows.parquet")
+    Dataset.from_list(rows, features=Features(features)).to_parquet(path)
+    loaded = load_rows(DataConfig(dataset=path, streaming=streaming, max_rows=4))
+    assert loaded.column_names == list(ROW_FEATURES)
+    assert [short(row) for row in loaded] == [answered(f"■|q{i}") + answered("who ?", "no") for i in range(4)]
+    assert next(iter(loaded))["images"][0].size == (8, 6)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_list_of_pictures_in_a_table(tmp_path, streaming):
+    content = picture(tmp_path / "a.png").read_bytes()
+    features = Features({"images": List(Image()), "prompt": Value("string"), "completion": Value("string")})
+    rows = [{"images": [{"bytes": content}] * n, "prompt": "what ?", "completion": "yes"} for n in (2, 0)]
+    path = str(tmp_path / "rows.parquet")
+    Dataset.from_list(rows, features=features).to_parquet(path)
+    loaded = list(load_rows(DataConfig(dataset=path, streaming=streaming)))
+    assert [len(row["images"]) for row in loaded] == [2, 0]
+    assert [short(row) for row in loaded] == [answered("■|■|what ?"), answered("what ?")]
+
+
+def test_folder_of_pictures_with_captions(tmp_path):
+    folder = tmp_path / "pictures"
+    picture(folder / "a.png")
+    write(folder / "metadata.jsonl", [{"file_name": "a.png", "text": "a cat"}])
+    [row] = load_rows(DataConfig(dataset=str(folder)))
+    assert short(row) == answered(f"■|{CAPTION_QUESTION}", "a cat")
+    assert row["images"][0].size == (8, 6)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_picture_is_decoded_while_loading(tmp_path, monkeypatch, streaming):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    features = Features({"image": Image(), "caption": Value("string")})
+    table = str(tmp_path / "rows.parquet")
+    content = {"bytes": b"no picture", "path": None}
+    Dataset.from_list([{"image": content, "caption": "a"}], features=features).to_parquet(table)
+    monkeypatch.setattr(PIL.Image, "open", lambda *_, **__: pytest.fail("decoded"))
+    for path in (write(tmp_path / "rows.jsonl", [{"image": "a.png", "caption": "a"}]), table):
+        rows = load_rows(DataConfig(dataset=path, streaming=streaming))
+        rows = rows.decode(False) if streaming else rows.cast_column("images", List(Image(decode=False)))
+        [row] = rows
+        assert set(row["images"][0]) == {"bytes", "path"}
+
+
+def test_splits_slices_and_max_rows(tmp_path):
+    rows = [llava(f"q{i}") for i in range(10)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    config = DataConfig(dataset=str(path), dataset_split="train[:60%]", eval_split="train[-3:]", max_rows=5)
+
+    def questions(split, config=config):
+        return [short(row)[0] for row in load_rows(config, split)]
+
+    assert questions("train") == [f"user: q{i}" for i in range(5)]
+    assert questions("eval") == [f"user: q{i}" for i in (7, 8, 9)]
+    other = write(tmp_path / "other.jsonl", [llava("other")])
+    assert questions("eval", DataConfig(dataset=str(path), eval_dataset=other)) == ["user: other"]
+    assert load_rows(DataConfig(dataset=str(path)), "eval") is None
+    assert len(load_rows(DataConfig(dataset=other, max_rows=5))) == 1
+
+
+def test_an_edited_file_is_read_again(tmp_path):
+    for seconds, question in enumerate(["first", "other"]):
+        path = write(tmp_path / "rows.jsonl", [llava(question)])
+        os.utime(path, (seconds, seconds))
+        assert short(load_rows(DataConfig(dataset=path))[0])[0] == f"user: {question}"
+
+
+def test_paths_of_pictures(tmp_path):
+    """Relative to `image_folder`, else to the file; one that leaves the folder keeps its `..`."""
+    path = write(tmp_path / "rows.jsonl", [llava("q", image=i) for i in ("x/./a.png", "../a.png", "/a/../b.png")])
+    for folder in (None, str(tmp_path / "other")):
+        rows = load_rows(DataConfig(dataset=path, image_folder=folder))
+        rows = rows.cast_column("images", List(Image(decode=False)))
+        base = folder or str(tmp_path)
+        assert [row["images"][0]["path"] for row in rows] == [f"{base}/x/a.png", f"{base}/../a.png", "/b.png"]
+
+
+def test_broken_rows_stay_for_the_check(tmp_path):
+    turns = [{"from": "human", "value": 3}, {"from": "bot", "value": "\ud800"}, "x"]
+    rows = [{"conversations": turns}, {"messages": []}, {"questions": ["a", "b"], "answers": ["c"]}]
+    first, second, third = load_rows(DataConfig(dataset=write(tmp_path / "rows.jsonl", rows)))
+    assert [message["role"] for message in first["messages"]] == ["user", "bot", None]
+    assert [message["content"][0]["text"] for message in first["messages"]] == [None, None, None]
+    assert second["messages"] == []
+    assert third["messages"][3]["content"] == [{"type": "text", "text": None}]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_errors_name_file_and_row(tmp_path, streaming):
+    def load(path):
+        return list(load_rows(DataConfig(dataset=path, streaming=streaming)))
+
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 1 has only \['foo', 'image'\].*`conversations`"):
+        load(write(tmp_path / "rows.jsonl", [llava("q"), {"foo": 1, "image": "a.png"}]))
+    table = str(tmp_path / "rows.parquet")
+    Dataset.from_list([{"foo": 1}]).to_parquet(table)
+    with pytest.raises(ValueError, match=r"rows.parquet, row 0 has only \['foo'\]"):
+        load(table)
+    (tmp_path / "bad.jsonl").write_text(f"{json.dumps(llava('q'))}\n\n{{oops\n")
+    with pytest.raises(ValueError, match="bad.jsonl, line 3 is not JSON"):
+        load(str(tmp_path / "bad.jsonl"))
+    (tmp_path / "bad.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="bad.json must hold a list"):
+        load(str(tmp_path / "bad.json"))
+    with pytest.raises(FileNotFoundError, match="nothing.json"):
+        load(str(tmp_path / "nothing.json"))
+
+
+def test_config_errors():
+    with pytest.raises(ValueError, match="`dataset` is not set"):
+        DataConfig()
+    with pytest.raises(ValueError, match="raise or skip"):
+        DataConfig(dataset="a.json", bad_rows="drop")
+
+
+def test_stream_in_worker_processes(tmp_path):
+    """Order is kept with one worker, and a shuffled stream has decoded pictures too."""
+    picture(tmp_path / "a.png")
+    path = write(tmp_path / "rows.jsonl", [llava(f"q{i}", image="a.png") for i in range(6)])
+    stream = load_rows(DataConfig(dataset=path, streaming=True))
+    loader = torch.utils.data.DataLoader(stream, batch_size=2, num_workers=1, collate_fn=list)
+    rows = [row for batch in loader for row in batch]
+    assert [short(row)[0] for row in rows] == [f"user: ■|q{i}" for i in range(6)]
+    assert all(row["images"][0].size == (8, 6) for row in stream.shuffle(buffer_size=4))
+
+
+def test_shared_llava_sample(shared):
+    folder = shared / "data" / "llava_pretrain_2k"
+    records = json.loads((folder / "chat.json").read_text(encoding="utf-8"))
+    rows = load_rows(DataConfig(dataset=str(folder / "chat.json"), image_folder=str(folder / "images")))
+    assert len(rows) == len(records) == 2183
+    for row, record in zip(rows.select_columns("messages"), records, strict=True):
+        question, answer = (turn["value"] for turn in record["conversations"])
+        parts = row["messages"][0]["content"]
+        # the template writes the mark on a line of its own
+        assert "\n".join("<image>" if p["type"] == "image" else p["text"] for p in parts) == question
+        assert row["messages"][1]["content"][0]["text"] == answer
+    assert rows[0]["images"][0].size == (336, 224)
+
+
+def test_shared_easy_vqa(shared):
+    rows = load_rows(DataConfig(dataset=str(shared / "data/easy_vqa/test.parquet"), max_rows=3))
+    assert short(rows[0])[:3] == [
+        "user: ■|what is the red shape?",
+        "assistant: triangle",
+        "user: what is the color of the triangle?",
+    ]
+    assert [image.size for row in rows for image in row["images"]] == [(64, 64)] * 3

@@ -1,0 +1,74 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Packed rows: which share a sequence, and that they learn exactly what they learn alone."""
+
+import pytest
+import torch
+from conftest import build_processor
+from test_trainer import assert_same_update, update
+from training_setup import build_rows, build_trainer
+
+from vtlmm.train.collator import VTLMMCollator
+from vtlmm.train.packing import pack_dataset, pack_lengths
+
+
+def test_packs_hold_every_row_once_and_fit():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 700, (500,), generator=generator).tolist()
+    packs = pack_lengths(lengths, 2048)
+    assert sorted(row for pack in packs for row in pack) == list(range(500))
+    assert all(sum(lengths[row] for row in pack) <= 2048 for pack in packs)
+    # best fit leaves little: no more than one in fifty above the least possible number of packs
+    assert len(packs) <= 1.02 * sum(lengths) / 2048 + 1
+
+
+def test_the_tightest_room_is_taken():
+    assert pack_lengths([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+    with pytest.raises(ValueError, match=r"Row 1 has 11 tokens, more than a pack"):
+        pack_lengths([3, 11], 10)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@torch.no_grad()
+def test_packed_loss_is_the_unpacked_one(build_model, implementation):
+    """Ragged pictures and text-only rows in three packs; both losses and both counts."""
+    model = build_model()
+    processor, rows = build_processor(), build_rows()
+    collator = VTLMMCollator(processor)
+    lengths = [int(collator([row])["attention_mask"].sum()) for row in rows]
+    packs = pack_dataset(rows.add_column("length", lengths), max_length=50)
+    assert 1 < len(packs) < 8
+    call = {"return_loss_sums": True, "visual_student": "lm_head"}
+    alone = model(**collator(list(rows)), **call).loss_sums
+    model.model.language_model.set_attn_implementation(implementation)
+    packed = model(**collator(list(packs)), **call).loss_sums
+    for name in ("lm_loss", "num_lm_targets", "visual_loss", "num_visual_targets"):
+        torch.testing.assert_close(packed[name], alone[name], atol=1e-5, rtol=1e-5)
+
+
+def test_packed_rows_do_not_see_each_other(build_model):
+    """Another row in front changes nothing at the rows behind it."""
+    model = build_model()
+    processor, rows = build_processor(), list(build_rows())
+    collator = VTLMMCollator(processor)
+    first = collator([{"rows": [rows[0], rows[3]]}])
+    second = collator([{"rows": [rows[6], rows[3]]}])
+    length = int(collator([rows[3]])["attention_mask"].sum())
+    for batch in (first, second):
+        batch.pop("labels")
+    one, other = (model(**batch, use_cache=False).logits[0, -length:] for batch in (first, second))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_a_packed_step_is_the_padded_step(tmp_path):
+    """`packing=True`: one optimizer step over all packs equals the step over all rows."""
+    expected = update(build_trainer(tmp_path / "padded", max_length=50))
+    packed = build_trainer(tmp_path / "packed", packing=True, max_length=50)
+    assert 1 < len(packed.train_dataset) < 8
+    assert_same_update(update(packed), expected)
+    logged = next(entry for entry in packed.state.log_history if "lm_loss" in entry)
+    assert logged["samples_per_second"] > 0
+
+
+def test_packing_a_stream_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not streamed"):
+        build_trainer(tmp_path, rows=build_rows().to_iterable_dataset(), packing=True)

@@ -1,0 +1,154 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""From a recipe to a trained folder, through the command line."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_config, build_processor
+from PIL import Image as PILImage
+
+from modeling_vtlmm import VTLMMForConditionalGeneration
+from vtlmm.cli.main import main
+from vtlmm.train.run import RUN_RECORD, parse_settings, read_settings
+from vtlmm.train.stages import STAGES
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_understood(recipe, tmp_path):
+    """Every key exists, every value has its type, and stages follow each other through their folders."""
+    settings = read_settings(recipe, ["bf16=false", "use_cpu=true", f"output_dir={tmp_path}"])
+    model, data, adapter, args = parse_settings(settings)
+    assert args.stage in STAGES and isinstance(args.learning_rate, float) and data.dataset and model.model
+
+
+def test_settings(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: here\nlearning_rate: 2e-5\nstage: joint\n")
+    settings = read_settings(recipe, ["stage=decoder", "trainable_modules=[lm_head, vm_head]", "visual_loss_coef=0.5"])
+    assert settings["learning_rate"] == 2e-5  # YAML reads it as text
+    assert read_settings(recipe, ["save_strategy=no"])["save_strategy"] == "no"  # YAML reads it as false
+    assert settings["stage"] == "decoder" and settings["trainable_modules"] == ["lm_head", "vm_head"]
+    with pytest.raises(ValueError, match=r"no setting 'learnin_rate'. Did you mean 'learning_rate'"):
+        read_settings(recipe, ["learnin_rate=1"])
+    with pytest.raises(ValueError, match="not of the form key=value"):
+        read_settings(recipe, ["stage"])
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A tiny model, six rows (one broken), and a recipe for stage IV."""
+    torch.manual_seed(0)
+    VTLMMForConditionalGeneration(build_config()).save_pretrained(tmp_path / "start")
+    build_processor().save_pretrained(tmp_path / "start")
+    PILImage.new("RGB", (28, 28), (200, 30, 30)).save(tmp_path / "red.png")
+    talk = [{"from": "human", "value": "<image>\nwhat is it"}, {"from": "gpt", "value": "red boat"}]
+    rows = [{"image": "red.png", "conversations": talk}] * 5 + [{"image": "gone.png", "conversations": talk}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {tmp_path}/start\ndataset: {tmp_path}/rows.json\neval_dataset: {tmp_path}/rows.json\n"
+        f"output_dir: {tmp_path}/out\nstage: joint\nbad_rows: skip\nmax_steps: 2\nsave_steps: 1\nuse_cpu: true\n"
+        "report_to: none\nper_device_train_batch_size: 2\nlogging_steps: 1\ndisable_tqdm: true\n"
+    )
+    return path
+
+
+def test_train_writes_a_model_and_what_it_did(recipe, tmp_path, capsys):
+    with pytest.warns(UserWarning, match="1 of 6 rows are left out"):
+        assert main(["train", "--config", str(recipe), "learning_rate=1e-2"]) == 0
+    text = capsys.readouterr().out
+    assert "row 5: missing picture" in text and "Stage joint: loss = 1 · L_lm + 1 · L_vm" in text
+    loaded = VTLMMForConditionalGeneration.from_pretrained(tmp_path / "out")
+    start = VTLMMForConditionalGeneration.from_pretrained(tmp_path / "start")
+    assert not torch.equal(loaded.lm_head.weight, start.lm_head.weight)
+    (record,) = json.loads((tmp_path / "out" / RUN_RECORD).read_text())
+    assert record["stage"] == "joint" and record["steps"] == 2 and record["rows"] == 5
+    assert record["settings"]["learning_rate"] == 1e-2 and record["metrics"]["eval_visual_loss"] > 0
+
+    # the same command goes on from the last checkpoint, and the next stage appends to the record
+    assert main(["train", "--config", str(recipe), "resume_from_checkpoint=true", "max_steps=3"]) == 0
+    assert "Resuming from" in capsys.readouterr().out
+    following = [f"model={tmp_path}/out", f"output_dir={tmp_path}/next", "stage=visual_head"]
+    assert main(["train", "--config", str(recipe), *following]) == 0
+    history = json.loads((tmp_path / "next" / RUN_RECORD).read_text())
+    assert [entry["stage"] for entry in history] == ["joint", "visual_head"]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_an_adapter_learns_the_decoder_and_nothing_else(recipe, tmp_path, adapter):
+    """LoRA stays out of the tower; what is trained in full is saved in full."""
+    from vtlmm.train.run import build_trainer
+
+    settings = read_settings(recipe, [f"adapter={adapter}", "lora_r=2", "check_data=false", "max_rows=5"])
+    trainer = build_trainer(settings)
+    learning = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    layers = 2 * 7  # decoder layers × projections
+    assert sum("lora_A" in name for name in learning) == layers
+    assert all("language_model" in name for name in learning if "lora" in name)
+    assert {name for name in learning if "lora" not in name} == {
+        "base_model.model.lm_head.modules_to_save.default.weight"
+    }
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed <= learning and any("lora_B" in name for name in changed)
+    assert "base_model.model.lm_head.modules_to_save.default.weight" in changed
+
+
+def test_bad_recipes_stop_before_anything_is_loaded(recipe, capsys):
+    assert main(["train", "--config", str(recipe), "stage=V"]) == 1
+    assert "Unknown stage 'V'" in capsys.readouterr().err
+    assert main(["train", "--config", str(recipe), "bad_rows=raise"]) == 1
+    assert "row 5: missing picture" in capsys.readouterr().err
+    assert main(["train", "--config", str(recipe), "quantization=nf4"]) == 1
+    assert "set `adapter`" in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from vtlmm.cli.main import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "compose" in result.stdout and result.stdout.strip().endswith("False")
+    assert time.perf_counter() - started < 5  # 0.1 s on an idle machine
+
+
+@pytest.mark.parametrize(("quantization", "layer"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
+@pytest.mark.parametrize("stage", ["visual_head", "joint"])
+def test_a_quantised_decoder_trains(recipe, tmp_path, quantization, layer, stage):
+    """Quantised are the decoder's projections and nothing else; what learns is float32 and moves."""
+    pytest.importorskip("bitsandbytes")
+    from modeling_vtlmm import VTLMMConfig
+    from vtlmm.train.run import build_trainer
+
+    config = build_config().to_dict()
+    config["text_config"].update(hidden_size=64, intermediate_size=128, head_dim=16)  # nf4 packs blocks of 64
+    VTLMMForConditionalGeneration(VTLMMConfig(**config)).save_pretrained(tmp_path / "start")
+    overrides = [f"stage={stage}", f"quantization={quantization}", "adapter=lora", "lora_r=2", "learning_rate=1e-2"]
+    overrides += [
+        "check_data=false",
+        "max_rows=5",
+        "eval_dataset=null",
+        "save_strategy=no",
+        "gradient_checkpointing=false",
+    ]
+    trainer = build_trainer(read_settings(recipe, overrides))
+    found = (name for name, module in trainer.model.named_modules() if type(module).__name__ == layer)
+    quantised = {name.removesuffix(".base_layer") for name in found}  # LoRA wraps them in classes of the same name
+    assert len(quantised) == 2 * 7 and all("language_model" in name for name in quantised)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in before.values()} == {torch.float32}
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if n in before and not torch.equal(p, before[n])}
+    taught = "vm_head" if stage == "visual_head" else "lm_head"
+    assert (
+        f"base_model.model.{'model.' if taught == 'vm_head' else ''}{taught}.modules_to_save.default.weight" in moved
+    )
+    assert any("lora_B" in name for name in moved) == (stage == "joint")

@@ -1,0 +1,315 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""The trainer: exact normalisation, what each stage changes, resuming, what is logged."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_setup import build_rows, build_trainer, weights
+
+from modeling_vtlmm.losses_vtlmm import predicted_positions
+from vtlmm.train.config import VTLMMTrainingConfig
+from vtlmm.train.stages import MODULES, STAGES, describe, module_of, resolve_stage
+
+
+def update(trainer) -> dict[str, torch.Tensor]:
+    """What one optimizer step adds to each parameter."""
+    before = weights(trainer.model)
+    trainer.train()
+    return {name: tensor - before[name] for name, tensor in weights(trainer.model).items()}
+
+
+def assert_same_update(found: dict, expected: dict, tolerance: float = 1e-6):
+    """Relative difference of the whole update, and no parameter that moves in one only."""
+    assert found.keys() == expected.keys()
+    difference = sum((found[name] - expected[name]).double().square().sum() for name in expected).sqrt()
+    size = sum(tensor.double().square().sum() for tensor in expected.values()).sqrt()
+    assert size > 1e-3 and difference / size < tolerance, (difference / size).item()
+
+
+@pytest.fixture(scope="module")
+def whole_batch(tmp_path_factory):
+    return update(build_trainer(tmp_path_factory.mktemp("whole")))
+
+
+def test_the_update_is_the_gradient_of_the_paper_s_loss(whole_batch, tmp_path):
+    """One step of plain autograd on the mean losses over the eight rows."""
+    trainer = build_trainer(tmp_path)
+    model = trainer.model
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    labels = batch.pop("labels")
+    outputs = model(**batch, output_visual_logits=True)
+    lm_loss = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    predicted = predicted_positions(outputs.image_token_mask, batch["attention_mask"])
+    size = model.config.visual_vocab_size
+    student = outputs.logits[:, :-1][predicted[:, 1:]][:, :size].log_softmax(-1)
+    teacher = outputs.visual_logits.detach().log_softmax(-1)[predicted[outputs.image_token_mask]]
+    visual_loss = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    (lm_loss + visual_loss).backward()
+    expected = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else -10.0 * parameter.grad
+        for name, parameter in model.named_parameters()
+    }
+    assert_same_update({name: whole_batch[name] for name in expected}, expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_accumulation_equals_the_whole_batch(whole_batch, tmp_path, batch_size):
+    """Ragged images per row, text-only rows; eight micro-batches of one row, some without any image."""
+    accumulated = build_trainer(
+        tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=8 // batch_size
+    )
+    assert_same_update(update(accumulated), whole_batch)
+
+
+def test_means_of_micro_batches_would_be_wrong(whole_batch, tmp_path):
+    """The guard of the test above: dividing by a micro-batch's own counts gives another update."""
+    trainer = build_trainer(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    compute_loss = trainer.compute_loss
+
+    def own_counts(model, inputs, return_outputs=False, num_items_in_batch=None):
+        counts = trainer._count_targets(inputs)
+        return compute_loss(model, inputs, num_items_in_batch=counts) / trainer.current_gradient_accumulation_steps
+
+    trainer.compute_loss = own_counts
+    with pytest.raises(AssertionError):
+        assert_same_update(update(trainer), whole_batch, tolerance=0.05)
+
+
+WORKER = textwrap.dedent(
+    """
+    import sys
+    from safetensors.torch import save_file
+    from training_setup import build_rows, build_trainer, weights
+
+    output, images = sys.argv[1], [int(i) for i in sys.argv[2].split(",")]
+    trainer = build_trainer(output, build_rows(images), per_device_train_batch_size=4)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        save_file(weights(trainer.model), output + "/weights.safetensors")
+    """
+)
+
+
+def run_processes(tmp_path: Path, images, num_processes: int = 2) -> dict[str, torch.Tensor]:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
+    command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command += [str(script), str(tmp_path), ",".join(map(str, images))]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return load_file(tmp_path / "weights.safetensors")
+
+
+@pytest.mark.parametrize("images", [(1, 0, 2, 1, 0, 3, 1, 1), (1, 2, 1, 1, 0, 0, 0, 0)])
+def test_two_processes_equal_one(tmp_path, images):
+    """Also when one process has no image at all."""
+    alone = build_trainer(tmp_path / "one", build_rows(images))
+    before = weights(alone.model)
+    expected = update(alone)
+    (tmp_path / "two").mkdir()
+    after = run_processes(tmp_path / "two", images)
+    assert_same_update({name: after[name] - before[name] for name in after}, expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"stage": stage} for stage in STAGES),
+        {"stage": "joint", "trainable_modules": ["language_model", "lm_head", "multi_modal_projector"]},
+        {"stage": "decoder", "trainable_modules": [*MODULES], "visual_loss_coef": 0.5, "detach_visual_teacher": False},
+        {"stage": "joint", "visual_loss_coef": 0},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values()))[:60],
+)
+def test_a_stage_changes_exactly_its_modules(tmp_path, settings):
+    """Compared before and after a step. The last layer of the tower gets no gradient: it is not used."""
+    trainer = build_trainer(tmp_path, **settings)
+    trains = trainer.stage.trains
+    found = update(trainer)
+    unused = ("vision_tower.encoder.layers.2.", "vision_tower.post_layernorm.", "embed_tokens")
+    for name, difference in found.items():
+        if module_of(name) in trains and not any(part in name for part in unused):
+            # a key bias moves every score of a row alike: its gradient is rounding
+            assert difference.abs().max() > 0 or name.endswith("k_proj.bias"), name
+        elif module_of(name) not in trains:
+            assert difference.abs().max() == 0, name
+
+
+def test_the_control_sees_no_visual_loss(tmp_path):
+    """visual_loss_coef = 0 is the language loss alone: the VM head may be anything."""
+    one = build_trainer(tmp_path, visual_loss_coef=0)
+    other = build_trainer(tmp_path, visual_loss_coef=0)
+    torch.nn.init.normal_(other.model.model.vm_head.weight)
+    first, second = update(one), update(other)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_logged_values_are_exact_means(tmp_path):
+    """Over two optimizer steps of unequal micro-batches, against one evaluation of all rows."""
+    rows = build_rows()
+    trainer = build_trainer(
+        tmp_path,
+        rows,
+        learning_rate=0.0,
+        max_steps=2,
+        logging_steps=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+    )
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "lm_loss" in entry)
+    trainer.args.per_device_eval_batch_size = 3
+    evaluated = trainer.evaluate(rows)
+    names = (
+        "lm_loss",
+        "visual_loss",
+        "visual_token_entropy",
+        "mean_visual_token_entropy",
+        "blank_top_words",
+        "head_agreement",
+    )
+    for name in names:
+        assert logged[name] == pytest.approx(evaluated[f"eval_{name}"], rel=1e-5), name
+    assert evaluated["eval_loss"] == pytest.approx(evaluated["eval_lm_loss"] + evaluated["eval_visual_loss"])
+    assert logged["samples_per_second"] > 0 and logged["image_tokens_per_second"] > 0
+    batch = trainer.data_collator(list(rows))
+    probs = trainer.model(**batch, output_visual_logits=True).visual_logits.softmax(-1)
+    assert evaluated["eval_visual_token_entropy"] == pytest.approx(
+        torch.special.entr(probs).sum(-1).mean().item(), rel=1e-4
+    )
+    assert evaluated["eval_mean_visual_token_entropy"] == pytest.approx(
+        torch.special.entr(probs.mean(0)).sum().item(), rel=1e-4
+    )
+
+
+RESUMED = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-2}
+RESUMED |= {"per_device_train_batch_size": 2, "lr_scheduler_type": "cosine", "train_sampling_strategy": "random"}
+KILLED = textwrap.dedent(
+    """
+    import os, signal, sys
+    from training_setup import build_trainer
+    from transformers import TrainerCallback
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer = build_trainer(sys.argv[1], **SETTINGS)
+    trainer.add_callback(Kill())
+    trainer.train()
+    """
+)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
+    """SIGKILL in the middle of stage IV, two steps after a checkpoint."""
+    whole = build_trainer(tmp_path / "whole", **RESUMED)
+    whole.train()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    code = KILLED.replace("SETTINGS", repr(RESUMED))
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "killed")], env=environment, timeout=300)
+    assert result.returncode == -9
+    assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-3"]
+    resumed = build_trainer(tmp_path / "killed", **RESUMED)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+    for (name, a), b in zip(weights(whole.model).items(), weights(resumed.model).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_resuming_from_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
+    trainer = build_trainer(tmp_path, **RESUMED | {"max_steps": 3})
+    trainer.train()
+    path = tmp_path / "checkpoint-3" / "model.safetensors"
+    from safetensors.torch import save_file
+
+    tensors = load_file(path)
+    del tensors["model.multi_modal_projector.linear_1.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing \['model.multi_modal_projector.linear_1.weight'\]"):
+        build_trainer(tmp_path, **RESUMED).train(resume_from_checkpoint=True)
+
+
+def test_the_saved_folder_is_a_complete_model(tmp_path):
+    from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
+
+    trainer = build_trainer(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors", "modeling_vtlmm.py", "processing_vtlmm.py"} <= names
+    assert {"processor_config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    loaded = VTLMMForConditionalGeneration.from_pretrained(tmp_path)
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights(trainer.model).values(), weights(loaded).values(), strict=True)
+    )
+    assert VTLMMProcessor.from_pretrained(tmp_path).num_image_tokens(28, 28) == 4
+
+
+def test_the_projector_can_have_its_own_learning_rate(tmp_path):
+    slow = update(build_trainer(tmp_path, stage="decoder", projector_learning_rate=1.0))
+    same = update(build_trainer(tmp_path, stage="decoder"))
+    for name in same:
+        factor = 0.1 if "multi_modal_projector" in name else 1.0
+        torch.testing.assert_close(slow[name], factor * same[name], atol=1e-4, rtol=1e-3)
+
+
+# ---- Settings ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stage": "IV"}, "Unknown stage 'IV'. There are projector, decoder, visual_head, joint"),
+        ({"stage": "joint", "trainable_modules": ["adapter"]}, "Unknown modules to train: adapter"),
+        ({"stage": "joint", "trainable_modules": []}, "at least one module"),
+        ({"stage": "projector", "lm_loss_coef": 0}, "Both losses have weight 0"),
+        ({"stage": "joint", "visual_loss_coef": -1}, "must not be negative"),
+        ({"stage": "joint", "visual_student": "decoder"}, "must be 'vm_head' or 'lm_head'"),
+        ({"stage": "joint", "vm_head_init": "zeros"}, "`vm_head_init` is 'zeros'"),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_loaded(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        VTLMMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_stage_defaults(tmp_path):
+    config = VTLMMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, stage="visual_head")
+    assert (config.learning_rate, config.vm_head_init, config.bf16) == (1e-3, "lm_head", False)
+    early = resolve_stage("projector", visual_loss_coef=1.0)
+    assert early.visual_student == "lm_head" and early.trains == ("multi_modal_projector",)
+
+
+def test_the_plan_says_what_learns(build_model):
+    from vtlmm.train.stages import set_trainable
+
+    model = build_model()
+    stage = resolve_stage("joint", visual_loss_coef=0.5)
+    set_trainable(model, stage)
+    text = describe(model, stage)
+    assert "1 · L_lm + 0.5 · L_vm [KL(p ‖ q), vm_head teaches]" in text and "changed from the paper's row" in text
+    head = model.lm_head.weight.numel()
+    assert f"{head:,} parameters" in text
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    decoder = sum(p.numel() for p in model.model.language_model.parameters())
+    assert learning == decoder + head
+
+
+def test_tied_embeddings_learn_as_one(build_model):
+    from vtlmm.train.stages import set_trainable
+
+    model = build_model("qwen2")
+    set_trainable(model, resolve_stage("joint", trainable_modules=["lm_head"]))
+    assert model.get_input_embeddings().weight.requires_grad
+    set_trainable(model, STAGES["visual_head"])
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["model.vm_head.weight"]

@@ -1,0 +1,76 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""A tiny training run, for the tests and for the processes that they start."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import torch
+from conftest import WORDS, build_config, build_processor
+from datasets import Dataset, Image
+from datasets import List as ListFeature
+from PIL import Image as PILImage
+
+from modeling_vtlmm import VTLMMForConditionalGeneration
+from vtlmm.train.config import VTLMMTrainingConfig
+from vtlmm.train.trainer import VTLMMTrainer
+
+
+IMAGES_PER_ROW = (1, 0, 2, 1, 0, 3, 1, 1)
+
+
+def build_rows(images_per_row=IMAGES_PER_ROW, seed: int = 0) -> Dataset:
+    """Conversations of different lengths, about different numbers of pictures of random colours, none in some."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for number in images_per_row:
+        length = int(torch.randint(1, 6, (1,), generator=generator))
+        words = [WORDS[int(i)] for i in torch.randint(4, len(WORDS), (2 * length,), generator=generator)]
+        colours = torch.randint(0, 256, (number, 3), generator=generator).tolist()
+        images = [PILImage.new("RGB", (28, 28), tuple(colour)) for colour in colours]
+        question = [{"type": "image", "text": None}] * number + [{"type": "text", "text": " ".join(words[:length])}]
+        answer = [{"type": "text", "text": " ".join(words[length:])}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows.append({"messages": messages, "images": images, "num_context_messages": 0})
+    return Dataset.from_list(rows).cast_column("images", ListFeature(Image()))
+
+
+def build_trainer(output_dir: Path, rows: Dataset | None = None, model_options: dict | None = None, **settings):
+    """A trainer on a tiny random model (seeded); SGD, so that one step shows the gradient."""
+    torch.manual_seed(0)
+    model = VTLMMForConditionalGeneration(build_config(**(model_options or {})))
+    with torch.no_grad():  # see `build_model`
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    model.initialize_vm_head("random")
+    defaults = {
+        "optim": "sgd",
+        "learning_rate": 10.0,  # a large step, so that the update is not lost in the rounding of the weights
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "max_grad_norm": 0.0,
+        "max_steps": 1,
+        "per_device_train_batch_size": 8,
+        "train_sampling_strategy": "sequential",
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "vm_head_init": "keep",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    args = VTLMMTrainingConfig(output_dir=str(output_dir), **{**defaults, **settings})
+    with contextlib.redirect_stdout(io.StringIO()):
+        return VTLMMTrainer(
+            model=model,
+            args=args,
+            train_dataset=build_rows() if rows is None else rows,
+            processing_class=build_processor(),
+        )
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    """A copy of all weights."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

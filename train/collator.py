@@ -1,0 +1,198 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Rows to batches: chat template, image tokens, and labels on the answers only."""
+
+import re
+
+import torch
+from transformers.utils.chat_template_utils import render_jinja_template
+
+
+def answer_template(processor) -> str:
+    """
+    The chat template of `processor`, which must mark the answers: they are what is supervised.
+
+    Raises:
+        `ValueError`: for a template without generation marks, or a tokenizer that does not give offsets.
+    """
+    template = processor.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template or not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        raise ValueError(
+            "The processor's chat template does not mark the answers, so nothing says what is supervised: put {% "
+            "generation %} … {% endgeneration %} around an answer and its end-of-turn token in chat_template.jinja, "
+            "or make the model with `vtlmm compose --chat-template vicuna_v1` (or mistral)."
+        )
+    if not processor.tokenizer.is_fast:
+        raise ValueError("The answers are found by character offsets: load a fast tokenizer (tokenizer.json).")
+    return template
+
+
+def encode_messages(processor, messages: list[dict], num_context_messages: int = 0):
+    r"""
+    Token ids of one conversation, and which of them are supervised.
+
+    Every picture is ONE image token here. To repeat it gives the same ids as to repeat its text before tokenizing,
+    since it is a token by itself, and costs no time.
+
+    Args:
+        processor ([`VTLMMProcessor`])
+        messages (`list[dict]`): `role` and `content`, a string or a list of `{"type", "text"}`. Is not changed.
+        num_context_messages (`int`, *optional*, defaults to 0): answers among the first so many are not supervised.
+
+    Returns:
+        `tuple[torch.LongTensor, torch.BoolTensor]`, both of shape `(sequence_length,)`.
+
+    Raises:
+        `ValueError`: when the template refuses the conversation, leaves an answer unmarked, or BOS stands twice.
+    """
+    tokenizer, template = processor.tokenizer, answer_template(processor)
+    # A loaded dataset fills the keys that a part does not have with None, and templates ask for the keys
+    messages = [{**m, "content": _without_empty_keys(m["content"])} for m in messages]
+    try:
+        texts, spans = render_jinja_template(
+            [messages],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"the chat template refuses it: {error}") from error
+    text, spans = texts[0], spans[0]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(spans) != len(answers):
+        raise ValueError(f"the chat template marks {len(spans)} answers where there are {len(answers)}")
+    # As the processor does it for generation: a template may write BOS itself
+    bos = tokenizer.bos_token
+    encoding = tokenizer(
+        text, add_special_tokens=not (bos and text.startswith(bos)), return_offsets_mapping=True, verbose=False
+    )
+    input_ids = torch.tensor(encoding["input_ids"])
+    if bos and bos != tokenizer.eos_token and (input_ids == tokenizer.bos_token_id).sum() > 1:
+        raise ValueError(f"{bos!r} stands in it more than once: it is in a text, or inside the chat template")
+    token_starts, token_ends = torch.tensor(encoding["offset_mapping"]).unbind(-1)
+    supervised = torch.zeros_like(input_ids, dtype=torch.bool)
+    for index, (start, end) in zip(answers, spans, strict=True):
+        if index >= num_context_messages:
+            supervised |= (token_starts < end) & (token_ends > start)
+    return input_ids, supervised & (input_ids != processor.image_token_id)
+
+
+def _without_empty_keys(content):
+    if isinstance(content, str):
+        return content
+    return [{key: value for key, value in part.items() if value is not None} for part in content]
+
+
+def describe_row(row: dict) -> str:
+    """How an error names a row that has lost its index: by its first words and its pictures' files."""
+    texts = [m["content"] if isinstance(m["content"], str) else _first_text(m["content"]) for m in row["messages"]]
+    words = next((text for text in texts if text), "")
+    # A picture that is not decoded yet is a dict; one from bytes has no file
+    files = [i.get("path") if isinstance(i, dict) else getattr(i, "filename", None) for i in row["images"]]
+    files = ", ".join(file for file in files if file)
+    return f"the row that begins {words[:60]!r}" + (f" (picture {files})" if files else "")
+
+
+def _first_text(parts: list[dict]) -> str | None:
+    return next((part["text"] for part in parts if part.get("text")), None)
+
+
+class VTLMMCollator:
+    r"""
+    Makes a batch of rows as [`load_rows`] gives them. Pads on the right, cuts nothing.
+
+    Targets are the tokens between the generation marks of the chat template: answers with their end-of-turn token.
+    Image tokens, BOS and padding never are.
+
+    Args:
+        processor ([`VTLMMProcessor`])
+        max_length (`int`, *optional*): longest row in tokens, image tokens included; a longer one is an error.
+        pad_to_multiple_of (`int`, *optional*)
+
+    Returns, when called on a `list[dict]`:
+        `dict`: `input_ids`, `attention_mask` and `labels` (-100 where there is no target), each a `torch.LongTensor`
+        of shape `(batch_size, sequence_length)`, and `pixel_values`, a `torch.FloatTensor` of shape
+        `(num_images, 3, height, width)` with the pictures of row 0 first; absent when no row has one.
+
+    Raises:
+        `ValueError`: for a chat template without generation marks, and for a row that is too long, has no target, or
+        whose pictures are not as many as its marks.
+    """
+
+    def __init__(self, processor, max_length: int | None = None, pad_to_multiple_of: int | None = None):
+        answer_template(processor)
+        self.processor = processor
+        self.max_length = max_length
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        packs = [row["rows"] for row in rows] if "rows" in rows[0] else None
+        rows = [row for pack in packs for row in pack] if packs else rows
+        images = [image.convert("RGB") for row in rows for image in row["images"]]
+        tokens_per_image, pictures = 1, {}
+        if images:
+            pixel_values = self.processor.image_processor(images, return_tensors="pt")["pixel_values"].float()
+            tokens_per_image = self.processor.num_image_tokens(*pixel_values.shape[-2:])
+            pictures = {"pixel_values": pixel_values}
+        encoded = [self._encode(row, tokens_per_image) for row in rows]
+        batch = self._pad(encoded) if packs is None else self._pack(encoded, [len(pack) for pack in packs])
+        return {**batch, **pictures}
+
+    def _encode(self, row: dict, tokens_per_image: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and labels of one row, with all its image tokens; both of shape `(sequence_length,)`."""
+        try:
+            input_ids, supervised = encode_messages(
+                self.processor, row["messages"], row.get("num_context_messages") or 0
+            )
+        except ValueError as error:
+            raise ValueError(f"{describe_row(row)}: {error}") from error
+        is_image = input_ids == self.processor.image_token_id
+        if is_image.sum() != len(row["images"]):
+            raise ValueError(
+                f"{describe_row(row)} has {int(is_image.sum())} image marks and {len(row['images'])} pictures: give "
+                "every picture one mark. `vtlmm data check` lists all such rows."
+            )
+        repeats = torch.where(is_image, tokens_per_image, 1)
+        if self.max_length is not None and repeats.sum() > self.max_length:
+            raise ValueError(
+                f"{describe_row(row)} is {int(repeats.sum())} tokens long, more than max_length={self.max_length}: "
+                "raise max_length, or drop such rows (bad_rows: skip). Rows are never cut."
+            )
+        if not supervised.any():
+            raise ValueError(f"{describe_row(row)} has no target: its answers are empty or all of them are context.")
+        labels = torch.where(supervised, input_ids, -100)
+        return input_ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
+
+    def _pack(self, encoded: list[tuple[torch.Tensor, torch.Tensor]], num_rows: list[int]) -> dict[str, torch.Tensor]:
+        """Rows behind each other. Positions restart with each, which tells attention where a row begins; padding is a
+        row of its own that begins nowhere (position 1), and without an attention mask nothing else marks it."""
+        rows = iter(encoded)
+        packs = [[next(rows) for _ in range(number)] for number in num_rows]
+        joined = [tuple(torch.cat(column) for column in zip(*pack, strict=True)) for pack in packs]
+        batch = self._pad(joined)
+        position_ids = torch.ones_like(batch["input_ids"])
+        for i, pack in enumerate(packs):
+            positions = torch.cat([torch.arange(len(input_ids)) for input_ids, _ in pack])
+            position_ids[i, : len(positions)] = positions
+        del batch["attention_mask"]
+        return {**batch, "position_ids": position_ids}
+
+    def _pad(self, encoded: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        tokenizer = self.processor.tokenizer
+        # attention_mask says what is padding, so any id serves
+        pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        length = max(len(input_ids) for input_ids, _ in encoded)
+        if self.pad_to_multiple_of:
+            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(encoded), length)
+        batch = {
+            "input_ids": torch.full(shape, pad_token_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.full(shape, -100),
+        }
+        for i, (input_ids, labels) in enumerate(encoded):
+            batch["input_ids"][i, : len(input_ids)] = input_ids
+            batch["attention_mask"][i, : len(input_ids)] = 1
+            batch["labels"][i, : len(labels)] = labels
+        return batch

@@ -1,0 +1,90 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Settings of a training run: TRL's, with the stage and its losses."""
+
+from dataclasses import dataclass, field
+
+import torch
+from trl import SFTConfig
+
+from .stages import Stage, resolve_stage
+
+
+@dataclass
+class VTLMMTrainingConfig(SFTConfig):
+    r"""
+    Configuration of a [`VTLMMTrainer`]: every setting of TRL's [`SFTConfig`], and those of one VT-LMM stage.
+
+    Parameters:
+        stage (`str`, *optional*, defaults to `"joint"`):
+            `"projector"` (I), `"decoder"` (II), `"visual_head"` (III) or `"joint"` (IV): the row of `STAGES`.
+        trainable_modules (`list[str]`, *optional*):
+            Modules that learn, instead of the row's.
+        lm_loss_coef, visual_loss_coef (`float`, *optional*):
+            Weights of the losses, instead of the row's. `visual_loss_coef=0` in stage IV is the control of the paper's
+            claim.
+        visual_student (`str`, *optional*):
+            Head that the visual loss teaches, `"vm_head"` or `"lm_head"`, instead of the row's.
+        detach_visual_teacher (`bool`, *optional*, defaults to `True`):
+            Whether the teacher's side of the visual loss is a constant.
+        vm_head_init (`str`, *optional*):
+            What the VM head starts from: `"lm_head"`, `"input_embeddings"`, `"random"`, or `"keep"`. Defaults to
+            `"lm_head"` in stage III (the decoder has learnt since the checkpoint was composed), else to `"keep"`.
+        projector_learning_rate (`float`, *optional*):
+            Learning rate of the projector where it differs (LLaVA's LoRA recipe: 2e-5 beside 2e-4).
+
+    > Defaults other than TRL's: `learning_rate` (the stage's), `lr_scheduler_type` (cosine), `warmup_steps` (0.03 of
+    > the steps), `max_length` (2048, and a longer row is refused, never cut), `bf16` (where the GPU has it),
+    > `remove_unused_columns` (`False`).
+
+    Raises:
+        `ValueError`: for a stage that does not exist or cannot learn.
+    """
+
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Initial learning rate; the stage's if unset."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
+    max_length: int | None = field(default=2048, metadata={"help": "Longest row in tokens; longer ones are refused."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Drop columns the model cannot use."})
+
+    stage: str = field(default="joint", metadata={"help": "projector, decoder, visual_head or joint (I to IV)."})
+    trainable_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that learn, if not the stage's."}
+    )
+    lm_loss_coef: float | None = field(default=None, metadata={"help": "Weight of L_lm, if not the stage's."})
+    visual_loss_coef: float | None = field(default=None, metadata={"help": "Weight of L_vm, if not the stage's."})
+    visual_student: str | None = field(default=None, metadata={"help": "Head that L_vm teaches, if not the stage's."})
+    detach_visual_teacher: bool = field(default=True, metadata={"help": "Whether the teacher of L_vm is a constant."})
+    vm_head_init: str | None = field(
+        default=None, metadata={"help": "lm_head, input_embeddings, random or keep; lm_head by default in stage III."}
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector, if it differs."}
+    )
+
+    def __post_init__(self):
+        stage = self.resolved_stage()
+        if self.learning_rate is None:
+            self.learning_rate = stage.learning_rate
+        if self.vm_head_init is None:
+            self.vm_head_init = "lm_head" if self.stage == "visual_head" else "keep"
+        if self.vm_head_init not in ("lm_head", "input_embeddings", "random", "keep"):
+            raise ValueError(
+                f"`vm_head_init` is {self.vm_head_init!r}; it must be lm_head, input_embeddings, random or keep."
+            )
+        if self.bf16 is None and not self.fp16:
+            # TRL would switch bf16 on everywhere and stop on a machine without a GPU
+            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.use_cpu
+        super().__post_init__()
+
+    def resolved_stage(self) -> Stage:
+        """The stage's row with this run's changes."""
+        return resolve_stage(
+            self.stage,
+            self.trainable_modules,
+            self.lm_loss_coef,
+            self.visual_loss_coef,
+            self.visual_student,
+            self.detach_visual_teacher,
+        )

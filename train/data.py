@@ -1,0 +1,308 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Training data of several forms, as rows of one form: `messages`, `images`, `num_context_messages`."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+
+from datasets import Dataset, Features, Image, IterableDataset, List, ReadInstruction, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+
+
+ROW_FEATURES = Features(
+    {
+        "messages": List(
+            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+        ),
+        "images": List(Image()),
+        "num_context_messages": Value("int64"),
+    }
+)
+FORMS = (
+    "`messages` (role/content), `prompt` and `completion`, LLaVA's `conversations` (from/value), `questions` and "
+    "`answers`, `question` and `answer`, or a picture with a `caption` or `text`; pictures in `images` or `image`"
+)
+ROLES = {"human": "user", "gpt": "assistant"}
+# A caption answers something: without a question the chat template would have an empty turn
+CAPTION_QUESTION = "Describe the picture."
+IMAGE_MARK = re.compile(r"\s*<image>\s*")
+
+
+@dataclass
+class DataConfig:
+    r"""
+    The data of a training run.
+
+    Parameters:
+        dataset (`str`): a `.json`, `.jsonl` or `.parquet` file, a folder, or a Hub dataset id.
+        dataset_config (`str`, *optional*): name of the configuration, where the Hub dataset has several.
+        dataset_split (`str`, *optional*, defaults to `"train"`): split, or a slice of one as in `"train[:2000]"`. A
+            file is one split, `"train"`.
+        eval_dataset (`str`, *optional*): data for evaluation, if from elsewhere.
+        eval_split (`str`, *optional*): its split (by default `"train"`); alone, a split of `dataset`.
+        image_folder (`str`, *optional*): where the pictures' paths start, by default beside the file that names them.
+        streaming (`bool`, *optional*, defaults to `False`): read while training, keep nothing on the disk.
+        max_rows (`int`, *optional*): only the first so many rows of each split.
+        check_data (`bool`, *optional*, defaults to `True`): look at every row and picture before training.
+        bad_rows (`str`, *optional*, defaults to `"raise"`): what the check does with broken rows, or `"skip"`.
+
+    Raises:
+        `ValueError`: without a dataset, or for another value of `bad_rows`.
+    """
+
+    dataset: str | None = field(default=None, metadata={"help": "File (.json, .jsonl, .parquet), folder or Hub id."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split, or a slice of one: train[:2000]."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Data for evaluation, if from elsewhere."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split for evaluation."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder where the pictures' paths start."})
+    streaming: bool = field(default=False, metadata={"help": "Read while training, keep nothing on the disk."})
+    max_rows: int | None = field(default=None, metadata={"help": "Only the first so many rows of each split."})
+    check_data: bool = field(default=True, metadata={"help": "Look at all rows and pictures before training."})
+    bad_rows: str = field(default="raise", metadata={"help": "What to do with broken rows: raise or skip."})
+
+    def __post_init__(self):
+        if not self.dataset:
+            raise ValueError("`dataset` is not set: name a .json, .jsonl or .parquet file, a folder or a Hub dataset.")
+        if self.bad_rows not in ("raise", "skip"):
+            raise ValueError(f"`bad_rows` is {self.bad_rows!r}; it must be raise or skip.")
+
+
+def load_rows(config: DataConfig, split: str = "train") -> Dataset | IterableDataset | None:
+    r"""
+    The rows of one split, in their order; the columns are those of `ROW_FEATURES`. No picture is decoded.
+
+    - `messages`: `role` and `content`, a list of `{"type", "text"}` (text is None for a picture, and for what is no
+      text). An `<image>` in a text becomes a part in its place, without the white space around it, which the chat
+      template writes; a row with pictures and no `<image>` has them at the start of the first question.
+    - `images`: decoded when a row is read; empty for a row without pictures.
+    - `num_context_messages`: the first so many messages are given, so answers in them are not supervised.
+
+    Args:
+        config ([`DataConfig`])
+        split (`str`, *optional*, defaults to `"train"`): or `"eval"`, which is None when the config names none.
+
+    Raises:
+        `ValueError`: for a row of no known form, a file that is not JSON, or picture paths that start nowhere.
+        `FileNotFoundError`: for a missing file.
+    """
+    name, part = config.dataset, config.dataset_split
+    if split == "eval":
+        if config.eval_dataset is None and config.eval_split is None:
+            return None
+        name, part = config.eval_dataset or config.dataset, config.eval_split or "train"
+    path = Path(name)
+    is_file = path.suffix in (".json", ".jsonl", ".parquet")
+    if is_file and not path.is_file():
+        raise FileNotFoundError(f"{name}: there is no such file (dataset, eval_dataset).")
+    folder = config.image_folder or (path.parent if is_file else path if path.is_dir() else None)
+    folder = None if folder is None else os.path.abspath(folder)
+    if path.suffix in (".json", ".jsonl"):
+        return _first_rows(_load_json(path, part, folder, config.streaming), config.max_rows)
+    if is_file:
+        dataset = load_dataset("parquet", data_files=name, split=part, streaming=config.streaming)
+    else:
+        dataset = load_dataset(name, config.dataset_config, split=part, streaming=config.streaming)
+    return _convert_table(_first_rows(dataset, config.max_rows), name, folder)
+
+
+def _first_rows(dataset, max_rows: int | None):
+    if max_rows is None:
+        return dataset
+    return dataset.take(max_rows if isinstance(dataset, IterableDataset) else min(max_rows, len(dataset)))
+
+
+# ---- JSON files. Read by Python: Arrow wants one type per column, and LLaVA's files mix them ----
+
+
+def _read_json(path: Path):
+    """The records of a `.json` list or of the lines of a `.jsonl` file."""
+    with open(path, encoding="utf-8") as file:
+        if path.suffix == ".json":
+            try:
+                records = json.load(file)
+            except ValueError as error:
+                raise ValueError(f"{path} is not JSON: {error}. With one record a line, name it .jsonl.") from error
+            if not isinstance(records, list):
+                raise ValueError(f"{path} must hold a list of records, not a {type(records).__name__}.")
+            yield from records
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+
+
+def _json_rows(path: str, folder: str):
+    for index, record in enumerate(_read_json(Path(path))):
+        yield convert_row(record, index, path, folder)
+
+
+def _load_json(path: Path, split: str, folder: str, streaming: bool):
+    arguments = {"path": str(path), "folder": folder}
+    if streaming:
+        if split != "train":
+            raise ValueError(f"{path}: a stream of a JSON file has the split train only, not {split!r}.")
+        return IterableDataset.from_generator(_json_rows, features=ROW_FEATURES, gen_kwargs=arguments)
+    state = path.stat()
+    fingerprint = _fingerprint(path.resolve(), state.st_size, state.st_mtime_ns, folder)
+    try:
+        rows = Dataset.from_generator(_json_rows, features=ROW_FEATURES, gen_kwargs=arguments, fingerprint=fingerprint)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise
+    [part] = ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+    return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
+
+
+def _fingerprint(*state) -> str:
+    """Names the cache of converted rows. `datasets` knows functions by their name only: after a change of this file it
+    would go on with old rows."""
+    return Hasher.hash([Path(__file__).read_text(encoding="utf-8"), *map(str, state)])
+
+
+# ---- Tables: parquet files, folders, the Hub ----
+
+
+def _convert_table(dataset, source: str, folder: str | None):
+    arguments = {"source": source, "folder": folder}
+    if isinstance(dataset, IterableDataset):
+        dataset = dataset if dataset.features is None else dataset.decode(False)
+        # A stream decodes pictures where its features are applied, which is once: so not in `map`
+        rows = dataset.map(convert_row, with_indices=True, fn_kwargs=arguments, remove_columns=dataset.column_names)
+        return rows.select_columns(list(ROW_FEATURES)).cast(ROW_FEATURES)
+    for column in ("image", "images"):
+        feature = dataset.features.get(column)
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), Image):
+            dataset = dataset.cast_column(column, List(Image(decode=False)))
+    return dataset.map(
+        convert_row,
+        with_indices=True,
+        fn_kwargs=arguments,
+        remove_columns=dataset.column_names,
+        features=ROW_FEATURES,
+        new_fingerprint=_fingerprint(dataset._fingerprint, source, folder),
+        desc=f"Reading {source}",
+    )
+
+
+# ---- One row ----
+
+
+def convert_row(row: dict, index: int, source: str, folder: str | None) -> dict:
+    r"""
+    One row of any known form as `messages`, `images`, `num_context_messages`.
+
+    What is broken inside a known form stays broken, for the check to find and name.
+
+    Args:
+        row (`dict`), index (`int`), source (`str`): the row, and how an error names it.
+        folder (`str`, *optional*): where relative paths of pictures start; absolute.
+
+    Raises:
+        `ValueError`: for a row of no known form, or a relative path without a folder.
+    """
+    where = f"{source}, row {index}"
+    row = dict(row) if isinstance(row, Mapping) else {}
+    # Every row of a table has all columns: an empty one does not decide the form
+    given = {key for key, value in row.items() if value is not None}
+    images = _as_list(row["images"] if "images" in given else row.get("image"))
+    num_context_messages = 0
+    if "messages" in given or "conversations" in given:
+        messages = _messages(row["messages"] if "messages" in given else row["conversations"])
+    elif "prompt" in given and "completion" in row:
+        context = _messages(row["prompt"], "user")
+        num_context_messages = len(context)
+        messages = context + _messages(row["completion"], "assistant")
+    elif "questions" in given and "answers" in row:
+        messages = _turns(row["questions"], row["answers"])
+    elif "question" in given and "answer" in row:
+        messages = _turns(row["question"], row["answer"])
+    elif images and given & {"caption", "text"}:
+        messages = _turns(CAPTION_QUESTION, row["caption"] if "caption" in given else row["text"])
+    else:
+        raise ValueError(f"{where} has only {sorted(given)}, which is no known form. A row needs {FORMS}.")
+    if images and not any(part["type"] == "image" for message in messages for part in message["content"]):
+        first = next((message for message in messages if message["role"] == "user"), {"content": []})
+        first["content"] = [{"type": "image", "text": None} for _ in images] + first["content"]
+    return {
+        "messages": messages,
+        "images": [_image(image, where, folder) for image in images],
+        "num_context_messages": num_context_messages,
+    }
+
+
+def _as_list(value) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _turns(questions, answers) -> list[dict]:
+    turns = zip_longest(_as_list(questions), _as_list(answers))
+    return [m for q, a in turns for m in (_message("user", q), _message("assistant", a))]
+
+
+def _messages(value, role: str | None = None) -> list[dict]:
+    """`value` is a list of messages, or where `role` is given a text of it."""
+    if role is not None and not isinstance(value, list):
+        return [_message(role, value)]
+    turns = [turn if isinstance(turn, dict) else {} for turn in _as_list(value)]
+    return [_message(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]
+
+
+def _message(role, content) -> dict:
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    flat = []
+    for part in parts:
+        part = part if isinstance(part, dict) else {"type": "text", "text": part}
+        if part.get("type") == "text":
+            flat += _text_parts(part.get("text"))
+        else:
+            flat.append({"type": _string(part.get("type")), "text": None})
+    return {"role": ROLES.get(_string(role), _string(role)), "content": flat}
+
+
+def _text_parts(text) -> list[dict]:
+    """A text with `<image>` marks as parts of a message."""
+    text = _string(text)
+    if text is None:
+        return [{"type": "text", "text": None}]
+    parts = []
+    for i, piece in enumerate(IMAGE_MARK.split(text)):
+        if i:
+            parts.append({"type": "image", "text": None})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def _string(value) -> str | None:
+    """None for what is no string, or one with a lone surrogate, which Arrow cannot hold."""
+    if not isinstance(value, str) or any("\ud800" <= character <= "\udfff" for character in value):
+        return None
+    return value
+
+
+def _image(value, where: str, folder: str | None) -> dict:
+    """`{"path", "bytes"}`. A relative path that leaves `folder` keeps a `..`, by which the check knows it."""
+    if isinstance(value, dict) and (value.get("bytes") is not None or value.get("path") is not None):
+        return {"path": value.get("path"), "bytes": value.get("bytes")}
+    if isinstance(value, bytes):
+        return {"path": None, "bytes": value}
+    if not isinstance(value, str):
+        return {"path": str(value)[:60], "bytes": None}
+    if os.path.isabs(value):
+        return {"path": os.path.normpath(value), "bytes": None}
+    if folder is None:
+        raise ValueError(f"{where} names the picture {value!r}: set image_folder to where such paths start.")
+    path = os.path.relpath(os.path.join(folder, value), folder)
+    return {"path": os.path.join(folder, path), "bytes": None}

@@ -1,0 +1,87 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""LoRA, DoRA and quantised bases: one table of what is quantised, what gets an adapter and what is saved in full."""
+
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from transformers import BitsAndBytesConfig
+
+from .stages import Stage
+
+
+# Only the decoder's projections: CLIP has modules of the same names, and `all-linear` reaches the tower too.
+DECODER_PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+
+# module: (quantised with the base, how it learns when a stage trains it)
+MODULE_TABLE = {
+    "vision_tower": (False, "full"),
+    "multi_modal_projector": (False, "full"),
+    "vm_head": (False, "full"),
+    "language_model": (True, "adapter"),
+    "lm_head": (False, "full"),
+}
+# bitsandbytes matches a name against the whole path, so a bare "vision_tower" would be ignored; the list replaces
+# the library's own, which keeps the head.
+NOT_QUANTISED = [
+    f"model.{name}" if name != "lm_head" else name for name, (quantised, _) in MODULE_TABLE.items() if not quantised
+]
+
+
+@dataclass
+class AdapterConfig:
+    """How the decoder is held in memory and how it learns. Fields of the recipe's YAML."""
+
+    quantization: str = field(default="none", metadata={"help": "The decoder in memory: none, nf4 or int8."})
+    adapter: str = field(default="none", metadata={"help": "none (full training), lora or dora: on the decoder."})
+    lora_r: int = field(default=128, metadata={"help": "Rank; LLaVA-1.5's LoRA recipe has 128."})
+    lora_alpha: int = field(default=256, metadata={"help": "Scale of the adapter, LLaVA-1.5's recipe has 256."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: str = field(
+        default=DECODER_PROJECTIONS, metadata={"help": "Regular expression on full module names."}
+    )
+
+    def __post_init__(self):
+        if self.quantization not in ("none", "nf4", "int8"):
+            raise ValueError(f"`quantization` is {self.quantization!r}; it must be none, nf4 or int8.")
+        if self.adapter not in ("none", "lora", "dora"):
+            raise ValueError(f"`adapter` is {self.adapter!r}; it must be none, lora or dora.")
+        if self.quantization != "none" and self.adapter == "none":
+            raise ValueError("A quantised decoder cannot learn in full: set `adapter` to lora or dora.")
+
+
+def quantization_config(config: AdapterConfig, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How the base is loaded; the tower, the projector and both heads are never quantised."""
+    if config.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+            llm_int8_skip_modules=NOT_QUANTISED,
+        )
+    if config.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTISED)
+    return None
+
+
+def peft_config(config: AdapterConfig, stage: Stage) -> LoraConfig | None:
+    """
+    The adapter of a stage: LoRA or DoRA on the decoder if the stage trains it, its other modules in full.
+
+    In stages I and III the decoder rests: the adapter only carries the modules that are saved in full.
+    """
+    if config.adapter == "none":
+        return None
+    in_full = [name for name in stage.trains if MODULE_TABLE[name][1] == "full"]
+    with_adapter = "language_model" in stage.trains
+    return LoraConfig(
+        r=config.lora_r if with_adapter else 1,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout if with_adapter else 0.0,
+        use_dora=config.adapter == "dora" and with_adapter,
+        target_modules=config.lora_target_modules if with_adapter else DUMMY_TARGET_MODULES,
+        modules_to_save=in_full or None,
+        task_type="CAUSAL_LM" if with_adapter else None,
+    )

@@ -1,0 +1,175 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""One training run from its settings: load, check the data, train, save, and write down what was done."""
+
+import difflib
+import json
+import re
+import time
+import warnings
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import IterableDataset
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+
+from .config import VTLMMTrainingConfig
+from .data import DataConfig, load_rows
+from .data_check import check_rows, checked_stream
+from .qlora import AdapterConfig, peft_config, quantization_config
+from .stages import describe
+from .trainer import VTLMMTrainer
+
+
+RUN_RECORD = "vtlmm_run.json"
+
+
+@dataclass
+class ModelConfig:
+    """What is trained: a VT-LMM folder or Hub id, and how it is loaded."""
+
+    model: str = field(
+        metadata={"help": "Folder or Hub id of a VT-LMM (`vtlmm compose` and `vtlmm convert` make one)."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a Hub id."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Type of the weights. AdamW loses small steps in bfloat16."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, …"})
+
+
+CONFIGS = (ModelConfig, DataConfig, AdapterConfig, VTLMMTrainingConfig)
+
+
+def read_settings(path: str | Path, overrides: list[str] = ()) -> dict:
+    """
+    The settings of a YAML recipe, with `key=value` pairs (the value in YAML) on top.
+
+    Raises:
+        `ValueError`: for a key that no configuration has, with the nearest one that exists.
+    """
+    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign:
+            raise ValueError(f"{override!r} is not of the form key=value.")
+        settings[key] = yaml.safe_load(value)
+    known = [f.name for config in CONFIGS for f in fields(config) if f.init]
+    for key, value in settings.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise ValueError(f"{path}: there is no setting {key!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+            settings[key] = float(value)  # YAML reads 2e-5 as text
+        if value is False and key.endswith("_strategy"):
+            settings[key] = "no"  # and an unquoted no as false
+    return settings
+
+
+def parse_settings(settings: dict) -> tuple[ModelConfig, DataConfig, AdapterConfig, VTLMMTrainingConfig]:
+    """The four configurations of a run."""
+    return HfArgumentParser(CONFIGS).parse_dict(settings)
+
+
+def prepare_dataset(data: DataConfig, split: str, processor, max_length: int | None):
+    """Rows of one split, checked before anything is trained; a stream is checked row by row as it comes."""
+    dataset = load_rows(data, split)
+    if dataset is None or not data.check_data:
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return checked_stream(dataset, processor, max_length, data.bad_rows)
+    # One process looks, and the others take its word: every picture is decoded once.
+    found = [None]
+    state = PartialState()
+    if state.is_main_process:
+        report = check_rows(dataset, processor, max_length)
+        print(report.format())
+        found = [report]
+    report = broadcast_object_list(found)[0]
+    good_rows = report.good_rows
+    if data.bad_rows == "raise":
+        report.raise_for_problems()
+    if not good_rows:
+        raise ValueError("No row is left to train on: every one of them is broken (see the report above).")
+    if len(good_rows) < len(dataset) and state.is_main_process:
+        warnings.warn(f"{len(dataset) - len(good_rows)} of {len(dataset)} rows are left out.", stacklevel=2)
+    # the column `length` is what packing and grouping by length go by
+    return dataset.add_column("length", report.lengths).select(good_rows)
+
+
+def build_trainer(settings: dict, **kwargs) -> VTLMMTrainer:
+    """The trainer of a run; `kwargs` go to [`VTLMMTrainer`]."""
+    model_config, data, adapter, args = parse_settings(settings)
+    load = {"revision": model_config.revision, "trust_remote_code": args.trust_remote_code}
+    processor = AutoProcessor.from_pretrained(model_config.model, **load)
+    train_dataset = prepare_dataset(data, "train", processor, args.max_length)
+    eval_dataset = prepare_dataset(data, "eval", processor, args.max_length)
+    model = AutoModelForImageTextToText.from_pretrained(
+        model_config.model,
+        dtype=model_config.dtype,
+        attn_implementation=model_config.attn_implementation,
+        quantization_config=quantization_config(adapter, torch.bfloat16 if args.bf16 else torch.float32),
+        **load,
+    )
+    return VTLMMTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        peft_config=peft_config(adapter, args.resolved_stage()),
+        **kwargs,
+    )
+
+
+def run_training(settings: dict, **kwargs) -> VTLMMTrainer:
+    """
+    Trains one stage and saves a complete Hub-format folder in `output_dir`.
+
+    `resume_from_checkpoint: true` goes on from the last checkpoint in `output_dir`, or begins if there is none, so the
+    same command restarts a run that was killed.
+    """
+    trainer = build_trainer(settings, **kwargs)
+    checkpoint = settings.get("resume_from_checkpoint")
+    output_dir = Path(trainer.args.output_dir)
+    if checkpoint is True:
+        checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+        print(f"Resuming from {checkpoint}" if checkpoint else "No checkpoint yet: starting from the beginning")
+    started = time.time()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        write_record(trainer, settings, metrics, time.time() - started)
+    return trainer
+
+
+def write_record(trainer: VTLMMTrainer, settings: dict, metrics: dict, seconds: float) -> None:
+    """Beside the weights: what this run did, after what earlier runs did to the same weights."""
+    earlier = Path(settings["model"], RUN_RECORD)
+    history = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else []
+    packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vtlmm")
+    history.append(
+        {
+            "stage": trainer.stage.name,
+            "plan": describe(trainer.model, trainer.stage).splitlines(),
+            "settings": settings,
+            "learning_rate": trainer.args.learning_rate,
+            "steps": trainer.state.global_step,
+            "epochs": trainer.state.epoch,
+            "rows": None if isinstance(trainer.train_dataset, IterableDataset) else len(trainer.train_dataset),
+            "processes": trainer.args.world_size,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "seconds": round(seconds, 1),
+            "metrics": metrics,
+            "versions": {name: version(name) for name in packages},
+        }
+    )
+    path = Path(trainer.args.output_dir, RUN_RECORD)
+    path.write_text(json.dumps(history, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,295 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""The trainer: TRL's SFTTrainer with the visual loss, normalised over the whole optimizer step."""
+
+import time
+from pathlib import Path
+
+import torch
+from datasets import IterableDataset
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from trl import SFTTrainer
+
+from modeling_vtlmm.losses_vtlmm import predicted_positions
+
+from .collator import VTLMMCollator
+from .config import VTLMMTrainingConfig
+from .data_check import check_rows
+from .packing import pack_dataset
+from .stages import describe, set_trainable
+
+
+def is_punctuation_or_blank(word: str) -> bool:
+    """Whether a word of the vocabulary says nothing by itself: no letter and no digit in it."""
+    return not any(character.isalnum() for character in word)
+
+
+def blank_words(tokenizer, vocab_size: int) -> torch.BoolTensor:
+    """Which of the first `vocab_size` words are punctuation, blank, special or a lone byte: `(vocab_size,)`."""
+    special = set(tokenizer.all_special_ids)
+    words = (tokenizer.decode([i]) for i in range(vocab_size))
+    return torch.tensor([i in special or is_punctuation_or_blank(word) for i, word in enumerate(words)])
+
+
+class VTLMMTrainer(SFTTrainer):
+    r"""
+    Trainer for one stage of VT-LMM ([Multi-modal Auto-regressive Modeling via Visual Tokens](https://huggingface.co/papers/2403.07720)).
+
+    The loss is `lm_loss_coef · L_lm + visual_loss_coef · L_vm`. Both are means over *all* their tokens of an optimizer
+    step, over gradient accumulation and over processes: the model's forward returns sums, this class divides.
+
+    Args:
+        model (`str` or [`PreTrainedModel`]): a VT-LMM, or a folder or id of one.
+        args ([`VTLMMTrainingConfig`])
+        train_dataset, eval_dataset ([`~datasets.Dataset`]): rows with `messages` and `images` (see `load_rows`).
+        processing_class ([`ProcessorMixin`], *optional*): the model's processor; loaded beside a model given as `str`.
+        data_collator (*optional*, defaults to [`VTLMMCollator`])
+        kwargs: further arguments of [`~trl.SFTTrainer`], e.g. `callbacks` or `peft_config`.
+
+    Raises:
+        `ValueError`: when the model is no VT-LMM, or a resumed checkpoint lacks a tensor.
+    """
+
+    _tag_names = ["trl", "sft", "vt-lmm"]
+    _name = "VT-LMM"
+    _paper = {
+        "title": "Multi-modal Auto-regressive Modeling via Visual Tokens",
+        "id": "2403.07720",
+        "citation": """@inproceedings{peng2024multimodal,
+  title={Multi-modal Auto-regressive Modeling via Visual Tokens},
+  author={Peng, Tianshuo and Li, Zuchao and Zhang, Lefei and Zhao, Hai and Wang, Ping and Du, Bo},
+  booktitle={Proceedings of the 32nd ACM International Conference on Multimedia},
+  year={2024}
+}""",
+    }
+    # `compute_loss` divides by counts over the whole step: nothing may divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: VTLMMTrainingConfig,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        data_collator=None,
+        **kwargs,
+    ):
+        if isinstance(model, str):
+            options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            processing_class = processing_class or AutoProcessor.from_pretrained(model, **options)
+            model, args.model_init_kwargs = AutoModelForImageTextToText.from_pretrained(model, **options), None
+        if model.config.model_type != "vtlmm":
+            raise ValueError(
+                f"This trainer needs a VT-LMM, not a {model.config.model_type!r}: make one with `vtlmm compose` or "
+                "`vtlmm convert`."
+            )
+        self.stage = args.resolved_stage()
+        if args.vm_head_init != "keep":
+            model.initialize_vm_head(args.vm_head_init)
+        if kwargs.get("peft_config") is None:
+            set_trainable(model, self.stage)
+        if data_collator is None:
+            data_collator = VTLMMCollator(processing_class, max_length=args.max_length)
+        if args.packing:
+            train_dataset = self._packed(model, args, train_dataset, processing_class)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            **kwargs,
+        )
+        # TRL casts what learns on a quantised base to bfloat16, where small steps are lost
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and getattr(self.model, "is_quantized", False):
+                parameter.data = parameter.data.float()
+        self._sums = {"train": {}, "eval": {}}
+        self._log_time = time.perf_counter()
+        self._blank_words = None
+        if self.stage.visual_student is not None:
+            self._blank_words = blank_words(self._tokenizer, model.config.visual_vocab_size)
+        if self.is_world_process_zero():
+            print(describe(self.model, self.stage))
+
+    @staticmethod
+    def _packed(model, args, dataset, processor):
+        """Packs of up to `max_length` tokens. TRL packs texts only and refuses pictures, so it is not told."""
+        if isinstance(dataset, IterableDataset) or args.max_length is None:
+            raise ValueError("Packing needs `max_length` and a dataset that is not streamed: lengths must be known.")
+        attention = model.config.text_config._attn_implementation or ""
+        if attention.startswith("flash") and args.per_device_train_batch_size > 1:
+            raise ValueError(
+                "Flash attention tells packed rows apart in a batch of one only: set `per_device_train_batch_size: 1` "
+                "(a pack holds many rows) and a larger `max_length`."
+            )
+        args.packing = False
+        if "length" not in dataset.column_names:
+            dataset = dataset.add_column("length", check_rows(dataset, processor, args.max_length).lengths)
+        return pack_dataset(dataset, args.max_length)
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["messages", "images", "num_context_messages", "rows", "pack"]
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """As in the base class; the projector may have its own learning rate."""
+        optimizer = super().create_optimizer(model)
+        rate = self.args.projector_learning_rate
+        if rate is not None:
+            projector = {p for n, p in self.model.named_parameters() if "multi_modal_projector" in n.split(".")}
+            for group in list(optimizer.param_groups):
+                chosen = [p for p in group["params"] if p in projector]
+                if chosen:
+                    group["params"] = [p for p in group["params"] if p not in projector]
+                    optimizer.add_param_group({**group, "params": chosen, "lr": rate})
+        return optimizer
+
+    # ---- The loss ----
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """The micro-batches of one optimizer step, and how many targets of each loss they have: a tensor
+        `[num_lm_targets, num_visual_targets]` over all of them and all processes."""
+        batches = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        counts = torch.zeros(2, dtype=torch.long, device=device)
+        for batch in batches:
+            counts += self._count_targets(batch).to(device)
+        return batches, self.accelerator.reduce(counts, reduction="sum")
+
+    def _count_targets(self, batch: dict) -> torch.Tensor:
+        """`[num_lm_targets, num_visual_targets]` of one micro-batch, as the model's forward will count them."""
+        image_token_mask = batch["input_ids"] == self.model.config.image_token_id
+        predicted = predicted_positions(image_token_mask, batch.get("attention_mask"), batch.get("position_ids"))
+        return torch.stack([(batch["labels"][:, 1:] != -100).sum(), predicted.sum()])
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """
+        a · Σ L_lm / N_text + b · Σ L_vm / N_image, N over the whole optimizer step.
+
+        Evaluation computes both losses whatever their weight (a control run is to be compared), and the exact means
+        are taken over the whole evaluation in [`~evaluation_loop`].
+        """
+        training = self.model.training
+        inputs = dict(inputs)
+        position_ids = inputs.get("position_ids")
+        num_rows = inputs["input_ids"].shape[0] if position_ids is None else (position_ids == 0).sum()
+        if training and not self.stage.lm_loss_coef:
+            inputs.pop("labels")
+        with_visual_loss = bool(self.stage.visual_loss_coef) if training else self.stage.visual_student is not None
+        outputs = model(
+            **inputs,
+            return_loss_sums=True,
+            visual_student=self.stage.visual_student if with_visual_loss else None,
+            detach_visual_teacher=self.stage.detach_visual_teacher,
+        )
+        sums = outputs.loss_sums
+        self._accumulate("train" if training else "eval", sums, num_rows)
+        if training:
+            num_lm_targets, num_visual_targets = num_items_in_batch
+        else:
+            num_lm_targets, num_visual_targets = sums.get("num_lm_targets"), sums.get("num_visual_targets")
+        loss = 0.0
+        if self.stage.lm_loss_coef:
+            loss = loss + self.stage.lm_loss_coef * sums["lm_loss"] / num_lm_targets.clamp(min=1)
+        if self.stage.visual_loss_coef:
+            loss = loss + self.stage.visual_loss_coef * sums["visual_loss"] / num_visual_targets.clamp(min=1)
+        if training:
+            # data parallelism averages gradients over the processes, and the counts are already over all of them
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Only the loss: logits are never built."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs), None, None
+
+    # ---- What is logged ----
+
+    def _accumulate(self, mode: str, sums: dict, num_rows: int | torch.Tensor):
+        """Adds one micro-batch to what the next log says; stays on the device."""
+        sums = {**sums, **sums.get("visual_tokens", {})}
+        sums.pop("visual_tokens", None)
+        device = self.accelerator.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        totals = self._sums[mode]
+        for name, value in {**sums, "num_rows": torch.as_tensor(num_rows)}.items():
+            totals[name] = totals.get(name, 0) + value.detach().to(device, dtype)
+
+    def _drain(self, mode: str) -> dict[str, float]:
+        """Exact means since the last call, over all processes; one reduction."""
+        totals, self._sums[mode] = self._sums[mode], {}
+        if not totals:
+            return {}
+        names = sorted(totals)
+        flat = self.accelerator.reduce(torch.cat([totals[name].reshape(-1) for name in names]), reduction="sum")
+        sizes = [totals[name].numel() for name in names]
+        totals = dict(zip(names, flat.split(sizes), strict=True))
+        metrics = {}
+        if totals.get("num_lm_targets", 0) > 0:
+            metrics["lm_loss"] = (totals["lm_loss"] / totals["num_lm_targets"]).item()
+        if totals.get("num_visual_targets", 0) > 0:
+            num_patches = totals["num_patches"]
+            mean_probability = totals["probability"] / num_patches
+            blank = self._blank_words.to(flat.device)
+            metrics["visual_loss"] = (totals["visual_loss"] / totals["num_visual_targets"]).item()
+            metrics["visual_token_entropy"] = (totals["entropy"] / num_patches).item()
+            metrics["mean_visual_token_entropy"] = torch.special.entr(mean_probability).sum().item()
+            metrics["blank_top_words"] = (totals["top_word"][blank].sum() / num_patches).item()
+            metrics["head_agreement"] = (totals["agreement"] / num_patches).item()
+        if mode == "train":
+            now = time.perf_counter()
+            seconds, self._log_time = now - self._log_time, now
+            metrics["samples_per_second"] = totals["num_rows"].item() / seconds
+            if "num_visual_targets" in totals:
+                metrics["image_tokens_per_second"] = totals["num_visual_targets"].item() / seconds
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last log. Runs on every process, since the sums are reduced."""
+        if self.model.training and "loss" in logs:
+            logs.update(self._drain("train"))
+        super().log(logs, start_time)
+
+    def train(self, *args, **kwargs):
+        self._log_time = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As in the base class, with the losses as exact means over the evaluation set."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._drain("eval")
+        loss = self.stage.lm_loss_coef * metrics.get("lm_loss", 0.0)
+        loss += self.stage.visual_loss_coef * metrics.get("visual_loss", 0.0)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        return output
+
+    # ---- Checkpoints ----
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """A checkpoint that does not fit would go on from the initial weights with a warning: refuse it."""
+        tied = set(getattr(self.model, "_tied_weights_keys", None) or {})
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint does not fit the model: missing {missing[:5]}, unexpected "
+                f"{list(load_result.unexpected_keys)[:5]}. Resume with the model that the run began with."
+            )
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """TRL's card describes its own trainers; a checkpoint gets a short true one, which `vtlmm push` replaces."""
+        if self.is_world_process_zero():
+            card = (
+                "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags:\n- vt-lmm\n- trl\n---\n\n"
+                f"# {model_name or Path(self.args.output_dir).name}\n\n"
+                f"A VT-LMM (arXiv {self._paper['id']}) during or after training.\n\n"
+                f"```\n{describe(self.model, self.stage)}\n```\n\n```bibtex\n{self._paper['citation']}\n```\n"
+            )
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
