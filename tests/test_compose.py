@@ -1,0 +1,430 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Composed models: the tower and the decoder are what they were, and the saved folder is complete."""
+
+import json
+import textwrap
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from test_remote_code import in_clean_process
+from test_templates import CHATML, byte_tokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
+from vtlmm.hub.chat_templates import load_template
+from vtlmm.hub.compose import compose
+from vtlmm.hub.vision_tower import load_image_processor, load_vision_tower
+from vtlmm.hub.vocabulary import Vocabulary, add_special_tokens, fit_embeddings
+
+
+# Models of a few thousand weights: threads only wait for each other.
+torch.set_num_threads(1)
+
+SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOWER = {**SIZE, "hidden_size": 16, "num_hidden_layers": 3, "image_size": 28, "patch_size": 14}
+DINO = {key: value for key, value in TOWER.items() if key != "intermediate_size"}
+TEXT_TOWER = {**SIZE, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+# model_type, class that is saved, config, image processor and its settings; then what compose must find out:
+# image tokens, positions dropped from the front, channels
+CROP = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+TOWERS = {
+    "clip": ("CLIPModel", {"vision_config": TOWER, "text_config": TEXT_TOWER}, "CLIP", CROP, (4, 1, 16)),
+    "siglip": (
+        "SiglipModel",
+        {"vision_config": TOWER, "text_config": TEXT_TOWER},
+        "Siglip",
+        {"size": {"height": 28, "width": 28}},
+        (4, 0, 16),
+    ),
+    "dinov2": ("Dinov2Model", {**DINO, "image_size": 42}, "Bit", CROP, (4, 1, 16)),
+    "dinov2_with_registers": (
+        "Dinov2WithRegistersModel",
+        {**DINO, "num_register_tokens": 2},
+        "Bit",
+        CROP,
+        (4, 3, 16),
+    ),
+    "mobilenet_v2": (
+        "MobileNetV2ForImageClassification",
+        {"image_size": 64, "depth_multiplier": 0.25},
+        "MobileNetV2",
+        {"size": {"shortest_edge": 72}, "crop_size": {"height": 64, "width": 64}},
+        (4, 0, 1280),
+    ),
+    "convnext": (
+        "ConvNextForImageClassification",
+        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_stages": 4},
+        "ConvNext",
+        {"size": {"shortest_edge": 64}, "crop_pct": 0.875},
+        (4, 0, 32),
+    ),
+}
+
+# config, rows beyond the tokenizer's words, settings of the tokenizer, its template
+CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]
+DECODERS = {
+    "llama": ({"num_key_value_heads": 2}, 0, {}, None),
+    "mistral": ({"num_key_value_heads": 2, "sliding_window": None}, 0, {"pad": "<pad>"}, None),
+    "qwen2": (
+        {"num_key_value_heads": 2, "tie_word_embeddings": True},
+        5,
+        {"special": CHAT_TOKENS, "bos": None, "eos": "<|endoftext|>", "pad": "<|endoftext|>", "unk": None},
+        CHATML,
+    ),
+    "qwen3": (
+        {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
+        0,
+        {"special": CHAT_TOKENS, "bos": None, "eos": "<|endoftext|>", "unk": None},
+        CHATML,
+    ),
+}
+
+
+def scaled(model):
+    """Weights ten times the library's 0.02, which would make every distribution uniform and mistakes invisible."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(10)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tower_folder(tmp_path_factory):
+    """Function of a tower's name that gives its folder: weights and image processor."""
+    folders = {}
+
+    def get(name: str) -> str:
+        if name not in folders:
+            folder = tmp_path_factory.mktemp(name)
+            class_name, config, processor, settings, _ = TOWERS[name]
+            model_class = getattr(transformers, class_name)
+            torch.manual_seed(0)
+            model = model_class(AutoConfig.for_model(name, **config))
+            (scaled(model) if "Image" not in class_name else model).save_pretrained(folder)
+            getattr(transformers, f"{processor}ImageProcessorPil")(**settings).save_pretrained(folder)
+            folders[name] = str(folder)
+        return folders[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def decoder_folder(tmp_path_factory):
+    """Function of a decoder's name that gives its folder: weights and tokenizer."""
+    folders = {}
+
+    def get(name: str) -> str:
+        if name not in folders:
+            folder = tmp_path_factory.mktemp(name)
+            config, spare_rows, settings, template = DECODERS[name]
+            tokenizer = byte_tokenizer(**settings)
+            tokenizer.chat_template = template
+            ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            config = AutoConfig.for_model(name, **SIZE, **config, **ids, vocab_size=len(tokenizer) + spare_rows)
+            torch.manual_seed(1)
+            scaled(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            folders[name] = str(folder)
+        return folders[name]
+
+    return get
+
+
+def asked(processor, picture=None, **kwargs):
+    picture = picture or Image.new("RGB", (80, 50), (200, 30, 30))
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_decoder_is_what_it_was(tower_folder, decoder_folder, name):
+    folder = decoder_folder(name)
+    decoder = AutoModelForCausalLM.from_pretrained(folder)
+    model, processor = compose(tower_folder("clip"), folder)
+    rows = decoder.config.vocab_size
+    input_ids = torch.randint(3, rows - 5, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(input_ids).logits
+        torch.testing.assert_close(logits[..., :rows], decoder(input_ids).logits, atol=1e-5, rtol=1e-5)
+    tied = DECODERS[name][0].get("tie_word_embeddings", False)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+
+    spare_rows, num_words = DECODERS[name][1], rows - DECODERS[name][1]
+    num_new = 1 if name == "qwen3" else 0  # it needs a padding token
+    assert logits.shape[-1] == model.config.text_config.vocab_size == rows + num_new
+    assert model.config.visual_vocab_size == model.model.vm_head.out_features == num_words
+    assert model.config.image_token_id == processor.image_token_id == num_words + num_new
+    assert spare_rows == 0 or torch.equal(model.lm_head.weight, decoder.lm_head.weight)
+    if num_new:
+        mean = model.lm_head.weight[:rows].mean(0)
+        torch.testing.assert_close(model.lm_head.weight[rows:], mean.expand(num_new, -1))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_special_tokens(tower_folder, decoder_folder, name):
+    model, processor = compose(tower_folder("clip"), decoder_folder(name))
+    tokenizer, generation = processor.tokenizer, model.generation_config
+    pad = {"llama": "<unk>", "mistral": "<pad>", "qwen2": "<|endoftext|>", "qwen3": "<pad>"}[name]
+    assert tokenizer.pad_token == pad and tokenizer.padding_side == "left"
+    assert generation.pad_token_id == tokenizer.pad_token_id and generation.bos_token_id == tokenizer.bos_token_id
+    stops = [tokenizer.eos_token_id]
+    if DECODERS[name][3]:  # its turns end in a token that is not its end-of-text token
+        stops.append(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        assert processor.chat_template.count("{%- generation -%}") == 1
+    assert generation.eos_token_id == (stops if len(stops) > 1 else stops[0])
+    assert not generation.do_sample
+    if model.config.image_token_id < model.config.text_config.vocab_size:  # on a spare row
+        assert model.config.image_token_id in generation.suppress_tokens
+
+    batch = asked(processor)
+    ids = batch["input_ids"][0].tolist()
+    assert ids.count(model.config.image_token_id) == 4
+    assert tokenizer.bos_token_id is None or (ids[0], ids.count(ids[0])) == (tokenizer.bos_token_id, 1)
+    generated = model.generate(**batch, max_new_tokens=5, eos_token_id=-1)
+    assert generated.shape[1] == len(ids) + 5 and model.config.image_token_id not in generated[0, len(ids) :]
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_the_tower_is_what_it_was(tower_folder, decoder_folder, name):
+    folder = tower_folder(name)
+    model, processor = compose(folder, decoder_folder("llama"))
+    num_tokens, num_dropped, channels = TOWERS[name][4]
+    pixel_values = torch.randn(2, 3, *processor.image_processor(Image.new("RGB", (9, 9)))["pixel_values"][0].shape[1:])
+
+    whole = AutoModel.from_pretrained(folder)
+    tower = getattr(whole, "vision_model", whole).eval()
+    outputs = tower(pixel_values, output_hidden_states=True)
+    if outputs.last_hidden_state.ndim == 4:
+        features = outputs.last_hidden_state.flatten(2).transpose(1, 2)
+        assert model.config.vision_feature_layer == -1
+    else:
+        features = outputs.hidden_states[-2][:, num_dropped:]
+        assert model.config.vision_feature_layer == -2
+    expected = model.model.multi_modal_projector(features)
+    torch.testing.assert_close(model.get_image_features(pixel_values).image_features, expected, atol=1e-5, rtol=1e-5)
+    assert features.shape[1:] == (num_tokens, channels)
+    assert model.config.image_seq_length == num_tokens and model.config.vision_hidden_size == channels
+    assert model.config.vision_feature_select_strategy == ("default" if num_dropped else "full")
+    assert len(model.config.vision_config.id2label) == 2 and not model.config.vision_config._name_or_path
+
+    batch = asked(processor)
+    assert (batch["input_ids"] == model.config.image_token_id).sum() == num_tokens
+    assert model(**batch).logits.isfinite().all()
+
+
+def test_the_other_parts_of_a_checkpoint_are_not_reported(tower_folder, caplog):
+    for name in TOWERS:
+        load_vision_tower(tower_folder(name))
+    assert not caplog.records
+
+
+def test_clip_towers_get_the_release_s_image_processor(tower_folder):
+    """A wide red picture: padded with the mean colour above and below, not cropped."""
+    folder = tower_folder("clip")
+    processor = load_image_processor(folder, AutoConfig.from_pretrained(folder).vision_config)
+    pixel_values = processor(images=Image.new("RGB", (56, 14), (255, 0, 0)), return_tensors="pt")["pixel_values"][0]
+    assert pixel_values.shape == (3, 28, 28)
+    assert pixel_values[:, 0].abs().max() < 0.02 and pixel_values[0, 14].min() > 1.5
+
+
+def test_what_is_new_follows_the_seed(tower_folder, decoder_folder):
+    folders = tower_folder("clip"), decoder_folder("llama")
+    first, again, other = (compose(*folders, seed=seed)[0].state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    differ = {name for name in first if not torch.equal(first[name], other[name])}
+    assert differ == {f"model.multi_modal_projector.linear_{i}.weight" for i in (1, 2)}
+    num_words = first["model.vm_head.weight"].shape[0]
+    assert torch.equal(first["model.vm_head.weight"], first["lm_head.weight"][:num_words])
+
+
+def test_choices(tower_folder, decoder_folder, tmp_path):
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages[0].content }}")
+    model, processor = compose(
+        tower_folder("clip"),
+        decoder_folder("llama"),
+        projector_type="linear",
+        vm_head_type="attention",
+        vm_head_init="input_embeddings",
+        vision_feature_layer=[-3, -1],
+        chat_template=str(template),
+        dtype="bfloat16",
+    )
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.config.vision_hidden_size == 32 == model.model.multi_modal_projector.linear_1.in_features
+    embeddings = model.get_input_embeddings().weight
+    assert torch.equal(model.model.vm_head.weight, embeddings[: model.config.visual_vocab_size])
+    assert processor.chat_template == template.read_text()
+    features = model.get_image_features(torch.randn(1, 3, 28, 28)).image_features
+    assert torch.equal(model.model.vm_head.mixer(features), features)  # a new mixer does nothing yet
+    processor = compose(tower_folder("clip"), decoder_folder("llama"), chat_template="mistral")[1]
+    assert processor.chat_template == load_template("mistral") == processor.tokenizer.chat_template
+
+
+CLEAN = textwrap.dedent(
+    """
+    import json
+    import torch
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    torch.set_num_threads(1)
+    found = []
+    for folder in sys.argv[1:]:
+        model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        content = [{"type": "image", "image": Image.new("RGB", (80, 50), (200, 30, 30))}]
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": "What is it?"}]}]
+        inputs = processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        ids = model.generate(**inputs, max_new_tokens=4)[0].tolist()
+        found.append({"logits": model(**inputs).logits[0, -1].tolist(), "ids": ids})
+    print("FOUND" + json.dumps(found))
+    """
+)
+
+
+def test_saved_folders_load_where_this_package_is_not(tower_folder, decoder_folder, tmp_path):
+    pairs = [("clip", "qwen3"), ("siglip", "llama"), ("dinov2_with_registers", "mistral"), ("mobilenet_v2", "qwen2")]
+    folders, expected = [], []
+    for vision, text in pairs:
+        folder = tmp_path / vision
+        model, processor = compose(tower_folder(vision), decoder_folder(text), folder)
+        names = {"config.json", "model.safetensors", "modeling_vtlmm.py", "processing_vtlmm.py", "chat_template.jinja"}
+        names |= {"processor_config.json", "tokenizer.json", "generation_config.json"}
+        assert names <= {file.name for file in folder.iterdir()}
+        assert not [file for file in folder.glob("*.json") if str(tmp_path.parent) in file.read_text()]
+        batch = asked(processor)
+        with torch.no_grad():
+            expected.append((model(**batch).logits[0, -1], model.generate(**batch, max_new_tokens=4)[0].tolist()))
+        assert torch.equal(asked(VTLMMProcessor.from_pretrained(folder))["input_ids"], batch["input_ids"])
+        folders.append(folder)
+    found = in_clean_process(CLEAN, *folders, cache=tmp_path)
+    for (logits, ids), there in zip(expected, found, strict=True):
+        torch.testing.assert_close(torch.tensor(there["logits"]), logits, atol=1e-5, rtol=1e-5)
+        assert there["ids"] == ids
+
+
+@torch.no_grad()
+def test_the_logit_of_a_new_row_never_is_the_largest(build_model):
+    """Also where all logits are negative, and a row of zeros would win."""
+    model = build_model()
+    old = model.lm_head.weight.shape[0]
+    model.lm_head.weight += 5
+    fit_embeddings(model, Vocabulary(num_words=old, image_token_id=old + 1, new_ids=[old, old + 1]))
+    hidden_states = -torch.rand(1000, model.config.text_config.hidden_size)
+    logits = model.lm_head(hidden_states)
+    assert logits.shape[-1] == old + 1 and logits.max() < 0
+    assert logits.argmax(-1).max() < old
+
+
+@pytest.mark.parametrize(
+    ("settings", "pad"),
+    [
+        ({"pad": "<pad>"}, "<pad>"),
+        ({}, "<unk>"),
+        ({"unk": None}, "<pad>"),
+        ({"unk": "</s>"}, "<pad>"),  # as GPT-2: unknown and end are one token
+        ({"pad": "</s>"}, "</s>"),  # somebody's choice, kept
+    ],
+)
+def test_padding_token(settings, pad):
+    tokenizer = byte_tokenizer(**settings)
+    num_words = len(tokenizer)
+    vocabulary = add_special_tokens(tokenizer, num_words + 2)
+    assert tokenizer.pad_token == pad and vocabulary.num_words == num_words
+    image_token_id = len(tokenizer) - 1
+    assert vocabulary.image_token_id == image_token_id
+    assert tokenizer.encode("<image>", add_special_tokens=False) == [image_token_id]
+    assert vocabulary.new_ids == list(range(num_words, len(tokenizer)))
+    again = add_special_tokens(tokenizer, len(tokenizer))
+    assert again.image_token_id == image_token_id and again.new_ids == []
+
+
+REFUSED = {
+    "phi": ({}, "head has a bias"),
+    "cohere": ({}, r"`logit_scale` is 0\.0625"),
+    "gemma2": ({"head_dim": 8, "num_key_value_heads": 2}, "final_logit_softcapping"),
+    "granite": ({"logits_scaling": 8.0}, "logits_scaling"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_decoders_with_another_head_are_refused(tower_folder, tmp_path, name):
+    config, said = REFUSED[name]
+    tokenizer = byte_tokenizer()
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(name, **SIZE, **config, **ids, vocab_size=len(tokenizer))
+    )
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        compose(tower_folder("clip"), str(tmp_path))
+
+
+def test_a_head_that_no_name_tells_is_found(tower_folder, decoder_folder, monkeypatch):
+    forward = transformers.LlamaForCausalLM.forward
+
+    def doubled(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        outputs.logits = 2 * outputs.logits
+        return outputs
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", doubled)
+    with pytest.raises(ValueError, match="not its head × its last hidden state"):
+        compose(tower_folder("clip"), decoder_folder("llama"))
+
+
+@pytest.mark.parametrize(
+    ("vision", "changes", "options", "said"),
+    [
+        ("mobilenet_v2", {"do_center_crop": False}, {}, "different sizes"),
+        ("mobilenet_v2", {}, {"vision_feature_layer": -2}, "gives its last map"),
+        ("dinov2", {}, {"vision_feature_layer": 9}, "has 4 hidden states"),
+        ("clip", {}, {"chat_template": "vicuna"}, "vicuna_v1 or mistral, or a .jinja file"),
+        ("clip", {}, {"vm_head_init": "zeros"}, "not from 'zeros'"),
+    ],
+)
+def test_what_does_not_fit_is_said(tower_folder, decoder_folder, tmp_path, vision, changes, options, said):
+    for file in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        source = f"{tower_folder(vision)}/{file}"
+        (tmp_path / file).write_bytes(open(source, "rb").read())
+    values = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**values, **changes}))
+    with pytest.raises(ValueError, match=said):
+        compose(str(tmp_path), decoder_folder("llama"), **options)
+
+
+def test_checkpoints_that_lack_something(tower_folder, decoder_folder, tmp_path):
+    tower = AutoModel.from_pretrained(tower_folder("convnext"))
+    state_dict = {name: value for name, value in tower.state_dict().items() if "stages.2" not in name}
+    tower.save_pretrained(tmp_path, state_dict=state_dict)
+    with pytest.raises(ValueError, match=r"lacks parts of its vision tower \(ConvNextModel\): .*stages\.2"):
+        compose(str(tmp_path), decoder_folder("llama"))
+    AutoModel.from_pretrained(tower_folder("convnext")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="No image processor"):
+        compose(str(tmp_path), decoder_folder("llama"))
+    with pytest.raises(ValueError, match=r"has 259 words but the decoder only 200"):
+        add_special_tokens(byte_tokenizer(), 200)
+
+
+def test_composed_and_reloaded_it_is_the_same(tower_folder, decoder_folder, tmp_path):
+    model, _ = compose(tower_folder("clip"), decoder_folder("qwen3"), tmp_path)
+    again = VTLMMForConditionalGeneration.from_pretrained(tmp_path)
+    state, loaded = model.state_dict(), again.state_dict()
+    assert state.keys() == loaded.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
+    assert again.generation_config.suppress_tokens == model.generation_config.suppress_tokens
