@@ -1,0 +1,46 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""`vtlmm data check --config recipe.yaml` or `vtlmm data check --dataset … --model …`"""
+
+
+def add_arguments(parser):
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    text = "look at every row and picture; exit code 1 when one is broken"
+    check = actions.add_parser("check", help=text, description=text[0].upper() + text[1:] + ".")
+    check.add_argument("--config", help="recipe in YAML, as for training; the options below go before it")
+    check.add_argument("--dataset", help=".json, .jsonl or .parquet file, folder or Hub id")
+    check.add_argument("--model", help="VT-LMM whose processor and chat template are used: folder or Hub id")
+    check.add_argument("--image_folder", help="where the pictures' paths start")
+    check.add_argument("--max_length", type=int, help="longest row in tokens")
+
+
+def run(args) -> int:
+    from dataclasses import fields
+
+    from transformers import AutoProcessor
+
+    import modeling_vtlmm  # noqa: F401 - registers the processor
+    from vtlmm.train.config import VTLMMTrainingConfig
+    from vtlmm.train.data import DataConfig, load_rows
+    from vtlmm.train.data_check import check_rows
+    from vtlmm.train.run import read_settings
+
+    settings = read_settings(args.config) if args.config else {}
+    given = {key: getattr(args, key) for key in ("dataset", "model", "image_folder", "max_length")}
+    settings.update({key: value for key, value in given.items() if value is not None})
+    if "model" not in settings:
+        raise ValueError("`model` is not set: its processor counts the tokens. Pass --model or a recipe.")
+    config = DataConfig(**{f.name: settings[f.name] for f in fields(DataConfig) if f.name in settings})
+    processor = AutoProcessor.from_pretrained(
+        settings["model"],
+        revision=settings.get("revision"),
+        trust_remote_code=settings.get("trust_remote_code", False),
+    )
+    max_length = settings.get("max_length", VTLMMTrainingConfig.max_length)
+    num_problems = 0
+    for split in ("train", "eval"):
+        rows = load_rows(config, split)
+        if rows is not None:
+            report = check_rows(rows, processor, max_length)
+            num_problems += len(report.problems)
+            print(f"{split}\n{report.format()}")
+    return 1 if num_problems else 0

@@ -1,0 +1,42 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""The command `vtlmm`. Each sub-command imports what it needs when it runs: `--help` must not wait for torch."""
+
+import argparse
+import logging
+import sys
+
+from . import compose, convert, data, demo, train
+
+
+COMMANDS = {
+    "demo": (demo, "train a tiny VT-LMM through all four stages and show what its patches say"),
+    "compose": (compose, "make an untrained VT-LMM from a vision tower and a decoder"),
+    "convert": (convert, "read a released VW-LMM checkpoint"),
+    "data": (data, "check training data before anything is trained"),
+    "train": (train, "train one stage from a recipe"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vtlmm", description="VT-LMM: image positions that are supervised too.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. An error that the user can mend is one line on stderr and exit code 1."""
+    args = build_parser().parse_args(argv)
+    logger = logging.getLogger("vtlmm")  # compose and convert say there what they do
+    logger.setLevel(logging.INFO)
+    logger.handlers = [logging.StreamHandler(sys.stdout)]
+    try:
+        return COMMANDS[args.command][0].run(args) or 0
+    except (ValueError, FileNotFoundError) as error:
+        print(f"vtlmm {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""The demo: a tiny VT-LMM goes through its four stages on pictures of coloured shapes, on a CPU, in minutes."""
+
+import json
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset, Image
+from datasets import List as ListFeature
+
+from vtlmm.evaluation.answers import accuracy_by_kind, answer, split_turns, with_shuffled_images
+from vtlmm.evaluation.figures import save_curves, save_patch_words
+from vtlmm.hub.compose import compose
+from vtlmm.train.config import VTLMMTrainingConfig
+from vtlmm.train.trainer import VTLMMTrainer
+
+from .shapes import caption_rows, question_rows
+from .warm_start import save_warm_start
+
+
+NUM_CAPTIONED, NUM_QUESTIONED, NUM_HELD_OUT = 2400, 4000, 200  # pictures
+SETTINGS = {
+    "projector": {"learning_rate": 3e-4, "num_train_epochs": 1},
+    "decoder": {"learning_rate": 2e-3, "projector_learning_rate": 3e-4, "num_train_epochs": 2},
+    "visual_head": {"learning_rate": 1e-2, "num_train_epochs": 0.5},
+    "joint": {"learning_rate": 5e-4, "num_train_epochs": 0.5},
+}
+COMMON = {
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "gradient_checkpointing": False,
+    "dataloader_num_workers": 0,
+    "save_strategy": "no",
+    "logging_steps": 20,
+    "report_to": "none",
+    "use_cpu": True,
+}
+
+
+def as_dataset(rows: list[dict]) -> Dataset:
+    return Dataset.from_list(rows).cast_column("images", ListFeature(Image()))
+
+
+def train_stage(stage: str, model, processor, rows: Dataset, held_out: Dataset, output: Path, seed: int):
+    """One stage in place. Gives its log and the held-out losses before and after."""
+    args = VTLMMTrainingConfig(output_dir=str(output / stage), stage=stage, seed=seed, **COMMON, **SETTINGS[stage])
+    trainer = VTLMMTrainer(
+        model=model, args=args, train_dataset=rows, eval_dataset=held_out, processing_class=processor
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    return trainer.state.log_history, before, after
+
+
+ASK = textwrap.dedent(
+    """
+    import importlib.abc, sys
+
+    class Block(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if path is None and name in ("modeling_vtlmm", "vtlmm"):
+                raise ImportError(f"{name} is not installed here")
+
+    sys.meta_path.insert(0, Block())
+    from transformers import pipeline
+
+    folder, image, question = sys.argv[1:]
+    ask = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+    content = [{"type": "image", "path": image}, {"type": "text", "text": question}]
+    found = ask(text=[{"role": "user", "content": content}], max_new_tokens=16, do_sample=False)
+    print(found[0]["generated_text"][-1]["content"].strip())
+    """
+)
+
+
+def ask_elsewhere(folder: Path, image: Path, question: str) -> str:
+    """One answer through transformers' pipeline, in a process that cannot import this package."""
+    command = [sys.executable, "-c", ASK, str(folder), str(image), question]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"The saved model does not load by itself:\n{result.stderr[-2000:]}")
+    return result.stdout.strip().splitlines()[-1]
+
+
+def table(accuracy: dict, blind: dict) -> str:
+    """Held-out accuracy by kind beside the blind control, in Markdown."""
+    lines = ["| kind | questions | accuracy | images shuffled |", "|---|---|---|---|"]
+    for kind in [*sorted(set(accuracy) - {"all"}), "all"]:
+        share, number = accuracy[kind]
+        lines.append(f"| {kind} | {number} | {share:.1%} | {blind[kind][0]:.1%} |")
+    return "\n".join(lines)
+
+
+def run_demo(output: str | Path, seed: int = 0) -> dict:
+    """
+    Everything from drawing the pictures to asking the saved model; see the folder `output` afterwards.
+
+    Returns:
+        `dict`: what `results.json` holds.
+    """
+    started = time.time()
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+
+    print("\n== A vision tower and a decoder, each with a short warm start of its own ==")
+    save_warm_start(output, seed)
+    template = str(Path(__file__).parent / "chat_template.jinja")
+    model, processor = compose(
+        str(output / "vision_tower"),
+        str(output / "language_model"),
+        output / "start",
+        projector_type="linear",
+        chat_template=template,
+    )
+    with (
+        torch.no_grad()
+    ):  # or image features would come in many times larger than words, and drown what is added to them
+        model.model.multi_modal_projector.linear_1.weight.mul_(0.05)
+    captions = as_dataset(caption_rows(NUM_CAPTIONED, seed))
+    questions = as_dataset(question_rows(NUM_QUESTIONED, seed + 1))
+    held_out_rows = question_rows(NUM_HELD_OUT, seed + 2, held_out=True, one_each=True)
+    held_out = as_dataset(question_rows(NUM_HELD_OUT, seed + 2, held_out=True))
+
+    histories, losses = {}, {}
+    for stage in SETTINGS:
+        print(f"\n== Stage {stage} ==")
+        rows = captions if stage == "projector" else questions
+        histories[stage], before, after = train_stage(stage, model, processor, rows, held_out, output, seed)
+        names = [name for name in ("eval_lm_loss", "eval_visual_loss") if name in after]
+        losses[stage] = {name: [before[name], after[name]] for name in names}
+        for name in names:
+            print(f"{name}: {before[name]:.3f} → {after[name]:.3f} nats")
+    model.save_pretrained(output / "model")
+    processor.save_pretrained(output / "model")
+
+    print("\n== Questions about pictures it has not seen ==")
+    asked = split_turns(held_out_rows)
+    answers = answer(model, processor, asked, batch_size=64)
+    accuracy = accuracy_by_kind(asked, answers)
+    control = with_shuffled_images(asked, seed)
+    blind = accuracy_by_kind(control, answer(model, processor, control, batch_size=64))
+    print(table(accuracy, blind))
+
+    chosen = range(0, 8 * 5, 5)  # different pictures: each has about five questions
+    titles = [f"{asked[i]['question']}\n{answers[i]} (truth: {asked[i]['answer']})" for i in chosen]
+    images = [asked[i]["images"][0] for i in chosen]
+    save_patch_words(output / "patches.png", model, processor, images, titles)
+    save_curves(output / "curves.png", histories)
+    images[0].save(output / "picture.png")
+    elsewhere = ask_elsewhere(output / "model", output / "picture.png", asked[chosen[0]]["question"])
+    print(f"\nIn a process without this package: {asked[chosen[0]]['question']} → {elsewhere}")
+
+    results = {"accuracy": accuracy, "blind": blind, "losses": losses, "seconds": round(time.time() - started, 1)}
+    results["pipeline"] = {"question": asked[chosen[0]]["question"], "answer": elsewhere}
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\n{results['seconds']:.0f} s. Pictures and numbers: {output}/patches.png, curves.png, results.json")
+    return results

@@ -1,0 +1,269 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Pictures of coloured shapes with captions and questions: the demo's own data, drawn on the spot.
+
+A scene is a 2 x 2 grid of cells of which 2 to 4 hold a shape. Everything follows from a seed: the same seed gives the
+same rows. Held-out scenes are told from training scenes by a checksum of what stands where, so no arrangement can be
+in both, whatever the seeds.
+
+The questions are balanced: whoever reads only the question is right no more often than by chance. Colours, shapes and
+cells are drawn uniformly, group sizes so that a count is uniform, and yes or no is drawn before the question is built.
+"""
+
+import random
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice, permutations
+
+from PIL import Image, ImageDraw
+
+
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (46, 160, 67),
+    "blue": (40, 84, 214),
+    "yellow": (240, 205, 40),
+    "purple": (145, 60, 180),
+    "black": (30, 30, 30),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+# Row by row, as the patches of a picture are read.
+POSITIONS = ("top-left", "top-right", "bottom-left", "bottom-right")
+DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+NUMBERS = ("zero", "one", "two", "three", "four")
+KINDS = ("color", "shape", "count", "position", "relation", "yes_no")
+BLANK = "empty"
+
+GRID_SIZE = 2
+CELL_SIZE = 32  # pixels
+IMAGE_SIZE = GRID_SIZE * CELL_SIZE  # pixels
+# How many shapes share a colour. The sums, 2, 3 and 4, are equally frequent, which makes the total count uniform.
+COLOR_GROUPS = ((1, 1), (1, 1), (1, 1, 1), (2, 1), (2, 1, 1), (2, 2))
+
+
+@dataclass(frozen=True)
+class Item:
+    """One shape: what it is, its cell (0 to 3, row by row), and in pixels where in the cell and how large it is."""
+
+    color: str
+    shape: str
+    cell: int
+    shift: tuple[int, int] = (0, 0)
+    radius: int = 12
+    fill: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Items in the order of their cells, no two of the same shape, on a plain light background."""
+
+    items: tuple[Item, ...]
+    background: int = 235
+
+    @property
+    def key(self) -> str:
+        """What stands where, without the jitter: two pictures with the same key ask for the same answers."""
+        return ";".join(f"{item.cell} {item.name}" for item in self.items)
+
+    @property
+    def is_held_out(self) -> bool:
+        """One scene in eight is kept for evaluation; a checksum, because `hash` differs from process to process."""
+        return zlib.crc32(self.key.encode()) % 8 == 0
+
+
+@dataclass(frozen=True)
+class Question:
+    kind: str
+    question: str
+    answer: str
+
+
+def make_scene(rng: random.Random) -> Scene:
+    sizes = rng.choice(COLOR_GROUPS)
+    colors = rng.sample(list(COLORS), len(sizes))
+    colors = [color for color, size in zip(colors, sizes, strict=True) for _ in range(size)]
+    shapes = rng.sample(SHAPES, len(colors))
+    cells = rng.sample(range(GRID_SIZE**2), len(colors))
+    items = []
+    for color, shape, cell in zip(colors, shapes, cells, strict=True):
+        fill = tuple(min(255, max(0, value + rng.randint(-20, 20))) for value in COLORS[color])
+        shift = (rng.randint(-3, 3), rng.randint(-3, 3))
+        items.append(Item(color, shape, cell, shift, rng.randint(9, 13), fill))
+    return Scene(tuple(sorted(items, key=lambda item: item.cell)), rng.randint(220, 250))
+
+
+def draw(scene: Scene) -> Image.Image:
+    """Returns an RGB picture of `IMAGE_SIZE` x `IMAGE_SIZE` pixels; the same scene always gives the same pixels."""
+    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (scene.background,) * 3)
+    canvas = ImageDraw.Draw(image)
+    for item in scene.items:
+        row, column = divmod(item.cell, GRID_SIZE)
+        x = column * CELL_SIZE + CELL_SIZE // 2 + item.shift[0]
+        y = row * CELL_SIZE + CELL_SIZE // 2 + item.shift[1]
+        _draw_shape(canvas, item.shape, x, y, item.radius, item.fill)
+    return image
+
+
+def _draw_shape(canvas: ImageDraw.ImageDraw, shape: str, x: int, y: int, r: int, fill: tuple[int, int, int]) -> None:
+    if shape == "circle":
+        canvas.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    elif shape == "square":
+        canvas.rectangle((x - r + 1, y - r + 1, x + r - 1, y + r - 1), fill=fill)
+    elif shape == "triangle":
+        canvas.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=fill)
+    elif shape == "diamond":
+        canvas.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], fill=fill)
+    else:
+        arm = r // 3
+        canvas.rectangle((x - r, y - arm, x + r, y + arm), fill=fill)
+        canvas.rectangle((x - arm, y - r, x + arm, y + r), fill=fill)
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """Names every shape and its place, in an order of its own, so that a caption cannot be read off a fixed order."""
+    items = rng.sample(scene.items, len(scene.items))
+    return ", ".join(f"a {item.name} at the {POSITIONS[item.cell]}" for item in items)
+
+
+def questions(scene: Scene, rng: random.Random) -> list[Question]:
+    """One question of each kind that the scene allows, in the order of `KINDS`.
+
+    A kind is left out where the scene offers nothing to ask: never because of an answer that is rarer than another,
+    which would give the answer away.
+    """
+    makers = (_ask_color, _ask_shape, _ask_count, _ask_position, _ask_relation, _ask_yes_no)
+    found = []
+    for kind, maker in zip(KINDS, makers, strict=True):
+        pair = maker(scene, rng)
+        if pair is not None:
+            found.append(Question(kind, *pair))
+    return found
+
+
+def _ask_color(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    item = rng.choice(scene.items)
+    place = rng.choice((f"is the {item.shape}", f"is at the {POSITIONS[item.cell]}"))
+    return f"what color {place}?", item.color
+
+
+def _ask_shape(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    counts = Counter(item.color for item in scene.items)
+    single = [item for item in scene.items if counts[item.color] == 1]
+    if single and rng.random() < 0.5:
+        item = rng.choice(single)
+        return f"what shape is {item.color}?", item.shape
+    item = rng.choice(scene.items)
+    return f"what shape is at the {POSITIONS[item.cell]}?", item.shape
+
+
+def _ask_count(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    if rng.random() < 0.25:
+        return "how many shapes are there?", NUMBERS[len(scene.items)]
+    counts = Counter(item.color for item in scene.items)
+    # Only where each answer can be had, and it is drawn first: otherwise zero, or one, would be the best guess.
+    if set(counts.values()) != {1, 2}:
+        return None
+    wanted = rng.choice((0, 1, 2))
+    color = rng.choice([color for color in COLORS if counts[color] == wanted])
+    return f"how many {color} shapes are there?", NUMBERS[wanted]
+
+
+def _ask_position(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    item = rng.choice(scene.items)
+    return f"where is the {item.shape}?", POSITIONS[item.cell]
+
+
+def _ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    """Asks for the neighbour of a shape in the next cell; None where no two shapes touch."""
+    direction = rng.choice(list(DIRECTIONS))
+    row_step, column_step = DIRECTIONS[direction]
+    pairs = []
+    for item, other in permutations(scene.items, 2):
+        row, column = divmod(item.cell, GRID_SIZE)
+        if divmod(other.cell, GRID_SIZE) == (row + row_step, column + column_step):
+            pairs.append((item, other))
+    if not pairs:
+        return None
+    item, other = rng.choice(pairs)
+    return f"what is {direction} the {item.shape}?", other.name
+
+
+def _ask_yes_no(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    answer = rng.choice(("yes", "no"))
+    shown = [item.shape for item in scene.items]
+    if rng.random() < 0.5:
+        shapes = shown if answer == "yes" else [shape for shape in SHAPES if shape not in shown]
+        return f"is there a {rng.choice(shapes)}?", answer
+    item = rng.choice(scene.items)
+    colors = [item.color] if answer == "yes" else [color for color in COLORS if color != item.color]
+    return f"is the {item.shape} {rng.choice(colors)}?", answer
+
+
+def make_scenes(rng: random.Random, held_out: bool) -> Iterator[Scene]:
+    while True:
+        scene = make_scene(rng)
+        if scene.is_held_out == held_out:
+            yield scene
+
+
+def describe_patches(scene: Scene) -> list[tuple[str, str]]:
+    """(colour, shape) at each of the 4 x 4 patches, row by row; an empty cell is ("empty", "empty")."""
+    found = {item.cell: (item.color, item.shape) for item in scene.items}
+    cells = [(row // 2) * GRID_SIZE + column // 2 for row in range(2 * GRID_SIZE) for column in range(2 * GRID_SIZE)]
+    return [found.get(cell, (BLANK, BLANK)) for cell in cells]
+
+
+def _conversation(turns: list[tuple[str, str]]) -> list[dict]:
+    messages = []
+    for i, (question, answer) in enumerate(turns):
+        content = [{"type": "text", "text": question}]
+        picture = [{"type": "image", "text": None}] if i == 0 else []
+        messages.append({"role": "user", "content": picture + content})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def _row(scene: Scene, turns: list[tuple[str, str]], kind: str) -> dict:
+    return {"messages": _conversation(turns), "images": [draw(scene)], "num_context_messages": 0, "kind": kind}
+
+
+CAPTION_QUESTION = "describe the picture"
+
+
+def caption_rows(num: int, seed: int) -> list[dict]:
+    """`num` pictures with a caption each, of scenes that are not held out."""
+    rng = random.Random(seed)
+    scenes = make_scenes(rng, held_out=False)
+    return [_row(scene, [(CAPTION_QUESTION, caption(scene, rng))], "caption") for scene in islice(scenes, num)]
+
+
+def question_rows(num: int, seed: int, held_out: bool = False, one_each: bool = False) -> list[dict]:
+    """
+    `num` pictures with their questions: all in one conversation, in any order; or with `one_each` a row per question.
+    """
+    rng = random.Random(seed)
+    rows = []
+    for scene in islice(make_scenes(rng, held_out), num):
+        asked = questions(scene, rng)
+        rng.shuffle(asked)
+        if one_each:
+            rows += [_row(scene, [(q.question, q.answer)], q.kind) for q in asked]
+        else:
+            rows.append(_row(scene, [(q.question, q.answer) for q in asked], "all"))
+    return rows
+
+
+def words() -> list[str]:
+    """Every word and mark that a caption, a question or an answer can have, in a fixed order."""
+    rng = random.Random(0)
+    found = {CAPTION_QUESTION, BLANK}
+    for scene in islice(make_scenes(rng, held_out=False), 500):
+        found.add(caption(scene, rng))
+        found.update(text for q in questions(scene, rng) for text in (q.question, q.answer))
+    return sorted({word for text in found for word in re.findall(r"[\w-]+|[^\w\s]", text)})

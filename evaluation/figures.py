@@ -1,0 +1,84 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Pictures: the words of each patch over the image, and the curves of a training."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import patheffects
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def patch_words(model, processor, images: list) -> tuple[list, torch.Tensor]:
+    """The likeliest word of every patch, a list of lists of strings, and its probability (num_images, num_patches)."""
+    pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(model.device)
+    tokens = model.get_visual_tokens(pixel_values, top_k=1)
+    return processor.visual_words(tokens.token_ids[..., 0]), tokens.probabilities[..., 0].float().cpu()
+
+
+def shown_image(processor, image) -> np.ndarray:
+    """The picture as the vision tower sees it (padded, cropped, resized), (height, width, 3) in 0..1."""
+    pixels = np.asarray(processor.image_processor([image.convert("RGB")])["pixel_values"][0])
+    mean = np.reshape(getattr(processor.image_processor, "image_mean", None) or [0.5] * 3, (3, 1, 1))
+    std = np.reshape(getattr(processor.image_processor, "image_std", None) or [0.5] * 3, (3, 1, 1))
+    return np.clip(pixels * std + mean, 0, 1).transpose(1, 2, 0)
+
+
+def draw_patch_words(axes, image: np.ndarray, words: list[str], probabilities: torch.Tensor) -> None:
+    """Writes each patch's word over it; the fainter, the less likely."""
+    side = round(len(words) ** 0.5)
+    if side * side != len(words):
+        raise ValueError(f"{len(words)} patches are no square grid: only square pictures can be drawn.")
+    height, width = image.shape[:2]
+    axes.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
+    outline = [patheffects.withStroke(linewidth=1.6, foreground="white")]
+    for i, (word, probability) in enumerate(zip(words, probabilities.tolist(), strict=True)):
+        x, y = (i % side + 0.5) * width / side, (i // side + 0.5) * height / side
+        size = max(3.5, min(9.0, 46 / side))
+        axes.text(
+            x, y, word, ha="center", va="center", fontsize=size, alpha=0.25 + 0.75 * probability, path_effects=outline
+        )
+    for i in range(1, side):
+        axes.axvline(i * width / side, color="white", linewidth=0.4)
+        axes.axhline(i * height / side, color="white", linewidth=0.4)
+    axes.set_axis_off()
+
+
+def save_patch_words(path: Path, model, processor, images: list, titles: list[str], columns: int = 4) -> None:
+    """One PNG with the words of the patches of several pictures, a title over each."""
+    words, probabilities = patch_words(model, processor, images)
+    columns = min(columns, len(images))
+    lines = -(-len(images) // columns)
+    figure = Figure(figsize=(3.4 * columns, 3.7 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, image, word, probability, title in zip(grid.flat, images, words, probabilities, titles, strict=False):
+        draw_patch_words(axes, shown_image(processor, image), word, probability)
+        axes.set_title(title, fontsize=8, wrap=True)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def save_curves(path: Path, histories: dict[str, list[dict]]) -> None:
+    """One PNG with the losses and the entropies of the visual tokens, stage after stage, from `log_history`s."""
+    panels = {
+        "language loss (nats)": ["lm_loss"],
+        "visual loss (nats)": ["visual_loss"],
+        "entropy (nats)": ["visual_token_entropy", "mean_visual_token_entropy"],
+    }
+    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        offset = 0
+        for stage, history in histories.items():
+            logs = [entry for entry in history if "step" in entry and "loss" in entry]
+            for name, style in zip(names, ("-", ":"), strict=False):
+                points = [(offset + entry["step"], entry[name]) for entry in logs if name in entry]
+                if points:
+                    label = f"{stage}: {name}" if len(names) > 1 else stage
+                    axes.plot(*zip(*points, strict=True), style, label=label)
+            offset += max((entry["step"] for entry in logs), default=0)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("optimizer steps")
+        axes.legend(fontsize=6)
+    FigureCanvasAgg(figure).print_png(str(path))

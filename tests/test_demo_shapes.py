@@ -1,0 +1,179 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""The demo's pictures and questions: the answers are right, and only the picture gives them away."""
+
+import random
+import re
+from collections import Counter, defaultdict
+from itertools import islice
+
+import pytest
+
+from vtlmm.demo.shapes import (
+    BLANK,
+    COLORS,
+    GRID_SIZE,
+    IMAGE_SIZE,
+    KINDS,
+    NUMBERS,
+    POSITIONS,
+    SHAPES,
+    caption,
+    caption_rows,
+    describe_patches,
+    draw,
+    make_scenes,
+    question_rows,
+    questions,
+    words,
+)
+
+
+# What a guesser who sees no picture may reach: one in so many answers, and a margin for the sample's chance.
+CHANCE = {"color": 1 / 6, "shape": 1 / 5, "count": 1 / 3, "position": 1 / 4, "relation": 1 / 12, "yes_no": 1 / 2}
+MARGIN = 0.05
+STEPS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # (x, y)
+
+
+def scenes(num: int, seed: int, held_out: bool = False) -> list:
+    return list(islice(make_scenes(random.Random(seed), held_out), num))
+
+
+def asked(num: int, seed: int, held_out: bool = False) -> list:
+    rng = random.Random(seed)
+    return [(scene, question) for scene in scenes(num, seed, held_out) for question in questions(scene, rng)]
+
+
+def grid(scene) -> dict[tuple[int, int], tuple[str, str]]:
+    """(x, y) of a cell to (color, shape): another form than the scene's own, so that the answers are found anew."""
+    return {(item.cell % GRID_SIZE, item.cell // GRID_SIZE): (item.color, item.shape) for item in scene.items}
+
+
+def find_cell(cells: dict, word: str) -> tuple[int, int]:
+    """The only cell that `word` (a color, a shape or a position) can mean."""
+    if word in POSITIONS:
+        vertical, horizontal = word.split("-")
+        return ("left", "right").index(horizontal), ("top", "bottom").index(vertical)
+    [cell] = [cell for cell, pair in cells.items() if word in pair]
+    return cell
+
+
+def solve(scene, question: str) -> str:
+    cells = grid(scene)
+    if found := re.fullmatch(r"what (color|shape) is (?:at )?(?:the )?([\w-]+)\?", question):
+        return cells[find_cell(cells, found[2])][found[1] == "shape"]
+    if question == "how many shapes are there?":
+        return NUMBERS[len(cells)]
+    if found := re.fullmatch(r"how many (\w+) shapes are there\?", question):
+        return NUMBERS[sum(color == found[1] for color, _ in cells.values())]
+    if found := re.fullmatch(r"where is the (\w+)\?", question):
+        x, y = find_cell(cells, found[1])
+        return f"{('top', 'bottom')[y]}-{('left', 'right')[x]}"
+    if found := re.fullmatch(r"what is (left of|right of|above|below) the (\w+)\?", question):
+        x, y = find_cell(cells, found[2])
+        return " ".join(cells[x + STEPS[found[1]][0], y + STEPS[found[1]][1]])
+    if found := re.fullmatch(r"is there a (\w+)\?", question):
+        return "yes" if any(shape == found[1] for _, shape in cells.values()) else "no"
+    if found := re.fullmatch(r"is the (\w+) (\w+)\?", question):
+        return "yes" if cells[find_cell(cells, found[1])][0] == found[2] else "no"
+    raise ValueError(question)
+
+
+def test_every_answer_is_right_and_every_kind_is_asked():
+    pairs = asked(1500, seed=0)
+    for scene, question in pairs:
+        assert solve(scene, question.question) == question.answer, (scene.key, question)
+    assert set(Counter(question.kind for _, question in pairs)) == set(KINDS)
+
+
+def test_a_blind_guesser_stays_near_chance():
+    counts = defaultdict(Counter)
+    for _, question in asked(6000, seed=1):
+        counts[question.question][question.answer] += 1
+    right = defaultdict(list)
+    for _, question in asked(3000, seed=2, held_out=True):
+        guess = max(counts[question.question].items(), key=lambda item: item[1], default=(None, 0))[0]
+        right[question.kind].append(guess == question.answer)
+    for kind, values in right.items():
+        assert sum(values) / len(values) < CHANCE[kind] + MARGIN, kind
+
+
+def test_yes_and_no_are_balanced_whatever_is_asked():
+    answers = defaultdict(Counter)
+    for _, question in asked(6000, seed=3):
+        if question.kind == "yes_no":
+            answers[question.question.split()[1]][question.answer] += 1
+    assert set(answers) == {"there", "the"}
+    for counted in answers.values():
+        assert abs(counted["yes"] / sum(counted.values()) - 0.5) < 0.04
+
+
+def test_no_held_out_scene_is_trained_on():
+    train = {scene.key for seed in range(4) for scene in scenes(1000, seed)}
+    held_out = {scene.key for seed in range(4) for scene in scenes(250, seed, held_out=True)}
+    assert len(held_out) > 500
+    assert not train & held_out
+
+
+def test_rows_follow_from_the_seed():
+    for make in (caption_rows, question_rows):
+        first, again, other = make(20, 5), make(20, 5), make(20, 6)
+        assert [row["messages"] for row in first] == [row["messages"] for row in again]
+        assert [row["images"][0].tobytes() for row in first] == [row["images"][0].tobytes() for row in again]
+        assert [row["messages"] for row in first] != [row["messages"] for row in other]
+        assert first[0]["images"][0].tobytes() != other[0]["images"][0].tobytes()
+
+
+def test_rows_have_one_image_part_and_alternate():
+    rows = caption_rows(20, 0) + question_rows(20, 0) + question_rows(20, 0, held_out=True, one_each=True)
+    for row in rows:
+        parts = [part["type"] for message in row["messages"] for part in message["content"]]
+        assert parts.count("image") == len(row["images"]) == 1
+        assert row["messages"][0]["content"][0]["type"] == "image"
+        roles = [message["role"] for message in row["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert row["images"][0].size == (IMAGE_SIZE, IMAGE_SIZE)
+    assert all(len(row["messages"]) == 2 and row["kind"] in KINDS for row in rows[40:])
+
+
+def test_the_vocabulary_covers_every_text():
+    known = set(words())
+    assert known >= {*COLORS, *SHAPES, *POSITIONS, BLANK}
+    for row in caption_rows(300, 9) + question_rows(300, 9) + question_rows(300, 9, held_out=True):
+        for message in row["messages"]:
+            text = message["content"][-1]["text"]
+            assert set(re.findall(r"[\w-]+|[^\w\s]", text)) <= known, text
+
+
+def test_pixels_show_the_named_colors_where_the_caption_says():
+    for scene in scenes(200, 4):
+        image, cells = draw(scene), grid(scene)
+        side = IMAGE_SIZE // GRID_SIZE
+        for x in range(GRID_SIZE):
+            for y in range(GRID_SIZE):
+                tile = image.crop((x * side, y * side, (x + 1) * side, (y + 1) * side))
+                # a shape may reach a row or two into the next cell
+                shown = [c for n, c in tile.getcolors() if n > 60 and c != (scene.background,) * 3]
+                if (x, y) not in cells:
+                    assert not shown
+                    continue
+                [pixel] = shown
+                nearest = min(
+                    COLORS, key=lambda name: sum((a - b) ** 2 for a, b in zip(COLORS[name], pixel, strict=True))
+                )
+                assert nearest == cells[x, y][0]
+
+
+def test_caption_names_every_shape_once():
+    for scene in scenes(100, 7):
+        told = re.findall(r"a (\w+) (\w+) at the ([\w-]+)", caption(scene, random.Random(0)))
+        cells = grid(scene)
+        assert sorted(told) == sorted((*pair, POSITIONS[y * GRID_SIZE + x]) for (x, y), pair in cells.items())
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_patches_are_told_what_their_cell_holds(held_out):
+    for scene in scenes(50, 8, held_out):
+        told, cells, side = describe_patches(scene), grid(scene), 2 * GRID_SIZE
+        assert len(told) == side**2
+        for i, patch in enumerate(told):
+            assert patch[:2] == cells.get((i % side // 2, i // side // 2), (BLANK, BLANK))
