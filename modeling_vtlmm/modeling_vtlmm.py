@@ -1,9 +1,11 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """VT-LMM (arXiv 2403.07720): a LLaVA-like model whose VM head maps each image feature to a distribution over words."""
 
+from dataclasses import fields
+
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
@@ -19,6 +21,9 @@ from .outputs_vtlmm import (
     VTLMMVisualTokensOutput,
 )
 
+# What the decoder returns and we pass on; not, say, a mixture's `router_logits`.
+DECODER_OUTPUTS = {field.name for field in fields(VTLMMModelOutputWithPast)}
+
 
 class VTLMMPreTrainedModel(PreTrainedModel):
     config_class = VTLMMConfig
@@ -26,7 +31,7 @@ class VTLMMPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -178,7 +183,6 @@ class VTLMMModel(VTLMMPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, VTLMMImageFeaturesOutput] | None = None,
         always_run_vision: bool = False,
@@ -192,6 +196,8 @@ class VTLMMModel(VTLMMPreTrainedModel):
             always_run_vision (`bool`, *optional*, defaults to `False`): without pictures, encode one of zeros and add
                 0 times the sum of its features, so that every process of a sharded run executes the same modules.
             output_image_token_mask (`bool`, *optional*, defaults to `False`): give `image_token_mask`.
+            kwargs: for the decoder. The cache is among them: it is called `past_key_values` up to transformers 5.23
+                and `cache` from 5.24 on, in the outputs too, and the decoder knows which.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
@@ -221,15 +227,12 @@ class VTLMMModel(VTLMMPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        outputs = {name: value for name, value in outputs.items() if name in DECODER_OUTPUTS}
         return VTLMMModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            **outputs,
             image_features=image_features,
             image_token_mask=image_token_mask if output_image_token_mask else None,
         )
@@ -313,7 +316,6 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -345,7 +347,6 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             always_run_vision=return_loss_sums and self.training,
@@ -364,16 +365,9 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
                 loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         if output_visual_logits and outputs.image_token_mask is not None:
             visual_logits = self.model.vm_head(outputs.image_features).flatten(0, 1)
+        outputs = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return VTLMMCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            visual_logits=visual_logits,
-            image_features=outputs.image_features,
-            image_token_mask=outputs.image_token_mask,
-            loss_sums=loss_sums,
+            loss=loss, logits=logits, visual_logits=visual_logits, loss_sums=loss_sums, **outputs
         )
 
     def loss_sums(

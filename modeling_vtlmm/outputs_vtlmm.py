@@ -4,8 +4,12 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ModelOutput,
+)
 
 
 @dataclass
@@ -36,10 +40,10 @@ class VTLMMModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class VTLMMCausalLMOutputWithPast(ModelOutput):
+class VTLMMCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
-    loss (`torch.Tensor` of shape `()`): mean language loss L_lm in nats, when `labels` are given.
-    logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`)
+    The base class's fields (`loss`: mean language loss L_lm in nats, when `labels` are given) and:
+
     visual_logits (`torch.Tensor` of shape `(num_image_tokens, visual_vocab_size)`): the VM head's output before the
         softmax, in the order of `image_token_mask`, when asked for.
     image_features: see [`VTLMMModelOutputWithPast`].
@@ -48,11 +52,6 @@ class VTLMMCausalLMOutputWithPast(ModelOutput):
     loss_sums (`dict[str, torch.Tensor]`): see [`VTLMMForConditionalGeneration.loss_sums`], when asked for.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor] | None = None
-    attentions: tuple[torch.Tensor] | None = None
     visual_logits: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
     image_token_mask: torch.Tensor | None = None

@@ -16,6 +16,10 @@ from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedTokenizerF
 from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMProcessor
 
 
+# Models of a few thousand weights: threads only wait for each other. Set here, where every test and every process that
+# a test starts gets it: another number of threads sums in another order, and bit-equal would not be equal.
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).parents[1].parent / "shared"
 WORDS = (
     "USER : ASSISTANT what is in the picture ? a an red blue green square circle . , of and no yes one two boat "

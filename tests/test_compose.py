@@ -19,9 +19,6 @@ from vtlmm.hub.vision_tower import load_image_processor, load_vision_tower
 from vtlmm.hub.vocabulary import Vocabulary, add_special_tokens, fit_embeddings
 
 
-# Models of a few thousand weights: threads only wait for each other.
-torch.set_num_threads(1)
-
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOWER = {**SIZE, "hidden_size": 16, "num_hidden_layers": 3, "image_size": 28, "patch_size": 14}
 DINO = {key: value for key, value in TOWER.items() if key != "intermediate_size"}

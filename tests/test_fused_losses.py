@@ -23,15 +23,6 @@ def several_blocks_per_chunk(monkeypatch):
     monkeypatch.setattr(fused, "LOGITS_PER_BLOCK_CPU", 8 * VOCAB_SIZE)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On a busy machine threads would wait for each other at each of the many tiny operations."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 

@@ -99,7 +99,7 @@ WORKER = textwrap.dedent(
 def run_processes(tmp_path: Path, images, num_processes: int = 2) -> dict[str, torch.Tensor]:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
     command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     command += [str(script), str(tmp_path), ",".join(map(str, images))]
