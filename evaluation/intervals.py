@@ -1,0 +1,49 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""How sure a score is: bootstrap over pictures, and McNemar's test for two models on the same questions."""
+
+from math import comb
+
+import numpy as np
+
+
+NUM_DRAWS = 2000
+LEVEL = 0.95
+
+
+def bootstrap_interval(scores, clusters, num_draws: int = NUM_DRAWS, seed: int = 0) -> tuple[float, float]:
+    r"""
+    95 % percentile interval of the mean of `scores`, by drawing whole clusters with replacement.
+
+    Questions about one picture are not independent: drawn one by one they would give too narrow an interval.
+
+    Args:
+        scores (sequence of `float`): or differences of two models' scores, for a paired interval.
+        clusters (sequence): what each score belongs to, e.g. its picture.
+        num_draws (`int`, *optional*, defaults to 2000)
+        seed (`int`, *optional*, defaults to 0)
+    """
+    _, members = np.unique(np.asarray(clusters), return_inverse=True)
+    sums, counts = np.bincount(members, weights=np.asarray(scores, dtype=float)), np.bincount(members)
+    generator = np.random.default_rng(seed)
+    means = np.empty(num_draws)
+    for i in range(num_draws):  # one draw at a time: all at once is gigabytes for a large benchmark
+        drawn = generator.integers(len(sums), size=len(sums))
+        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def mcnemar(first, second) -> tuple[int, int, float]:
+    r"""
+    McNemar's exact test of two models' scores on the same questions (McNemar 1947).
+
+    Returns:
+        `tuple[int, int, float]`: questions where only the first is better, where only the second is, and the two-sided
+        p-value that they are equally many. Pictures with several questions make it too small.
+    """
+    first_better = sum(a > b for a, b in zip(first, second, strict=True))
+    second_better = sum(b > a for a, b in zip(first, second, strict=True))
+    number, fewer = first_better + second_better, min(first_better, second_better)
+    # integers: a double cannot hold 2^n for many flips
+    tail = sum(comb(number, k) for k in range(fewer + 1))
+    return first_better, second_better, min(1.0, 2 * tail / 2**number)
