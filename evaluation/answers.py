@@ -1,8 +1,10 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Answers to questions about pictures, scored by exact match, beside the blind control."""
 
+import hashlib
 import random
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -30,42 +32,90 @@ def split_turns(rows) -> list[dict]:
     return questions
 
 
+def picture_key(image) -> str:
+    """
+    Digest of a picture: of the pixels of one from PIL, or of the file of `{"path", "bytes"}`, as `datasets` gives one
+    undecoded. A string is a key already.
+    """
+    if isinstance(image, str):
+        return image
+    if isinstance(image, dict):
+        data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    else:
+        data = f"{image.mode} {image.size} ".encode() + image.tobytes()
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def with_shuffled_images(questions: list[dict], seed: int = 0) -> list[dict]:
-    """The blind control: every question gets the pictures of another, chosen at random; the answers stay."""
-    images = [question["images"] for question in questions]
-    random.Random(seed).shuffle(images)
-    return [{**question, "images": other} for question, other in zip(questions, images, strict=True)]
+    """
+    The blind control: every question gets other pictures; the answers stay.
+
+    The different pictures stand in a ring, in random order, and each of a question's is replaced by the next that is
+    not the question's. So a question never sees its own, unless it has all there are.
+
+    Args:
+        questions (`list[dict]`): with `images`, pictures as [`picture_key`] takes them.
+        seed (`int`, *optional*, defaults to 0): of the order.
+    """
+    keys = [[picture_key(image) for image in question["images"]] for question in questions]
+    pictures = {
+        key: image
+        for question, own in zip(questions, keys, strict=True)
+        for key, image in zip(own, question["images"], strict=True)
+    }
+    ring = list(pictures)
+    random.Random(seed).shuffle(ring)
+    following = dict(zip(ring, ring[1:] + ring[:1], strict=True))
+
+    def replacement(key: str, own: list[str]) -> str:
+        other = following[key]
+        while other in own and other != key:
+            other = following[other]
+        return following[key] if other == key else other
+
+    return [
+        {**question, "images": [pictures[replacement(key, own)] for key in own]}
+        for question, own in zip(questions, keys, strict=True)
+    ]
+
+
+def asking_order(questions: list[dict]) -> list[int]:
+    """Indices such that questions of like length stand together: so a batch has little padding."""
+    return sorted(range(len(questions)), key=lambda i: (len(questions[i]["images"]), len(questions[i]["question"])))
+
+
+def conversation(question: dict) -> list[dict]:
+    """The user's turn of a question: its pictures, then its text."""
+    content = [{"type": "image", "image": image} for image in question["images"]]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": question["question"]}]}]
 
 
 @torch.inference_mode()
-def answer(model, processor, questions: list[dict], batch_size: int = 32, max_new_tokens: int = 16) -> list[str]:
-    """
-    Greedy answers, in the order of `questions`.
-
-    Rows of like length share a batch, so little is padded; padding is on the left.
-    """
+def answer_batch(model, processor, questions: list[dict], max_new_tokens: int = 16) -> list[str]:
+    """Greedy answers to questions with pictures from PIL, all at once; padding is on the left."""
     model.eval()
-    order = sorted(range(len(questions)), key=lambda i: (len(questions[i]["images"]), len(questions[i]["question"])))
+    inputs = processor.apply_chat_template(
+        [conversation(question) for question in questions],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    ).to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def answer(model, processor, questions: list[dict], batch_size: int = 32, max_new_tokens: int = 16) -> list[str]:
+    """Greedy answers, in the order of `questions`. Rows of like length share a batch."""
+    order = asking_order(questions)
     answers = [""] * len(questions)
     for start in tqdm(range(0, len(order), batch_size), desc="answering", leave=False):
         batch = order[start : start + batch_size]
-        conversations = []
-        for i in batch:
-            content = [{"type": "image", "image": image} for image in questions[i]["images"]]
-            content.append({"type": "text", "text": questions[i]["question"]})
-            conversations.append([{"role": "user", "content": content}])
-        inputs = processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        ).to(model.device)
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = answer_batch(model, processor, [questions[i] for i in batch], max_new_tokens)
         for i, text in zip(batch, texts, strict=True):
-            answers[i] = text.strip()
+            answers[i] = text
     return answers
 
 

@@ -1,7 +1,8 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""LLaVA's prompts for the benchmarks of the paper, to the character (https://github.com/haotian-liu/LLaVA, evaluation).
-
-The picture and its line break stand before them; the chat template writes those."""
+"""
+LLaVA's prompts for the benchmarks of the paper, to the character (docs/Evaluation.md and llava/eval of
+https://github.com/haotian-liu/LLaVA). A picture and its line break stand before them; the chat template writes those.
+"""
 
 from string import ascii_uppercase
 

@@ -2,8 +2,8 @@
 """
 The official rules of the benchmarks, as pure functions.
 
-`score_…` take the rows of a whole benchmark, dicts with `label` (the truth), `answer` (what the model said) and the keys
-that the docstring names, and return percentages. `SCORERS` score one answer, 0 to 1. VQA accuracy is in `vqa.py`.
+`score_…` take the rows of a whole benchmark, dicts with `label` (the truth), `answer` (what the model said) and the
+keys that the docstring names, and return percentages. `SCORERS` score one answer, 0 to 1. VQA accuracy is in `vqa.py`.
 """
 
 import re
@@ -159,7 +159,7 @@ def score_mmbench(rows: list[dict]) -> dict:
     Rule: Liu et al. 2023 (https://arxiv.org/abs/2307.06281). MMBench-CN is scored alike.
 
     Args:
-        rows (`list[dict]`): with `index`, the question's plus 1,000,000 for every rotation, and the options `A` to `D`.
+        rows (`list[dict]`): with `index`, the question's plus 1,000,000 for every rotation, and options `A`, `B`, ….
     """
     rotations = defaultdict(dict)
     for row in rows:

@@ -8,12 +8,12 @@ NUM_ANNOTATORS = 10
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
 NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBER_WORDS)}}
 ARTICLES = {"a", "an", "the"}
-PUNCTUATION = ";/[]\"{}()=+\\_->@<`,?!"
+PUNCTUATION = ';/[]"{}()=+\\_->@<`,?!'
 NUMBER_COMMA = re.compile(r"\d,\d")
 PERIOD = re.compile(r"\.(?!\d)")  # the official pattern also looks behind, but its look-behind is mistyped
 MAX_PERIODS = 32  # the official program passes a flag, worth 32, where `re` expects the number of replacements
 
-# The words whose apostrophes the official table restores. It lists each without one of them: dont, couldn'tve, couldnt've
+# Words whose apostrophes the official table restores. It lists each without one of them: dont, couldn'tve, couldnt've
 RIGHT_CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -36,8 +36,8 @@ def normalize_vqa_answer(text: str) -> str:
     """
     An answer without punctuation, articles and capitals, with digits for number words and with its apostrophes.
 
-    Rules: https://visualqa.org/evaluation.html. A mark of punctuation vanishes where a blank is beside it anywhere in the
-    text, or where the text has a comma inside a number; elsewhere it becomes a blank.
+    Rules: https://visualqa.org/evaluation.html. A mark of punctuation vanishes where a blank is beside it anywhere in
+    the text, or where the text has a comma inside a number; elsewhere it becomes a blank.
     """
     text = _one_line(text)
     plain, has_number_comma = text, NUMBER_COMMA.search(text)

@@ -73,7 +73,9 @@ class DataConfig:
             raise ValueError(f"`bad_rows` is {self.bad_rows!r}; it must be raise or skip.")
 
 
-def load_rows(config: DataConfig, split: str = "train") -> Dataset | IterableDataset | None:
+def load_rows(
+    config: DataConfig, split: str = "train", columns: tuple[str, ...] = ()
+) -> Dataset | IterableDataset | None:
     r"""
     The rows of one split, in their order; the columns are those of `ROW_FEATURES`. No picture is decoded.
 
@@ -86,6 +88,8 @@ def load_rows(config: DataConfig, split: str = "train") -> Dataset | IterableDat
     Args:
         config ([`DataConfig`])
         split (`str`, *optional*, defaults to `"train"`): or `"eval"`, which is None when the config names none.
+        columns (`tuple[str]`, *optional*): columns of the source to keep beside these, as JSON texts (`null` where a
+            row lacks one).
 
     Raises:
         `ValueError`: for a row of no known form, a file that is not JSON, or picture paths that start nowhere.
@@ -103,12 +107,16 @@ def load_rows(config: DataConfig, split: str = "train") -> Dataset | IterableDat
     folder = config.image_folder or (path.parent if is_file else path if path.is_dir() else None)
     folder = None if folder is None else os.path.abspath(folder)
     if path.suffix in (".json", ".jsonl"):
-        return _first_rows(_load_json(path, part, folder, config.streaming), config.max_rows)
+        return _first_rows(_load_json(path, part, folder, config.streaming, columns), config.max_rows)
     if is_file:
         dataset = load_dataset("parquet", data_files=name, split=part, streaming=config.streaming)
     else:
         dataset = load_dataset(name, config.dataset_config, split=part, streaming=config.streaming)
-    return _convert_table(_first_rows(dataset, config.max_rows), name, folder)
+    return _convert_table(_first_rows(dataset, config.max_rows), name, folder, columns)
+
+
+def _row_features(columns: tuple[str, ...]) -> Features:
+    return Features({**ROW_FEATURES, **{name: Value("string") for name in columns}})
 
 
 def _first_rows(dataset, max_rows: int | None):
@@ -140,21 +148,22 @@ def _read_json(path: Path):
                     raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
 
 
-def _json_rows(path: str, folder: str):
+def _json_rows(path: str, folder: str, columns: tuple[str, ...]):
     for index, record in enumerate(_read_json(Path(path))):
-        yield convert_row(record, index, path, folder)
+        yield convert_row(record, index, path, folder, columns)
 
 
-def _load_json(path: Path, split: str, folder: str, streaming: bool):
-    arguments = {"path": str(path), "folder": folder}
+def _load_json(path: Path, split: str, folder: str, streaming: bool, columns: tuple[str, ...]):
+    arguments = {"path": str(path), "folder": folder, "columns": columns}
+    features = _row_features(columns)
     if streaming:
         if split != "train":
             raise ValueError(f"{path}: a stream of a JSON file has the split train only, not {split!r}.")
-        return IterableDataset.from_generator(_json_rows, features=ROW_FEATURES, gen_kwargs=arguments)
+        return IterableDataset.from_generator(_json_rows, features=features, gen_kwargs=arguments)
     state = path.stat()
-    fingerprint = _fingerprint(path.resolve(), state.st_size, state.st_mtime_ns, folder)
+    fingerprint = _fingerprint(path.resolve(), state.st_size, state.st_mtime_ns, folder, columns)
     try:
-        rows = Dataset.from_generator(_json_rows, features=ROW_FEATURES, gen_kwargs=arguments, fingerprint=fingerprint)
+        rows = Dataset.from_generator(_json_rows, features=features, gen_kwargs=arguments, fingerprint=fingerprint)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None
@@ -172,13 +181,14 @@ def _fingerprint(*state) -> str:
 # ---- Tables: parquet files, folders, the Hub ----
 
 
-def _convert_table(dataset, source: str, folder: str | None):
-    arguments = {"source": source, "folder": folder}
+def _convert_table(dataset, source: str, folder: str | None, columns: tuple[str, ...]):
+    arguments = {"source": source, "folder": folder, "columns": columns}
+    features = _row_features(columns)
     if isinstance(dataset, IterableDataset):
         dataset = dataset if dataset.features is None else dataset.decode(False)
         # A stream decodes pictures where its features are applied, which is once: so not in `map`
         rows = dataset.map(convert_row, with_indices=True, fn_kwargs=arguments, remove_columns=dataset.column_names)
-        return rows.select_columns(list(ROW_FEATURES)).cast(ROW_FEATURES)
+        return rows.select_columns(list(features)).cast(features)
     for column in ("image", "images"):
         feature = dataset.features.get(column)
         if isinstance(feature, Image):
@@ -190,8 +200,8 @@ def _convert_table(dataset, source: str, folder: str | None):
         with_indices=True,
         fn_kwargs=arguments,
         remove_columns=dataset.column_names,
-        features=ROW_FEATURES,
-        new_fingerprint=_fingerprint(dataset._fingerprint, source, folder),
+        features=features,
+        new_fingerprint=_fingerprint(dataset._fingerprint, source, folder, columns),
         desc=f"Reading {source}",
     )
 
@@ -199,7 +209,7 @@ def _convert_table(dataset, source: str, folder: str | None):
 # ---- One row ----
 
 
-def convert_row(row: dict, index: int, source: str, folder: str | None) -> dict:
+def convert_row(row: dict, index: int, source: str, folder: str | None, columns: tuple[str, ...] = ()) -> dict:
     r"""
     One row of any known form as `messages`, `images`, `num_context_messages`.
 
@@ -208,6 +218,7 @@ def convert_row(row: dict, index: int, source: str, folder: str | None) -> dict:
     Args:
         row (`dict`), index (`int`), source (`str`): the row, and how an error names it.
         folder (`str`, *optional*): where relative paths of pictures start; absolute.
+        columns (`tuple[str]`, *optional*): what to keep beside these, as JSON texts.
 
     Raises:
         `ValueError`: for a row of no known form, or a relative path without a folder.
@@ -239,6 +250,7 @@ def convert_row(row: dict, index: int, source: str, folder: str | None) -> dict:
         "messages": messages,
         "images": [_image(image, where, folder) for image in images],
         "num_context_messages": num_context_messages,
+        **{name: json.dumps(row.get(name), ensure_ascii=False, default=str) for name in columns},
     }
 
 

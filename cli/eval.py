@@ -1,0 +1,117 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""`vtlmm eval MODEL --data …` and `vtlmm eval --compare RUN RUN`"""
+
+
+def add_arguments(parser):
+    parser.add_argument("model", nargs="?", help="VT-LMM: folder or Hub id")
+    parser.add_argument("--data", help=".json, .jsonl or .parquet file, folder or Hub id, as for training")
+    parser.add_argument("--split", default="train", help="split of the data; a file is one split, train (default)")
+    parser.add_argument("--image-folder", help="where the pictures' paths start")
+    parser.add_argument("--kind", metavar="COLUMN", help="column with the kind of a question, for the table")
+    parser.add_argument("--references", metavar="COLUMN", help="column with all accepted answers of a row's question")
+    parser.add_argument("--id", metavar="COLUMN", help="column by which others know the question")
+    parser.add_argument("--scorer", default="exact", help="exact (default), vqa, textvqa, gqa, pope, mme or scienceqa")
+    parser.add_argument("--prompt", metavar="BENCHMARK", help="end questions as LLaVA does for it: vqav2, mmbench, …")
+    parser.add_argument("--limit", type=int, help="only the first so many rows; marked as a subset everywhere")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer; default: LLaVA's for the prompt, else 128")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffled pictures")
+    parser.add_argument("--output", help="folder of the run; by default outputs/eval/ and a name that says which run")
+    parser.add_argument("--submission", choices=["vqav2", "vizwiz"], help="also write the file that its server wants")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16; default: the model's")
+    parser.add_argument("--revision", help="commit, tag or branch of a Hub id")
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow code of the model's folder to run")
+    parser.add_argument("--compare", nargs=2, metavar="RUN", help="the second of two finished runs against the first")
+
+
+def run(args) -> int:
+    if args.compare:
+        return compare(args)
+    if not args.model or not args.data:
+        raise ValueError("Name a model and --data, or two finished runs to --compare.")
+    return evaluate(args)
+
+
+def evaluate(args) -> int:
+    from importlib.metadata import version
+    from pathlib import Path
+
+    from vtlmm.evaluation.prompts import MAX_NEW_TOKENS, build_prompt
+    from vtlmm.evaluation.report import SAMPLES_FILE, format_table, score_answers, write_report
+    from vtlmm.evaluation.run import digest, picture_loader, read_questions, run_key, run_questions, with_prompt
+    from vtlmm.evaluation.submissions import JSON_SUBMISSIONS, write_submission
+
+    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
+        raise ValueError("--batch-size and --limit must be 1 or more.")
+    if args.submission and not args.id:
+        raise ValueError(f"--submission {args.submission} needs --id: the column {JSON_SUBMISSIONS[args.submission]}.")
+    if args.prompt:
+        build_prompt(args.prompt, "")
+    rows, subset = read_rows(args)
+    questions, places = read_questions(rows, args.kind, args.references, args.id)
+    score_answers(questions, [""] * len(questions), args.scorer)  # a scorer that does not fit: now, not after hours
+    model, processor = load_model(args)
+    max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS.get(args.prompt, 128)
+    about = {"model": args.model, "data": args.data, "split": args.split, "subset": subset}
+    key = run_key(model, processor, questions, args.prompt, max_new_tokens, args.seed)
+    name = f"{Path(args.model).name}_{Path(args.data).stem}_{digest(key)[:8]}"
+    output = Path(args.output) if args.output else Path("outputs", "eval", name)
+    answers, blind = run_questions(
+        model, processor, rows, questions, places, output, key, batch_size=args.batch_size, about=about
+    )
+    about |= {"num_questions": len(questions), "key": key}
+    about["versions"] = {package: version(package) for package in ("vtlmm", "torch", "transformers")}
+    asked = with_prompt(questions, args.prompt)
+    results = write_report(output, asked, answers, blind, args.scorer, picture_loader(rows, places), about)
+    if args.submission:
+        by_id = {question["id"]: answer for question, answer in zip(questions, answers, strict=True)}
+        write_submission(output / "submission.json", args.submission, by_id)
+    if subset:
+        print(f"SUBSET: {subset}")
+    print(format_table(results["kinds"]))
+    if "summary" in results:
+        print(results["summary"])
+    print(f"Answers, tables and {SAMPLES_FILE}: {output}")
+    return 0
+
+
+def read_rows(args):
+    """Rows with the columns that the options name, and what part of the data they are if not all."""
+    from vtlmm.train.data import DataConfig, load_rows
+
+    config = DataConfig(dataset=args.data, dataset_split=args.split, image_folder=args.image_folder)
+    rows = load_rows(config, columns=tuple(name for name in (args.kind, args.references, args.id) if name))
+    if args.limit is None or args.limit >= len(rows):
+        return rows, None
+    return rows.select(range(args.limit)), f"the first {args.limit} of {len(rows)} rows"
+
+
+def load_model(args):
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import modeling_vtlmm  # noqa: F401 - registers the model
+
+    load = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    processor = AutoProcessor.from_pretrained(args.model, **load)
+    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype, **load)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.to(device), processor
+
+
+def compare(args) -> int:
+    import json
+    from pathlib import Path
+
+    from vtlmm.evaluation.compare import compare_runs, format_comparison
+
+    comparison = compare_runs(*args.compare)
+    print(format_comparison(comparison))
+    for flip in comparison["flips"]:
+        question = flip["question"].splitlines()[0]
+        print(f"{flip['index']}: {question} ({flip['truth']}): {flip['first']!r} → {flip['second']!r}")
+    if args.output:
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+        path = Path(args.output, "comparison.json")
+        path.write_text(json.dumps(comparison, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0

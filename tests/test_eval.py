@@ -1,0 +1,311 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""`vtlmm eval`: the same answers however it is batched or stopped, its controls and intervals, and what it refuses."""
+
+import csv
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS, build_config, build_processor
+from PIL import Image as PILImage
+from safetensors.torch import load_file, save_file
+
+from modeling_vtlmm import VTLMMForConditionalGeneration
+from vtlmm.cli.main import main
+from vtlmm.evaluation.answers import accuracy_by_kind, answer, picture_key, with_shuffled_images
+from vtlmm.evaluation.intervals import bootstrap_interval, mcnemar
+from vtlmm.evaluation.report import SAMPLES_FILE, by_kind, score_answers
+
+
+NUM_PICTURES, QUESTIONS_PER_PICTURE = 6, 3
+FILES = ("run.json", "answers.jsonl", "blind.jsonl", "results.json", "results.csv", SAMPLES_FILE)
+
+
+def save_model(folder, seed: int) -> None:
+    """Weights large enough that answers depend on the picture."""
+    torch.manual_seed(seed)
+    model = VTLMMForConditionalGeneration(build_config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(10)
+    model.save_pretrained(folder)
+    build_processor().save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Two tiny models, and questions about pictures: an own kind and length each."""
+    folder = tmp_path_factory.mktemp("eval")
+    for seed in (0, 1):
+        save_model(folder / f"model{seed}", seed)
+    rng = random.Random(0)
+    rows = []
+    for i in range(NUM_PICTURES):
+        PILImage.new("RGB", (28, 28), tuple(rng.randrange(256) for _ in range(3))).save(folder / f"{i}.png")
+        for j in range(QUESTIONS_PER_PICTURE):
+            question = " ".join(rng.choices(WORDS, k=1 + (i + j) % 5))
+            rows.append({"image": f"{i}.png", "question": question, "answer": rng.choice(WORDS), "kind": f"kind {j}"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def arguments(work, output, *more, model: str = "model0", data: str = "rows.jsonl") -> list[str]:
+    options = ["--kind", "kind", "--max-new-tokens", "4", "--output", str(output), *more]
+    return ["eval", str(work / model), "--data", str(work / data), *options]
+
+
+@pytest.fixture(scope="module")
+def finished(work):
+    """A run that nothing disturbed."""
+    assert main(arguments(work, work / "finished")) == 0
+    return work / "finished"
+
+
+def read_files(folder) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def records(path) -> list[dict]:
+    return sorted((json.loads(line) for line in path.read_text().splitlines()), key=lambda record: record["index"])
+
+
+# ---- The answers ----
+
+
+def test_batches_give_the_answers_of_one_by_one(work, finished, tmp_path):
+    assert main(arguments(work, tmp_path / "out", "--batch-size", "1")) == 0
+    assert read_files(tmp_path / "out") == read_files(finished)
+    assert len({record["answer"] for record in records(finished / "answers.jsonl")}) > 5
+
+
+def test_a_killed_run_goes_on_to_the_same_files(work, finished, tmp_path):
+    """SIGKILL in the middle, and as if it had hit the writing of a line."""
+    command = arguments(work, tmp_path / "out", "--batch-size", "1")
+    process = multiprocessing.get_context("fork").Process(target=main, args=(command,))  # spawned, it imports for long
+    process.start()
+    answers, deadline = tmp_path / "out" / "answers.jsonl", time.monotonic() + 120
+    while not (answers.is_file() and answers.read_bytes().count(b"\n") >= 2):
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    done = answers.read_bytes()
+    assert (
+        done.count(b"\n") < NUM_PICTURES * QUESTIONS_PER_PICTURE and not (tmp_path / "out" / "results.json").exists()
+    )
+    answers.write_bytes(done + b'{"index": 1, "ans')
+    assert main(arguments(work, tmp_path / "out", "--batch-size", "4")) == 0
+    assert read_files(tmp_path / "out") == read_files(finished)
+
+
+def test_a_finished_run_is_not_answered_again(work, finished, monkeypatch):
+    before = read_files(finished)
+    monkeypatch.setattr("vtlmm.evaluation.run.answer_batch", None)
+    assert main(arguments(work, finished)) == 0
+    assert read_files(finished) == before
+
+
+def test_runs_are_never_mixed(work, finished, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text((work / "rows.jsonl").read_text().replace("kind 0", "kind 9"))
+    changes = {
+        "weights": (arguments(work, finished, model="model1"), "weights differ"),
+        "rows": (arguments(work, finished, "--image-folder", str(work), data=tmp_path / "rows.jsonl"), "(rows differ"),
+        "prompt": (arguments(work, finished, "--prompt", "vqav2"), "(prompts, settings differ"),
+        "length": (arguments(work, finished, "--max-new-tokens", "5"), "(settings differ"),
+    }
+    for command, message in changes.values():
+        assert main(command) == 1
+        assert message in capsys.readouterr().err
+    # a copy of the model's folder is the same model
+    (work / "copy").symlink_to(work / "model0")
+    assert main(arguments(work, finished, model="copy")) == 0
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(work, tmp_path, capsys):
+    save_model(tmp_path / "model", 0)
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "q_proj" in name and "language_model" in name)
+    del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert main(arguments(work, tmp_path / "out", model=tmp_path / "model")) == 1
+    assert f"lacks 1 tensors of VTLMMForConditionalGeneration, e.g. {name}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# ---- What is reported ----
+
+
+def test_the_report_agrees_with_the_answers(work, finished):
+    """Scores by a second way, one table in three files, and a page that needs no other file."""
+    results = json.loads((finished / "results.json").read_text())
+    found, blind = records(finished / "answers.jsonl"), records(finished / "blind.jsonl")
+    questions = [{"kind": record["kind"], "answer": record["truth"]} for record in found]
+    accuracy = accuracy_by_kind(questions, [record["answer"] for record in found])
+    control = accuracy_by_kind(questions, [record["answer"] for record in blind])
+    for line in results["kinds"]:
+        assert (line["score"], line["n"]) == accuracy[line["kind"]] and line["blind"] == control[line["kind"]][0]
+        assert line["low"] <= line["score"] <= line["high"] and line["pictures"] == NUM_PICTURES
+    assert [line["kind"] for line in results["kinds"]] == ["kind 0", "kind 1", "kind 2", "all"]
+    with open(finished / "results.csv", newline="") as file:
+        assert [line["score"] for line in csv.DictReader(file)] == [str(line["score"]) for line in results["kinds"]]
+    assert all(a["images"] != b["images"] for a, b in zip(found, blind, strict=True))
+    page = (finished / SAMPLES_FILE).read_text()
+    assert page.count('src="data:image/jpeg;base64,') == len(found) == page.count("<b>truth</b>")
+    assert "http" not in page and results["subset"] is None
+
+
+def test_answers_are_those_of_the_model(work, finished):
+    """Through the command as through the function that the demo uses."""
+    model = VTLMMForConditionalGeneration.from_pretrained(work / "model0")
+    rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
+    questions = [{"images": [PILImage.open(work / row["image"])], "question": row["question"]} for row in rows]
+    answers = answer(model, build_processor(), questions, batch_size=5, max_new_tokens=4)
+    assert answers == [record["answer"] for record in records(finished / "answers.jsonl")]
+
+
+def test_a_subset_is_marked(work, tmp_path, capsys):
+    assert main(arguments(work, tmp_path / "out", "--limit", "4")) == 0
+    text = "the first 4 of 18 rows"
+    assert f"SUBSET: {text}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["subset"] == text
+    assert text in (tmp_path / "out" / SAMPLES_FILE).read_text()
+
+
+def test_kinds_and_references_come_from_columns(work, tmp_path, capsys):
+    """A kind for each question of a table; ten answers for VQA accuracy; one picture has no blind control."""
+    rows = {
+        "table": {"image": "0.png", "questions": ["what is it", "is it red"], "answers": ["boat", "no"]},
+        "ten": {"image": "0.png", "question": "what is it", "answer": "boat", "people": ["boat"] * 10, "id": 7},
+    }
+    for name, row in rows.items():
+        (work / f"{name}.json").write_text(
+            json.dumps([{**row, "kind": ["OPEN", "CLOSED"] if name == "table" else "x"}])
+        )
+    assert main(arguments(work, tmp_path / "table", data="table.json")) == 0
+    lines = json.loads((tmp_path / "table" / "results.json").read_text())["kinds"]
+    assert [(line["kind"], line["n"], line["blind"]) for line in lines] == [
+        ("CLOSED", 1, None),
+        ("OPEN", 1, None),
+        ("all", 2, None),
+    ]
+    vqa = ["--scorer", "vqa", "--prompt", "vqav2", "--references", "people", "--id", "id", "--submission", "vqav2"]
+    assert main(arguments(work, tmp_path / "ten", *vqa, data="ten.json")) == 0
+    (record,) = records(tmp_path / "ten" / "answers.jsonl")
+    assert record["truth"] == ["boat"] * 10 and record["id"] == 7
+    assert record["question"] == "what is it\nAnswer the question using a single word or phrase."
+    (entry,) = json.loads((tmp_path / "ten" / "submission.json").read_text())
+    assert entry["question_id"] == 7
+    capsys.readouterr()
+    for options, message in {
+        ("--scorer", "vqa"): "there are 1",
+        ("--scorer", "BLEU"): "no scorer 'BLEU'",
+        ("--references", "humans"): "No row has a column 'humans'",
+        ("--prompt", "imagenet"): "no prompt 'imagenet'",
+        ("--submission", "vizwiz"): "needs --id: the column image",
+    }.items():
+        assert main(arguments(work, tmp_path / "none", *options, data="ten.json")) == 1
+        assert message in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_scores_of_several_references():
+    question = {"answer": ["red", "blue"], "kind": "all"}
+    assert score_answers([question], ["Blue"], "exact") == [1.0]
+    assert by_kind([question, {"kind": "a"}]) == {"a": [1], "all": [0, 1]}
+
+
+# ---- The blind control ----
+
+
+def test_no_question_keeps_its_picture():
+    rng = random.Random(0)
+    for trial in range(200):
+        pictures = [f"picture {i}" for i in range(rng.randint(2, 6))]
+        most = rng.choices(pictures, weights=[50] + [1] * (len(pictures) - 1), k=12)  # nearly all about one
+        questions = [{"images": [image]} for image in [*pictures, *most]]
+        questions += [{"images": rng.sample(pictures, rng.randint(0, len(pictures) - 1))} for _ in range(5)]
+        shuffled = with_shuffled_images(questions, seed=trial)
+        for question, control in zip(questions, shuffled, strict=True):
+            assert not set(question["images"]) & set(control["images"])
+            assert len(question["images"]) == len(control["images"])
+
+
+def test_equal_pictures_are_one_picture():
+    """Two objects with the same pixels are not each other's control."""
+    red, again, blue = (PILImage.new("RGB", (4, 4), colour) for colour in ("red", "red", "blue"))
+    assert picture_key(red) == picture_key(again) != picture_key(blue)
+    shuffled = with_shuffled_images([{"images": [image]} for image in (red, again, blue)])
+    assert [picture_key(question["images"][0]) for question in shuffled[:2]] == [picture_key(blue)] * 2
+    assert picture_key(shuffled[2]["images"][0]) == picture_key(red)
+
+
+# ---- Intervals and comparison ----
+
+
+def test_the_interval_is_that_of_independent_pictures():
+    generator = np.random.default_rng(0)
+    scores = generator.random(400) < 0.7
+    low, high = bootstrap_interval(scores, range(400))
+    width = 2 * 1.96 * (scores.mean() * (1 - scores.mean()) / 400) ** 0.5
+    assert high - low == pytest.approx(width, rel=0.1) and low < scores.mean() < high
+    # ten questions each that say the same add nothing, though one by one they would
+    many, pictures = np.repeat(scores, 10), np.repeat(np.arange(400), 10)
+    assert np.subtract(*bootstrap_interval(many, pictures)) == pytest.approx(-width, rel=0.1)
+    assert np.subtract(*bootstrap_interval(many, range(4000))) == pytest.approx(-width / 10**0.5, rel=0.1)
+    assert bootstrap_interval([1.0] * 5, list("abcde")) == (1.0, 1.0)
+
+
+def test_mcnemar():
+    assert mcnemar([1, 1, 1, 1, 1, 0, 1], [0, 0, 0, 0, 0, 1, 1]) == (5, 1, 2 * (1 + 6) / 2**6)
+    assert mcnemar([1, 0], [1, 0]) == (0, 0, 1.0)
+    assert mcnemar([1] * 1500 + [0] * 1500, [0] * 1500 + [1] * 1500)[2] == 1.0  # 2^3000 is no double
+
+
+def test_two_runs_are_compared_question_by_question(work, finished, tmp_path, capsys):
+    other = tmp_path / "other"
+    assert main(arguments(work, other, model="model1")) == 0
+    # make the truths of the second run's answers to kind 0 right, in both runs
+    for folder in (finished, other):
+        copy = tmp_path / f"{folder.name} copy"
+        copy.mkdir()
+        for name in ("run.json", "results.json"):
+            (copy / name).write_bytes((folder / name).read_bytes())
+        changed = []
+        for record, second in zip(records(folder / "answers.jsonl"), records(other / "answers.jsonl"), strict=True):
+            truth = second["answer"] if record["kind"] == "kind 0" else "nobody says this"
+            changed.append(json.dumps({**record, "truth": truth}) + "\n")
+        (copy / "answers.jsonl").write_text("".join(changed))
+    copies = [str(tmp_path / f"{folder.name} copy") for folder in (finished, other)]
+    capsys.readouterr()
+    assert main(["eval", "--compare", *copies, "--output", str(tmp_path / "compared")]) == 0
+    comparison = json.loads((tmp_path / "compared" / "comparison.json").read_text())
+    lines = {line["kind"]: line for line in comparison["kinds"]}
+    agreeing = NUM_PICTURES - len(comparison["flips"])
+    assert lines["kind 0"]["second"] == 1 and lines["kind 0"]["first"] == agreeing / NUM_PICTURES
+    assert len(comparison["flips"]) == lines["all"]["second_better"] > 3 and lines["all"]["first_better"] == 0
+    assert lines["kind 0"]["p"] == 2 / 2 ** len(comparison["flips"]) and lines["kind 1"]["p"] == 1
+    assert lines["kind 1"]["difference"] == lines["kind 1"]["low"] == lines["kind 1"]["high"] == 0
+    assert "| kind 0 | 6 |" in capsys.readouterr().out
+
+    answers = tmp_path / "other copy" / "answers.jsonl"
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:-1]))
+    assert main(["eval", "--compare", *copies]) == 1
+    assert "is not finished (17 of 18 answers)" in capsys.readouterr().err
+    assert main(["eval", "--compare", copies[0], str(tmp_path)]) == 1
+    assert main(["eval"]) == 1 and "Name a model and --data" in capsys.readouterr().err
+
+
+def test_the_run_is_known_before_anything_is_written(work, tmp_path, capsys):
+    """Answers without a `run.json` are nobody's."""
+    os.mkdir(tmp_path / "out")
+    (tmp_path / "out" / "answers.jsonl").write_text("")
+    assert main(arguments(work, tmp_path / "out")) == 1
+    assert "no run.json that says whose" in capsys.readouterr().err
