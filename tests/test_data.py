@@ -162,6 +162,24 @@ def test_folder_of_pictures_with_captions(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_other_columns_are_kept_on_request(tmp_path, form, streaming):
+    """As JSON texts, so that rows of one file may differ; the converted rows are not those of a load without."""
+    kinds = ["yes/no", "other"] if form == "parquet" else [["yes/no", 2], None]
+    rows = [{"question": "what ?", "answer": "yes", "kind": kind} for kind in kinds]
+    path = tmp_path / f"rows.{form}"
+    if form == "parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    else:
+        write(path, rows)
+    config = DataConfig(dataset=str(path), streaming=streaming)
+    assert set(next(iter(load_rows(config)))) == set(ROW_FEATURES)
+    found = list(load_rows(config, columns=("kind", "gone")))
+    assert [json.loads(row["kind"]) for row in found] == kinds and [row["gone"] for row in found] == ["null"] * 2
+    assert [short(row) for row in found] == [answered("what ?")] * 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_no_picture_is_decoded_while_loading(tmp_path, monkeypatch, streaming):
     (tmp_path / "a.png").write_bytes(b"no picture")
     features = Features({"image": Image(), "caption": Value("string")})
