@@ -37,7 +37,7 @@ def evaluate(args) -> int:
     from pathlib import Path
 
     from vtlmm.evaluation.prompts import MAX_NEW_TOKENS, build_prompt
-    from vtlmm.evaluation.report import SAMPLES_FILE, format_table, score_answers, write_report
+    from vtlmm.evaluation.report import SAMPLES_FILE, format_table, score_answers, summarize, write_report
     from vtlmm.evaluation.run import digest, picture_loader, read_questions, run_key, run_questions, with_prompt
     from vtlmm.evaluation.submissions import JSON_SUBMISSIONS, write_submission
 
@@ -49,7 +49,8 @@ def evaluate(args) -> int:
         build_prompt(args.prompt, "")
     rows, subset = read_rows(args)
     questions, places = read_questions(rows, args.kind, args.references, args.id)
-    score_answers(questions, [""] * len(questions), args.scorer)  # a scorer that does not fit: now, not after hours
+    for check in (score_answers, summarize):  # a scorer that does not fit the rows: now, not after hours
+        check(questions, [""] * len(questions), args.scorer)
     model, processor = load_model(args)
     max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS.get(args.prompt, 128)
     about = {"model": args.model, "data": args.data, "split": args.split, "subset": subset}
@@ -69,7 +70,7 @@ def evaluate(args) -> int:
     if subset:
         print(f"SUBSET: {subset}")
     print(format_table(results["kinds"]))
-    if "summary" in results:
+    if results["summary"]:
         print(results["summary"])
     print(f"Answers, tables and {SAMPLES_FILE}: {output}")
     return 0

@@ -12,7 +12,8 @@ def bootstrap_interval(scores, clusters, num_draws: int = NUM_DRAWS, seed: int =
     r"""
     95 % percentile interval of the mean of `scores`, by drawing whole clusters with replacement.
 
-    Questions about one picture are not independent: drawn one by one they would give too narrow an interval.
+    Questions about one picture are not independent: drawn one by one they would give too narrow an interval. Scores
+    that are all equal give one without width, which says nothing of rows that were not asked.
 
     Args:
         scores (sequence of `float`): or differences of two models' scores, for a paired interval.

@@ -51,6 +51,18 @@ def picture_cluster(question: dict) -> str:
     return " ".join(question["images"]) or f"text {question['question']}"
 
 
+def summarize(questions: list[dict], answers: list[str], scorer: str) -> dict | None:
+    """What the benchmark of a scorer reports beyond a mean, with kinds as its splits or tasks; None for most."""
+    if scorer not in SUMMARIES:
+        return None
+    return SUMMARIES[scorer](
+        [
+            {"category": q["kind"], "question_id": picture_cluster(q), "label": q["answer"], "answer": text}
+            for q, text in zip(questions, answers, strict=True)
+        ]
+    )
+
+
 def by_kind(questions: list[dict]) -> dict[str, list[int]]:
     """Kind → indices of its questions; at the end `"all"` → all."""
     kinds = sorted({question["kind"] for question in questions} - {"all"})
@@ -118,22 +130,12 @@ def write_report(
     blind_scores = None if blind_answers is None else score_answers(questions, blind_answers, scorer)
     lines = table_by_kind(questions, scores, blind_scores)
     results = {**about, "scorer": scorer, "empty_answers": sum(not text for text in answers), "kinds": lines}
-    if scorer in SUMMARIES:
-        rows = [
-            {
-                "category": question["kind"],
-                "question_id": picture_cluster(question),
-                "label": question["answer"],
-                "answer": text,
-            }
-            for question, text in zip(questions, answers, strict=True)
-        ]
-        results["summary"] = SUMMARIES[scorer](rows)
+    results["summary"] = summarize(questions, answers, scorer)
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     with open(folder / TABLE_FILE, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, lines[0])
+        writer = csv.DictWriter(file, [*lines[0], "subset"])
         writer.writeheader()
-        writer.writerows(lines)
+        writer.writerows({**line, "subset": about.get("subset")} for line in lines)
     page = samples_page(questions, answers, blind_answers, scores, results, load_picture)
     (folder / SAMPLES_FILE).write_text(page, encoding="utf-8")
     return results

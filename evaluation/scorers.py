@@ -29,6 +29,13 @@ def _percent_by(rows: list[dict], key: str, value) -> dict[str, float]:
     return {name: _percent(values) for name, values in sorted(groups.items())}
 
 
+def _known(label: str, labels=("yes", "no")) -> str:
+    """`label` itself; any other than the benchmark's would silently never be right."""
+    if label not in labels:
+        raise ValueError(f"The truth {label!r} is none of {', '.join(labels)}, which this benchmark has.")
+    return label
+
+
 # ---- POPE ----
 
 
@@ -49,7 +56,7 @@ def score_pope(rows: list[dict]) -> dict:
     """
     splits = defaultdict(Counter)
     for row in rows:
-        splits[row["category"]][row["label"], pope_answer(row["answer"])] += 1
+        splits[row["category"]][_known(row["label"]), pope_answer(row["answer"])] += 1
     result = {}
     for split, counts in splits.items():
         true_yes, said_yes = counts["yes", "yes"], counts["yes", "yes"] + counts["no", "yes"]
@@ -69,7 +76,7 @@ def score_pope(rows: list[dict]) -> dict:
 
 
 def gqa_accuracy(answer: str, label: str) -> float:
-    """1 when they are equal; capitals and final full stops of the answer do not count."""
+    """1 when they are equal; capitals and final full stops of the answer do not count (labels have neither)."""
     return float(answer.rstrip(".").lower() == label)
 
 
@@ -225,7 +232,7 @@ def score_mme(rows: list[dict]) -> dict:
     """
     pictures = defaultdict(list)
     for row in rows:
-        pictures[row["category"], row["question_id"]].append(mme_answer(row["answer"]) == row["label"])
+        pictures[row["category"], row["question_id"]].append(mme_answer(row["answer"]) == _known(row["label"]))
     tasks = defaultdict(list)
     for (task, picture), right in pictures.items():
         if len(right) != 2:
@@ -257,9 +264,9 @@ SCORERS = {
     "vqa": vqa_accuracy,
     "textvqa": textvqa_accuracy,
     "gqa": gqa_accuracy,
-    "pope": lambda answer, label: float(pope_answer(answer) == label),
-    "mme": lambda answer, label: float(mme_answer(answer) == label),
-    "scienceqa": lambda answer, label: float(scienceqa_letter(answer) == label),
+    "pope": lambda answer, label: float(pope_answer(answer) == _known(label)),
+    "mme": lambda answer, label: float(mme_answer(answer) == _known(label)),
+    "scienceqa": lambda answer, label: float(scienceqa_letter(answer) == _known(label, OPTION_LETTERS)),
 }
 # What these benchmarks report beyond a mean of scores
 SUMMARIES = {"pope": score_pope, "mme": score_mme}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
-from vtlmm.evaluation.answers import accuracy_by_kind, answer, picture_key, with_shuffled_images
+from vtlmm.evaluation.answers import accuracy_by_kind, answer, answer_batch, picture_key, with_shuffled_images
 from vtlmm.evaluation.intervals import bootstrap_interval, mcnemar
 from vtlmm.evaluation.report import SAMPLES_FILE, by_kind, score_answers
 
@@ -85,8 +85,14 @@ def test_batches_give_the_answers_of_one_by_one(work, finished, tmp_path):
     assert len({record["answer"] for record in records(finished / "answers.jsonl")}) > 5
 
 
-def test_a_killed_run_goes_on_to_the_same_files(work, finished, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_files(work, finished, tmp_path, monkeypatch):
     """SIGKILL in the middle, and as if it had hit the writing of a line."""
+
+    def slow_answers(*args):
+        time.sleep(0.05)  # or the kill might come too late
+        return answer_batch(*args)
+
+    monkeypatch.setattr("vtlmm.evaluation.run.answer_batch", slow_answers)
     command = arguments(work, tmp_path / "out", "--batch-size", "1")
     process = multiprocessing.get_context("fork").Process(target=main, args=(command,))  # spawned, it imports for long
     process.start()
@@ -177,7 +183,10 @@ def test_a_subset_is_marked(work, tmp_path, capsys):
     text = "the first 4 of 18 rows"
     assert f"SUBSET: {text}" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "results.json").read_text())["subset"] == text
-    assert text in (tmp_path / "out" / SAMPLES_FILE).read_text()
+    assert (
+        text in (tmp_path / "out" / SAMPLES_FILE).read_text()
+        and text in (tmp_path / "out" / "results.csv").read_text()
+    )
 
 
 def test_kinds_and_references_come_from_columns(work, tmp_path, capsys):
@@ -214,6 +223,25 @@ def test_kinds_and_references_come_from_columns(work, tmp_path, capsys):
     }.items():
         assert main(arguments(work, tmp_path / "none", *options, data="ten.json")) == 1
         assert message in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_pope_reports_f1(work, tmp_path, capsys):
+    """Its splits are the kinds. MME's rule fails before anything is answered: half of a pair has no score."""
+    rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
+    rows = [{**row, "answer": ("yes", "no")[i % 2]} for i, row in enumerate(rows)]
+    (work / "pope.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(arguments(work, tmp_path / "out", "--scorer", "pope", data="pope.jsonl")) == 0
+    summary = json.loads((tmp_path / "out" / "results.json").read_text())["summary"]
+    said = [
+        (record["truth"], bool({"no", "No", "not"} & set(record["answer"].split(".")[0].replace(",", "").split(" "))))
+        for record in records(tmp_path / "out" / "answers.jsonl")
+        if record["kind"] == "kind 1"
+    ]
+    true_yes = sum(truth == "yes" and not denied for truth, denied in said)
+    f1 = 2 * true_yes / (sum(not denied for _, denied in said) + sum(truth == "yes" for truth, _ in said))
+    assert summary["kind 1"]["f1"] == pytest.approx(100 * f1) and summary["kind 1"]["n"] == 6
+    assert main(arguments(work, tmp_path / "mme", "--scorer", "mme", data="pope.jsonl")) == 1
+    assert "two questions about a picture" in capsys.readouterr().err and not (tmp_path / "mme").exists()
 
 
 def test_scores_of_several_references():

@@ -108,9 +108,11 @@ def test_how_answers_are_read():
     assert [mme_answer(text) for text in ("Yes", "not", "I know", "Church")] == ["yes", "no", "other", "other"]
     with pytest.raises(ValueError, match="two questions about a picture; count has 1"):
         score_mme([{"category": "count", "question_id": "x", "label": "yes", "answer": "yes"}])
+    with pytest.raises(ValueError, match="The truth 'Yes' is none of yes, no"):
+        score_pope([{"category": "random", "label": "Yes", "answer": "yes"}])
 
 
 def test_no_answer_scores_as_right():
     """An empty answer is 0 by every scorer, but POPE's rule, which reads it as yes."""
-    truths = {"vqa": ["red"] * 10, "textvqa": ["red"] * 10, "pope": "no"}
+    truths = {"vqa": ["red"] * 10, "textvqa": ["red"] * 10, "pope": "no", "mme": "yes", "scienceqa": "A"}
     assert {name: score("", truths.get(name, "red")) for name, score in SCORERS.items()} == dict.fromkeys(SCORERS, 0.0)
