@@ -21,6 +21,7 @@ from .outputs_vtlmm import (
     VTLMMVisualTokensOutput,
 )
 
+
 # What the decoder returns and we pass on; not, say, a mixture's `router_logits`.
 DECODER_OUTPUTS = {field.name for field in fields(VTLMMModelOutputWithPast)}
 
