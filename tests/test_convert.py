@@ -49,6 +49,13 @@ class Case:
             "pixel_values": self.golden["pixel_values"],
         }
         self.labels = expand(self.golden["labels"], ids, -100)
+        ids = self.golden["generate_input_ids"]
+        input_ids = expand(ids, ids, image_token_id)
+        self.generate_inputs = {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "pixel_values": self.golden["pixel_values"][2:3],
+        }
 
     def losses(self, model, student: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean language loss and mean visual loss, with the teacher attached as in the release."""
@@ -102,19 +109,11 @@ def test_text_alone(case):
 
 
 def test_the_same_words_are_generated(case):
-    golden, model = case.golden, case.model
-    ids = golden["generate_input_ids"]
-    input_ids = expand(ids, ids, model.config.image_token_id)
-    expected = golden["generate_output_ids"]
+    model, expected = case.model, case.golden["generate_output_ids"]
     stops, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
-    generated = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        pixel_values=golden["pixel_values"][2:3],
-        max_new_tokens=expected.shape[1],
-    )
+    generated = model.generate(**case.generate_inputs, max_new_tokens=expected.shape[1])
     model.generation_config.eos_token_id = stops
-    assert torch.equal(generated[:, input_ids.shape[1] :], expected)
+    assert torch.equal(generated[:, -expected.shape[1] :], expected)
     assert model.lm_head.weight.shape[0] == NUM_WORDS == model.config.image_token_id
 
 
