@@ -90,7 +90,7 @@ def list_tensors(folder: Path, names: Names = ()) -> dict[str, StoredTensor]:
     """
     found = {}
     for file, indexed in _weight_files(folder).items():
-        mapped = _map_file(file)
+        mapped = map_file(file)
         absent = sorted(indexed - mapped.keys())
         if absent:
             raise ValueError(f"{file} lacks tensors that its index says it has: {', '.join(absent)}.")
@@ -117,7 +117,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
     raise ValueError(f"No weights in {folder}: neither model.safetensors nor pytorch_model.bin, nor an index of them.")
 
 
-def _map_file(file: Path) -> dict[str, torch.Tensor]:
+def map_file(file: Path) -> dict[str, torch.Tensor]:
     """All tensors of `file` by their names there, mapped into memory: only those that are used are read."""
     try:
         if file.suffix == ".safetensors":
@@ -226,6 +226,6 @@ def _read(tensors: dict) -> dict[str, torch.Tensor]:
         else:
             values[name] = tensor
     for file, stored in by_file.items():
-        mapped = _map_file(file)
+        mapped = map_file(file)
         values.update({name: tensor.take_from(mapped) for name, tensor in stored.items()})
     return values
