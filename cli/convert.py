@@ -1,16 +1,29 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""`vtlmm convert CHECKPOINT --output …`"""
+"""`vtlmm convert CHECKPOINT [--to llava] --output …`"""
 
 
 def add_arguments(parser):
-    parser.add_argument("checkpoint", help="folder or Hub id of a released VW-LMM")
-    parser.add_argument("--output", required=True, help="folder for the VT-LMM")
-    parser.add_argument("--vision-tower", help="the CLIP tower, if not the one that the checkpoint names")
-    parser.add_argument("--tokenizer", help="the tokenizer, if the checkpoint has none")
+    parser.add_argument("checkpoint", help="folder or Hub id of a VW-LMM or a LLaVA-1.5; with --to llava of a VT-LMM")
+    parser.add_argument("--output", required=True, help="folder for the result")
+    parser.add_argument("--to", default="vtlmm", choices=["vtlmm", "llava"], help="default: vtlmm")
+    start = parser.add_argument_group("only --to vtlmm")
+    start.add_argument("--vision-tower", help="the CLIP tower, if not the one that the checkpoint names")
+    start.add_argument("--tokenizer", help="the tokenizer, if the checkpoint has none")
+    start.add_argument("--chat-template", help="vicuna_v1, mistral or a .jinja file; default: the checkpoint's")
+    start.add_argument("--vm-head-init", choices=["lm_head", "input_embeddings", "random"], help="default: lm_head")
 
 
 def run(args) -> int:
-    from vtlmm.hub.convert import convert
+    given = ("vision_tower", "tokenizer", "chat_template", "vm_head_init")
+    options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
+    if args.to == "vtlmm":
+        from vtlmm.hub.convert import convert
 
-    convert(args.checkpoint, args.output, vision_tower=args.vision_tower, tokenizer=args.tokenizer)
+        convert(args.checkpoint, args.output, **options)
+    else:
+        from vtlmm.hub.twin import write_twin
+
+        if options:
+            raise ValueError(f"Only --to vtlmm takes {', '.join('--' + name.replace('_', '-') for name in options)}.")
+        write_twin(args.checkpoint, args.output)
     return 0

@@ -1,8 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""What composing and converting share: a model from tensors, room for the image token, and a saved folder."""
+"""What composing and converting share, and a composed model: from its parts' tensors to a saved folder."""
 
 import logging
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,7 +50,6 @@ def assemble(
     state_dict: dict[str, torch.Tensor],
     dtype: torch.dtype,
     untrained: tuple[str, ...] = (),
-    released_name: Callable[[str], str] = str,
 ) -> VTLMMForConditionalGeneration:
     r"""
     A model from `config` with the tensors of `state_dict`.
@@ -59,7 +57,6 @@ def assemble(
     Args:
         state_dict (`dict`): the model's own names to tensors.
         untrained (`tuple[str, ...]`): beginnings of the names that may be missing; those are initialized.
-        released_name (`Callable`): turns a name of the model into the one that the checkpoint should have had.
 
     Raises:
         `ValueError`: naming every tensor that is missing, of no use, or of another shape.
@@ -83,9 +80,7 @@ def assemble(
     if any(problems.values()):
         raise ValueError(
             "The checkpoint does not fit the model. Tensors "
-            + "; ".join(
-                f"{what}: {', '.join(sorted(map(released_name, keys)))}" for what, keys in problems.items() if keys
-            )
+            + "; ".join(f"{what}: {', '.join(sorted(keys))}" for what, keys in problems.items() if keys)
             + "."
         )
     model.config._name_or_path = ""  # it would be "None"

@@ -25,10 +25,17 @@ PROBE_MESSAGES = [
 
 
 def load_template(name: str) -> str:
-    """The template `name` of the release: `"vicuna_v1"` or `"mistral"`."""
-    if name not in TEMPLATE_NAMES:
-        raise ValueError(f"There is no chat template {name!r}; there are {', '.join(TEMPLATE_NAMES)}.")
-    return _read(name)
+    r"""
+    The template `name` of the release, `"vicuna_v1"` or `"mistral"`, or that of a `.jinja` file.
+
+    Raises:
+        `ValueError`: for anything else.
+    """
+    if name in TEMPLATE_NAMES:
+        return _read(name)
+    if not name.endswith(".jinja"):
+        raise ValueError(f"`chat_template` is {name!r}; it must be {' or '.join(TEMPLATE_NAMES)}, or a .jinja file.")
+    return Path(name).read_text(encoding="utf-8")
 
 
 def add_images_and_marks(template: str, tokenizer) -> str:

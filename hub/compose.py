@@ -128,14 +128,9 @@ def _unusual_head(decoder) -> str | None:
 
 def choose_template(chat_template: str | None, tokenizer) -> tuple[str, str]:
     """The chat template, and in words where it comes from; see [`compose`]."""
-    if chat_template in TEMPLATE_NAMES:
-        return load_template(chat_template), f"{chat_template}, of the VW-LMM release"
     if chat_template is not None:
-        if not chat_template.endswith(".jinja"):
-            raise ValueError(
-                f"`chat_template` is {chat_template!r}; it must be {' or '.join(TEMPLATE_NAMES)}, or a .jinja file."
-            )
-        return Path(chat_template).read_text(encoding="utf-8"), chat_template
+        origin = f"{chat_template}, of the VW-LMM release" if chat_template in TEMPLATE_NAMES else chat_template
+        return load_template(chat_template), origin
     if tokenizer.chat_template is not None:
         return add_images_and_marks(tokenizer.get_chat_template(), tokenizer), "the decoder's own, with pictures"
     return load_template("vicuna_v1"), "vicuna_v1, of the VW-LMM release, since the decoder has none"

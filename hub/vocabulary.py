@@ -55,7 +55,7 @@ def add_special_tokens(tokenizer, num_rows: int) -> Vocabulary:
         logger.info("Padding token: %s (the tokenizer has none).", pad_token)
     elif tokenizer.pad_token == tokenizer.eos_token:
         logger.info("Padding token: %s, which also ends texts: mask padding by attention only.", tokenizer.pad_token)
-    tokenizer.padding_side = "left"
+    pad_left(tokenizer)
     # Last, so that it comes after every token that needs a row: it needs none itself.
     tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -63,22 +63,46 @@ def add_special_tokens(tokenizer, num_rows: int) -> Vocabulary:
     return Vocabulary(num_words, image_token_id, sorted(i for i in added if i >= num_words))
 
 
-@torch.no_grad()
-def fit_embeddings(model, vocabulary: Vocabulary):
+def pad_left(tokenizer):
+    """Padding goes before the text, where generation needs it. Only what is in `init_kwargs` is saved."""
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+
+
+def num_embeddings(vocabulary: Vocabulary, num_rows: int) -> int:
     """
-    A row for a new padding token in the input embeddings and in `lm_head`, where the decoder has none to spare.
+    Rows that the input embeddings and `lm_head` need: the `num_rows` that they have, and one for a new padding token
+    where the decoder has none to spare.
 
     The image token gets none, since image features take its place: a row would take its share of the probability
-    from the words. The new row is the mean of the others. So is its logit, which therefore never is the largest,
-    however small all logits are: greedy decoding stays as it was.
+    from the words.
     """
+    return max([num_rows - 1, *(i for i in vocabulary.new_ids if i != vocabulary.image_token_id)]) + 1
+
+
+def fit_rows(weight: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """
+    A copy of `weight` (rows, hidden_size) with `num_rows` rows: its first, or new ones behind them.
+
+    A new row is the mean of the others. So is its logit, which therefore never is the largest, however small all
+    logits are: greedy decoding stays as it was.
+    """
+    missing = num_rows - weight.shape[0]
+    if missing <= 0:
+        return weight[:num_rows].clone()
+    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+    return torch.cat([weight, mean.expand(missing, -1)])
+
+
+@torch.no_grad()
+def fit_embeddings(model, vocabulary: Vocabulary):
+    """Give the input embeddings and `lm_head` of `model` the rows of [`num_embeddings`]."""
     old = model.get_input_embeddings().weight.shape[0]
-    new = max([old - 1, *(i for i in vocabulary.new_ids if i != vocabulary.image_token_id)]) + 1
+    new = num_embeddings(vocabulary, old)
     if new == old:
         return
     model.resize_token_embeddings(new, mean_resizing=False)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        module.weight[old:] = module.weight[:old].float().mean(0).to(module.weight.dtype)
+        module.weight.copy_(fit_rows(module.weight[:old], new))
     logger.info("Embeddings and lm_head: %d rows, %d of them new (the mean of the others).", new, new - old)
 
 

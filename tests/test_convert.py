@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from test_templates import byte_tokenizer
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
-from vtlmm.hub.convert import convert, our_name, read_tensors, released_name
+from vtlmm.hub.convert import ORIGINAL_NAMES, convert
+from vtlmm.hub.tensors import list_tensors, our_name, their_name
 
 
 FOLDERS = ("llama-0", "mistral-1", "pif-2")
@@ -28,13 +29,18 @@ def expand(rows: torch.Tensor, input_ids: torch.Tensor, fill=None) -> torch.Tens
     return torch.tensor(expanded)
 
 
-class Case:
-    """One reference folder, its golden tensors, and its inputs for the converted model."""
+def converted(checkpoint, output, **kwargs) -> VTLMMForConditionalGeneration:
+    convert(checkpoint, output, **kwargs)
+    return VTLMMForConditionalGeneration.from_pretrained(output)
 
-    def __init__(self, folder):
-        self.folder = folder
+
+class Case:
+    """One reference folder, its golden tensors, and its inputs for the model that was converted into `output`."""
+
+    def __init__(self, folder, output):
+        self.folder, self.output = folder, output
         self.golden = load_file(folder / "golden.safetensors")
-        self.model = self.convert()
+        self.model = converted(folder / "checkpoint", output)
         image_token_id = self.model.config.image_token_id
         ids = self.golden["input_ids"]
         self.inputs = {
@@ -43,9 +49,13 @@ class Case:
             "pixel_values": self.golden["pixel_values"],
         }
         self.labels = expand(self.golden["labels"], ids, -100)
-
-    def convert(self, *args, **kwargs) -> VTLMMForConditionalGeneration:
-        return convert(self.folder / "checkpoint", *args, **kwargs)[0]
+        ids = self.golden["generate_input_ids"]
+        input_ids = expand(ids, ids, image_token_id)
+        self.generate_inputs = {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "pixel_values": self.golden["pixel_values"][2:3],
+        }
 
     def losses(self, model, student: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean language loss and mean visual loss, with the teacher attached as in the release."""
@@ -60,8 +70,8 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
-def case(request, shared) -> Case:
-    return Case(shared / "reference" / request.param)
+def case(request, shared, tmp_path_factory) -> Case:
+    return Case(shared / "reference" / request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -99,19 +109,11 @@ def test_text_alone(case):
 
 
 def test_the_same_words_are_generated(case):
-    golden, model = case.golden, case.model
-    ids = golden["generate_input_ids"]
-    input_ids = expand(ids, ids, model.config.image_token_id)
-    expected = golden["generate_output_ids"]
+    model, expected = case.model, case.golden["generate_output_ids"]
     stops, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
-    generated = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        pixel_values=golden["pixel_values"][2:3],
-        max_new_tokens=expected.shape[1],
-    )
+    generated = model.generate(**case.generate_inputs, max_new_tokens=expected.shape[1])
     model.generation_config.eos_token_id = stops
-    assert torch.equal(generated[:, input_ids.shape[1] :], expected)
+    assert torch.equal(generated[:, -expected.shape[1] :], expected)
     assert model.lm_head.weight.shape[0] == NUM_WORDS == model.config.image_token_id
 
 
@@ -133,43 +135,45 @@ def test_gradients_are_the_released_ones(case):
         model.zero_grad()
         loss.backward()
         for name, gradient in expected.items():
-            found = model.get_parameter(our_name(name)).grad
+            found = model.get_parameter(our_name(name, ORIGINAL_NAMES)).grad
             torch.testing.assert_close(found, gradient, **CLOSE, msg=lambda text, n=name: n + text)
         return set(expected)
 
-    model = case.convert()
+    model = VTLMMForConditionalGeneration.from_pretrained(case.output)
     assert len(grads("stage4_grad.", sum(case.losses(model, "lm_head")))) == 8
     found = grads("stage3_grad.", case.losses(model, "vm_head")[1])
     assert found == (set() if case.folder.name == "pif-2" else {"vm_head.weight"})
 
 
-def test_saved_and_reloaded_it_is_the_same(case, tmp_path):
-    model, _ = convert(case.folder / "checkpoint", tmp_path)
-    again = VTLMMForConditionalGeneration.from_pretrained(tmp_path)
-    state, loaded = model.state_dict(), again.state_dict()
-    assert state.keys() == loaded.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
-    assert {**again.config.to_dict(), "_name_or_path": ""} == model.config.to_dict()
-    assert str(case.folder.parent) not in (tmp_path / "config.json").read_text()
-    assert (tmp_path / "modeling_vtlmm.py").is_file()
+def test_the_folder_is_the_one_that_the_model_saves(case, tmp_path):
+    """Nothing of it was written by a model; the model that is loaded from it writes the same."""
+    assert not case.model.training
+    case.model.save_pretrained(tmp_path)
+    written, saved = load_file(case.output / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert written.keys() == saved.keys() and all(torch.equal(written[name], saved[name]) for name in saved)
+    assert {file.name for file in case.output.iterdir()} == {file.name for file in tmp_path.iterdir()}
+    for file in tmp_path.iterdir():
+        if file.suffix != ".safetensors":
+            assert (case.output / file.name).read_text() == file.read_text(), file.name
+    assert str(case.folder.parent) not in (case.output / "config.json").read_text()
 
 
 def test_names_go_both_ways(llama):
     tensors = load_file(llama / "checkpoint" / "model.safetensors")
-    assert all(released_name(our_name(name)) == name for name in tensors)
+    assert all(their_name(our_name(name, ORIGINAL_NAMES), ORIGINAL_NAMES) == name for name in tensors)
 
 
 def test_the_processor_is_the_release_s(llama, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    model, processor = convert(llama / "checkpoint", tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+    model = converted(llama / "checkpoint", tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+    processor = VTLMMProcessor.from_pretrained(tmp_path / "out")
     assert processor.image_processor.do_pad and processor.image_processor.crop_size.height == 28
     assert processor.tokenizer.pad_token == "<unk>" and processor.tokenizer.padding_side == "left"
     assert processor.image_token_id == model.config.image_token_id == 259  # a spare row of the released 320
     assert model.get_input_embeddings().weight.shape[0] == NUM_WORDS == model.config.visual_vocab_size
-    processor = VTLMMProcessor.from_pretrained(tmp_path / "out")
     assert processor.num_image_tokens(28, 28) == model.config.image_seq_length == NUM_PATCHES
     text = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
     assert text.endswith("questions. USER: <image>")
-    assert convert(llama / "checkpoint")[1] is None
 
 
 @pytest.fixture
@@ -203,75 +207,149 @@ def without(*beginnings: str):
 
 
 @pytest.mark.parametrize(("as_bin", "num_shards"), [(False, 3), (True, 1), (True, 2)])
-def test_every_kind_of_file(llama, copy, as_bin, num_shards):
-    expected, found = read_tensors(llama / "checkpoint"), read_tensors(copy(as_bin=as_bin, num_shards=num_shards))
+def test_every_kind_of_file(llama, copy, tmp_path, as_bin, num_shards):
+    expected = {
+        our_name(name, ORIGINAL_NAMES): tensor
+        for name, tensor in load_file(llama / "checkpoint" / "model.safetensors").items()
+    }
+    convert(copy(as_bin=as_bin, num_shards=num_shards), tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
     assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_pickle_that_runs_code_is_refused(copy):
+def test_a_pickle_that_runs_code_is_refused(copy, tmp_path):
     checkpoint = copy(as_bin=True)
     torch.save({"lm_head.weight": torch.nn.Linear(2, 2)}, checkpoint / "pytorch_model.bin")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
-        convert(checkpoint)
+    with pytest.raises(ValueError, match="pytorch_model.bin cannot be read.*[Ww]eights.only"):
+        convert(checkpoint, tmp_path / "out")
 
 
-def test_tower_from_where_the_checkpoint_names_it(copy, llama):
-    case, towerless = Case(llama), without("model.vision_tower.")
-    model, _ = convert(copy(towerless))
+def test_tower_from_where_the_checkpoint_names_it(copy, llama, tmp_path):
+    towerless = without("model.vision_tower.")
+    case = Case(llama, tmp_path / "case")
+    model = converted(copy(towerless), tmp_path / "beside")
     with torch.no_grad():
         logits = model(**case.inputs).logits[..., :NUM_WORDS]
     torch.testing.assert_close(logits, case.golden["logits"], **CLOSE)
-    elsewhere = str(llama / "vision_tower")
-    assert convert(copy(towerless, mm_vision_tower="no/such-tower"), vision_tower=elsewhere)[0] is not None
+    convert(copy(towerless, mm_vision_tower="no/such"), tmp_path / "given", vision_tower=str(llama / "vision_tower"))
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("given", "beside"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(ValueError, match="pass `vision_tower`"):
-        convert(copy(towerless, mm_vision_tower=None))
+        convert(copy(towerless, mm_vision_tower=None), tmp_path / "none")
 
 
-def test_tensors_that_do_not_fit_are_named(copy):
-    with pytest.raises(ValueError, match=r"missing: model\.layers\.1\.mlp\.up_proj\.weight, vm_head\.weight"):
-        convert(copy(without("vm_head.", "model.layers.1.mlp.up_proj.")))
-    tower = "model.vision_tower.vision_tower.vision_model.pre_layrnorm."
-    with pytest.raises(ValueError, match=tower + "bias, " + tower + "weight"):
-        convert(copy(without(tower)))
+def test_tensors_that_do_not_fit_are_named(copy, tmp_path):
+    def refused(change, match: str, **kwargs):
+        with pytest.raises(ValueError, match=match):
+            convert(copy(change, **kwargs), tmp_path / "out")
+
+    lacking = without("vm_head.", "model.layers.1.mlp.up_proj.")
+    refused(lacking, r"missing from model\.safetensors: model\.layers\.1\.mlp\.up_proj\.weight, vm_head\.weight\.$")
+    tower = r"model\.vision_tower\.vision_tower\.vision_model\.pre_layrnorm\."
+    refused(without(tower.replace("\\", "")), tower + "bias, " + tower + "weight")
 
     def add(tensors):
         derived = "model.layers.0.self_attn.rotary_emb.inv_freq"
-        return {**tensors, "model.image_newline": torch.zeros(64), derived: torch.zeros(8)}
+        return {**tensors, derived: torch.zeros(8), "model.image_newline": torch.zeros(64)}
 
-    with pytest.raises(ValueError, match=r"without a place in the model: model\.image_newline\.$"):
-        convert(copy(add))
+    refused(add, r"without a place in the model: model\.image_newline \(model\.safetensors\)\.$")
     shorter = {"vm_head.weight": torch.zeros(319, 64)}
-    with pytest.raises(ValueError, match=r"of another shape than the config says: vm_head\.weight\.$"):
-        convert(copy(lambda tensors: {**tensors, **shorter}))
+    said = r"of another shape than the config says: vm_head\.weight \(model\.safetensors\)\.$"
+    refused(lambda tensors: {**tensors, **shorter}, said)
+    refused(add, r"model\.image_newline \(model-0000[12]-of-00002\.safetensors\)\.$", num_shards=2)
+    assert not (tmp_path / "out").exists()
 
 
-def test_the_decoder_s_config_is_kept(copy):
+def test_the_decoder_s_config_is_kept(copy, tmp_path):
     """Mistral v0.2 has no window and another rotary base; the library's class has other defaults for both."""
     mistral = {"architectures": ["vwMistralForCausalLM"], "rope_theta": 1e6, "sliding_window": None}
-    text_config = convert(copy(**mistral))[0].config.text_config
+    text_config = converted(copy(**mistral), tmp_path / "out").config.text_config
     assert text_config.model_type == "mistral" and text_config.sliding_window is None
     assert text_config.rope_parameters["rope_theta"] == 1e6
     assert not [key for key in text_config.to_dict() if key.startswith("mm_") or key == "use_mm_proj"]
 
 
+LLAVA = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama"}
+
+
+@pytest.mark.parametrize("source", ["lm_head", "input_embeddings", "random"])
+def test_llava_s_own_format(llama, copy, tmp_path, source):
+    """The release's format without a VM head: the same decoder, and a head to start from."""
+    case = Case(llama, tmp_path / "case")
+    checkpoint = copy(without("vm_head."), **{**LLAVA, "architectures": None})
+    model = converted(checkpoint, tmp_path / "out", vm_head_init=source)
+    with torch.no_grad():
+        logits = model(**case.inputs).logits[..., :NUM_WORDS]
+    torch.testing.assert_close(logits, case.golden["logits"], **CLOSE)
+    head = model.model.vm_head.weight
+    expected = {"lm_head": model.lm_head.weight, "input_embeddings": model.get_input_embeddings().weight}.get(source)
+    assert torch.equal(head, expected) if expected is not None else 0.019 < head.std() < 0.021
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"architectures": ["LlavaLlamaForCausalLM"]}, "architecture is LlavaLlamaForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "architecture is GPT2LMHeadModel .*'gpt2'"),
+        ({"architectures": None, "model_type": None}, "architecture is None"),
         ({"mm_projector_type": "linear"}, "`mm_projector_type` is 'linear'"),
         ({"mm_use_im_start_end": True}, "`mm_use_im_start_end` is True"),
+        ({**LLAVA, "image_aspect_ratio": "anyres"}, "`image_aspect_ratio` is 'anyres'; only 'pad' or 'square'"),
+        ({**LLAVA, "mm_patch_merge_type": "spatial_unpad"}, "`mm_patch_merge_type` is 'spatial_unpad'"),
+        ({"quantization_config": {"load_in_4bit": True}}, "weights are quantized"),
     ],
 )
-def test_other_formats_are_refused(copy, config, said):
+def test_other_formats_are_refused(copy, tmp_path, config, said):
     with pytest.raises(ValueError, match=said):
-        convert(copy(**config))
+        convert(copy(**config), tmp_path / "out")
 
 
-def test_no_weights(copy):
-    checkpoint = copy(num_shards=2)
-    (checkpoint / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="not there: model-00002-of-00002.safetensors"):
-        convert(checkpoint)
-    (checkpoint / "model.safetensors.index.json").unlink()
+def test_folders_that_are_no_checkpoint(copy, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no config.json. It is an adapter"):
+        convert(tmp_path, tmp_path / "out")
+    (tmp_path / "config.json").write_text('{"model_type": "lla')
+    with pytest.raises(ValueError, match="config.json is no JSON"):
+        convert(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("as_bin", [False, True])
+def test_damaged_files_are_named(copy, tmp_path, as_bin):
+    checkpoint = copy(num_shards=2, as_bin=as_bin)
+    index, first, second = sorted(checkpoint.glob("*model*"), key=lambda file: (file.suffix != ".json", file.name))
+    whole = second.read_bytes()
+    second.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=f"{second.name} cannot be read"):
+        convert(checkpoint, tmp_path / "out")
+    shutil.copy(first, second)
+    with pytest.raises(ValueError, match=f"{second.name} lacks tensors that its index says it has: "):
+        convert(checkpoint, tmp_path / "out")
+    second.unlink()
+    with pytest.raises(ValueError, match=f"not there: {second.name}"):
+        convert(checkpoint, tmp_path / "out")
+    index.unlink()
     with pytest.raises(ValueError, match="No weights in"):
-        convert(checkpoint)
+        convert(checkpoint, tmp_path / "out")
+
+
+def test_nothing_is_written_over_or_between_other_weights(copy):
+    checkpoint = copy()
+    before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    with pytest.raises(ValueError, match=r"has weights already \(model\.safetensors\)"):
+        convert(checkpoint, checkpoint)
+    assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == before
+
+
+def test_shards(llama, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    convert(llama / "checkpoint", whole)
+    convert(llama / "checkpoint", parts, shard_size=200_000)
+    expected = load_file(whole / "model.safetensors")
+    index = json.loads((parts / "model.safetensors.index.json").read_text())
+    files = {file.name: load_file(file) for file in parts.glob("*.safetensors")}
+    assert len(files) > 3 and index["weight_map"] == {name: file for file, part in files.items() for name in part}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
+    assert max(sum(tensor.nbytes for tensor in part.values()) for part in files.values()) <= 200_000
+    found = {name: tensor for part in files.values() for name, tensor in part.items()}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert list_tensors(parts).keys() == expected.keys()
+    VTLMMForConditionalGeneration.from_pretrained(parts)
