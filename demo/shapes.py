@@ -31,7 +31,7 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 # Row by row, as the patches of a picture are read.
 POSITIONS = ("top-left", "top-right", "bottom-left", "bottom-right")
-DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}  # (row, column)
 NUMBERS = ("zero", "one", "two", "three", "four")
 KINDS = ("color", "shape", "count", "position", "relation", "yes_no")
 BLANK = "empty"
@@ -126,9 +126,10 @@ def _draw_shape(canvas: ImageDraw.ImageDraw, shape: str, x: int, y: int, r: int,
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """Names every shape and its place, in an order of its own, so that a caption cannot be read off a fixed order."""
+    """Names every shape and its place, in an order of its own, so that a caption cannot be read off a fixed order. The
+    place comes first: then what follows has one right answer, and that is what the projector learns from."""
     items = rng.sample(scene.items, len(scene.items))
-    return ", ".join(f"a {item.name} at the {POSITIONS[item.cell]}" for item in items)
+    return ", ".join(f"at the {POSITIONS[item.cell]} a {item.name}" for item in items)
 
 
 def questions(scene: Scene, rng: random.Random) -> list[Question]:
@@ -180,7 +181,7 @@ def _ask_position(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def _ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    """Asks for the neighbour of a shape in the next cell; None where no two shapes touch."""
+    """Asks how two shapes in neighbouring cells lie; None where none lie as the direction that was drawn says."""
     direction = rng.choice(list(DIRECTIONS))
     row_step, column_step = DIRECTIONS[direction]
     pairs = []
@@ -191,7 +192,7 @@ def _ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     if not pairs:
         return None
     item, other = rng.choice(pairs)
-    return f"what is {direction} the {item.shape}?", other.name
+    return f"on which side of the {item.shape} is the {other.shape}?", direction
 
 
 def _ask_yes_no(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -212,11 +213,11 @@ def make_scenes(rng: random.Random, held_out: bool) -> Iterator[Scene]:
             yield scene
 
 
-def describe_patches(scene: Scene) -> list[tuple[str, str]]:
-    """(colour, shape) at each of the 4 x 4 patches, row by row; an empty cell is ("empty", "empty")."""
+def describe_patches(scene: Scene) -> list[tuple[str, str, str]]:
+    """(colour, shape, place) at each of the 4 x 4 patches, row by row; in an empty cell the first two are "empty"."""
     found = {item.cell: (item.color, item.shape) for item in scene.items}
     cells = [(row // 2) * GRID_SIZE + column // 2 for row in range(2 * GRID_SIZE) for column in range(2 * GRID_SIZE)]
-    return [found.get(cell, (BLANK, BLANK)) for cell in cells]
+    return [(*found.get(cell, (BLANK, BLANK)), POSITIONS[cell]) for cell in cells]
 
 
 def _conversation(turns: list[tuple[str, str]]) -> list[dict]:

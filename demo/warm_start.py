@@ -1,8 +1,8 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """What a real run downloads: a vision tower that sees and a decoder that reads. Here both start from random.
 
-The tower learns to name the colour and the shape of each patch. The decoder learns from text alone: where the picture
-will stand, each patch is *told* in words (the mean of the embeddings of its colour and its shape, the
+The tower learns to name the colour, the shape and the place of each patch. The decoder learns from text alone: where
+the picture will stand, each patch is *told* in words (the mean of the embeddings of its colour, shape and place, the
 very form of a pseudo image feature), then come a caption or questions and answers. So it has read of pictures before
 it sees one, as a language model has; and what it predicts at a patch is a word from the start.
 """
@@ -32,7 +32,9 @@ from .shapes import (
     COLORS,
     GRID_SIZE,
     IMAGE_SIZE,
+    POSITIONS,
     SHAPES,
+    Scene,
     caption,
     describe_patches,
     draw,
@@ -43,8 +45,8 @@ from .shapes import (
 
 
 NUM_PATCHES = (2 * GRID_SIZE) ** 2
-TOWER_STEPS, DECODER_STEPS = 250, 800
-TURNS = 8  # questions about one picture in a row of the decoder's text
+TOWER_STEPS, LOOKUP_STEPS, QUESTION_STEPS = 250, 250, 600
+LOOKUPS, TURNS = 30, 8  # in a row of the decoder's text, about one picture
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -78,7 +80,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def train_tower(seed: int, steps: int = TOWER_STEPS, batch_size: int = 32) -> ConvNextModel:
-    """A small ConvNeXt whose last map of 4 x 4 positions knows the colour and the shape there."""
+    """A small ConvNeXt whose last map of 4 x 4 positions knows the colour, the shape and the place there."""
     scenes = make_scenes(random.Random(seed), held_out=False)
     processor = build_image_processor()
     tower = ConvNextModel(
@@ -87,7 +89,7 @@ def train_tower(seed: int, steps: int = TOWER_STEPS, batch_size: int = 32) -> Co
             layer_scale_init_value=1.0, initializer_range=0.05,
         )
     )  # fmt: skip
-    kinds = ([*COLORS, BLANK], [*SHAPES, BLANK])
+    kinds = ([*COLORS, BLANK], [*SHAPES, BLANK], POSITIONS)
     heads = nn.ModuleList(nn.Linear(64, len(kind)) for kind in kinds)
     optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], lr=4e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
@@ -110,7 +112,11 @@ def train_tower(seed: int, steps: int = TOWER_STEPS, batch_size: int = 32) -> Co
 
 
 class DescribedPictures:
-    """Batches of text: `<s> USER :`, the patches told in words, then turns; each turn sees the patches and itself."""
+    """Batches of text: `<s> USER :`, the patches told in words, then turns; each turn sees the patches and itself.
+
+    The turns are questions as they will be asked, or before that look-ups, `circle color red`: as short as can be, so
+    that many fit into a row, and the decoder soon finds out that the patches are where to look.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int):
         self.tokenizer = tokenizer
@@ -119,33 +125,46 @@ class DescribedPictures:
         self.scenes = make_scenes(self.rng, held_out=False)
         self.prefix = 3
 
-    def turns(self, scene) -> list[tuple[str, str]]:
+    def lookups(self, scene: Scene) -> list[tuple[str, str]]:
+        turns = []
+        for _ in range(LOOKUPS):
+            item = self.rng.choice(scene.items)
+            facts = {"color": item.color, "shape": item.shape, "where": POSITIONS[item.cell]}
+            known = self.rng.choice(("shape", "where"))  # two shapes may have one colour
+            wanted = self.rng.choice([name for name in facts if name != known])
+            turns.append((f"{facts[known]} {wanted}", facts[wanted]))
+        return turns
+
+    def questions(self, scene: Scene) -> list[tuple[str, str]]:
         turns = [(CAPTION_QUESTION, caption(scene, self.rng))] if self.rng.random() < 0.25 else []
         while len(turns) < TURNS:
             asked = questions(scene, self.rng)
             self.rng.shuffle(asked)
             turns += [(q.question, q.answer) for q in asked if (q.question, q.answer) not in turns]
-        return turns[:TURNS]
+        # the first turn of a chat continues after the picture, a later one says USER again
+        return [
+            (("USER:" if i else "") + question + " ASSISTANT:", answer + "</s>")
+            for i, (question, answer) in enumerate(turns[:TURNS])
+        ]
 
-    def row(self, scene) -> tuple[list[int], list[int], list[int], list[bool]]:
+    def row(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int], list[int], list[bool]]:
         """Ids, turn of each token (0 for the picture), position, and whether the token belongs to an answer."""
         encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
         start = self.prefix + NUM_PATCHES
         ids = [*encode("<s>USER:"), *[0] * NUM_PATCHES]
         turn, position, is_answer = [0] * start, list(range(start)), [False] * start
-        for number, (question, answer) in enumerate(self.turns(scene), 1):
-            # the first turn of a chat continues after the picture, a later one says USER again
-            asked = encode(("" if number == 1 else "USER:") + question + " ASSISTANT:")
-            answered = encode(answer + "</s>")
+        for number, (question, answer) in enumerate(turns, 1):
+            asked, answered = encode(question), encode(answer)
             ids += asked + answered
             turn += [number] * (len(asked) + len(answered))
             position += range(start, start + len(asked) + len(answered))
             is_answer += [False] * len(asked) + [True] * len(answered)
         return ids, turn, position, is_answer
 
-    def batch(self, batch_size: int) -> dict[str, torch.Tensor]:
+    def batch(self, batch_size: int, turns) -> dict[str, torch.Tensor]:
+        """`turns` is one of the two methods above."""
         scenes = [next(self.scenes) for _ in range(batch_size)]
-        rows = [self.row(scene) for scene in scenes]
+        rows = [self.row(turns(scene)) for scene in scenes]
         length = max(len(ids) for ids, *_ in rows)
         columns = [
             torch.tensor([list(row[i]) + [fill] * (length - len(row[i])) for row in rows])
@@ -170,8 +189,8 @@ def decoder_loss(decoder: LlamaForCausalLM, batch: dict[str, torch.Tensor], pref
     logits = decoder(
         inputs_embeds=embeds, attention_mask=visible[:, None], position_ids=batch["position_ids"], use_cache=False
     ).logits
-    # one of a patch's two words, at random, is the target at the position before it
-    chosen = torch.randint(2, batch["told"].shape[:2] + (1,))
+    # one of a patch's three words, at random, is the target at the position before it
+    chosen = torch.randint(3, batch["told"].shape[:2] + (1,))
     targets = input_ids.clone()
     targets[:, patches] = batch["told"].gather(2, chosen)[..., 0]
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), reduction="none")
@@ -180,12 +199,12 @@ def decoder_loss(decoder: LlamaForCausalLM, batch: dict[str, torch.Tensor], pref
     return (losses * weights).sum() / weights.sum()
 
 
-def train_decoder(tokenizer, seed: int, steps: int = DECODER_STEPS, batch_size: int = 16) -> LlamaForCausalLM:
+def train_decoder(tokenizer, seed: int, batch_size: int = 8) -> LlamaForCausalLM:
     """A small Llama that answers questions about pictures it is told in words."""
     decoder = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, initializer_range=0.1,
+            num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512, initializer_range=0.1,
             rope_parameters={"rope_type": "default", "rope_theta": 100.0},
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -193,10 +212,12 @@ def train_decoder(tokenizer, seed: int, steps: int = DECODER_STEPS, batch_size: 
     )  # fmt: skip
     texts = DescribedPictures(tokenizer, seed)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    steps = LOOKUP_STEPS + QUESTION_STEPS
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     progress = trange(steps, desc="decoder")
-    for _ in progress:
-        loss = decoder_loss(decoder, texts.batch(batch_size), texts.prefix)
+    for step in progress:
+        turns = texts.lookups if step < LOOKUP_STEPS else texts.questions
+        loss = decoder_loss(decoder, texts.batch(batch_size, turns), texts.prefix)
         loss.backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()

@@ -29,9 +29,9 @@ from vtlmm.demo.shapes import (
 
 
 # What a guesser who sees no picture may reach: one in so many answers, and a margin for the sample's chance.
-CHANCE = {"color": 1 / 6, "shape": 1 / 5, "count": 1 / 3, "position": 1 / 4, "relation": 1 / 12, "yes_no": 1 / 2}
+CHANCE = {"color": 1 / 6, "shape": 1 / 5, "count": 1 / 3, "position": 1 / 4, "relation": 1 / 4, "yes_no": 1 / 2}
 MARGIN = 0.05
-STEPS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # (x, y)
+SIDES = {(-1, 0): "left", (1, 0): "right", (0, -1): "above", (0, 1): "below"}  # (x, y)
 
 
 def scenes(num: int, seed: int, held_out: bool = False) -> list:
@@ -68,9 +68,9 @@ def solve(scene, question: str) -> str:
     if found := re.fullmatch(r"where is the (\w+)\?", question):
         x, y = find_cell(cells, found[1])
         return f"{('top', 'bottom')[y]}-{('left', 'right')[x]}"
-    if found := re.fullmatch(r"what is (left of|right of|above|below) the (\w+)\?", question):
-        x, y = find_cell(cells, found[2])
-        return " ".join(cells[x + STEPS[found[1]][0], y + STEPS[found[1]][1]])
+    if found := re.fullmatch(r"on which side of the (\w+) is the (\w+)\?", question):
+        (x, y), (other_x, other_y) = find_cell(cells, found[1]), find_cell(cells, found[2])
+        return SIDES[other_x - x, other_y - y]
     if found := re.fullmatch(r"is there a (\w+)\?", question):
         return "yes" if any(shape == found[1] for _, shape in cells.values()) else "no"
     if found := re.fullmatch(r"is the (\w+) (\w+)\?", question):
@@ -165,9 +165,9 @@ def test_pixels_show_the_named_colors_where_the_caption_says():
 
 def test_caption_names_every_shape_once():
     for scene in scenes(100, 7):
-        told = re.findall(r"a (\w+) (\w+) at the ([\w-]+)", caption(scene, random.Random(0)))
+        told = re.findall(r"at the ([\w-]+) a (\w+) (\w+)", caption(scene, random.Random(0)))
         cells = grid(scene)
-        assert sorted(told) == sorted((*pair, POSITIONS[y * GRID_SIZE + x]) for (x, y), pair in cells.items())
+        assert sorted(told) == sorted((POSITIONS[y * GRID_SIZE + x], *pair) for (x, y), pair in cells.items())
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -176,4 +176,5 @@ def test_patches_are_told_what_their_cell_holds(held_out):
         told, cells, side = describe_patches(scene), grid(scene), 2 * GRID_SIZE
         assert len(told) == side**2
         for i, patch in enumerate(told):
-            assert patch[:2] == cells.get((i % side // 2, i // side // 2), (BLANK, BLANK))
+            x, y = i % side // 2, i // side // 2
+            assert patch == (*cells.get((x, y), (BLANK, BLANK)), POSITIONS[y * GRID_SIZE + x])
