@@ -5,7 +5,7 @@ import argparse
 import logging
 import sys
 
-from . import compose, convert, data, demo, train
+from . import compose, convert, data, demo, merge, train
 
 
 COMMANDS = {
@@ -14,6 +14,7 @@ COMMANDS = {
     "convert": (convert, "read a released VW-LMM checkpoint"),
     "data": (data, "check training data before anything is trained"),
     "train": (train, "train one stage from a recipe"),
+    "merge": (merge, "put an adapter into its base: a whole VT-LMM"),
 }
 
 
