@@ -33,8 +33,8 @@ def merge(
     The model that `vtlmm train` made with an adapter, as one whole model; computed in float32.
 
     An adapter on a quantised base learnt beside the rounding of that base: on the base in full precision the outputs
-    are near those of the training, on the dequantised base (`dequantize`) they are the same. (Not quite with int8, which
-    rounds activations too, outside training on a CPU.)
+    are near those of the training, on the dequantised base (`dequantize`) they are the same. (Not quite with int8,
+    which outside training on a CPU rounds activations too.)
 
     Args:
         adapter (`str` or `Path`): folder that `vtlmm train` wrote.
@@ -78,9 +78,7 @@ def merge(
 def round_weights(model: PreTrainedModel, base: str, revision: str | None, quantization: str) -> None:
     """The decoder's weights of `model` as they are when `base` is loaded in `quantization` and computed with."""
     config = quantization_config(AdapterConfig(quantization=quantization, adapter="lora"), torch.float32)
-    quantised = type(model).from_pretrained(
-        base, revision=revision, dtype=torch.float32, quantization_config=config
-    )
+    quantised = type(model).from_pretrained(base, revision=revision, dtype=torch.float32, quantization_config=config)
     for name, module in quantised.named_modules():
         weight = getattr(module, "weight", None)
         if type(weight).__name__ in ("Params4bit", "Int8Params"):
@@ -95,6 +93,7 @@ def merge_into(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
     Raises:
         `ValueError`: naming the weights that should have moved and did not.
     """
+
     def sums():
         return {name: row_sums(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
 
@@ -121,5 +120,5 @@ def merge_into(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
 
 
 def row_sums(weight: torch.Tensor) -> torch.Tensor:
-    """Tells whether a matrix has changed, at little memory: float64 shows a change of one weight by one float32 step."""
+    """Whether a matrix has changed, without a copy of it: float64 shows one weight that moves by one float32 step."""
     return weight.double().sum(-1)

@@ -94,8 +94,8 @@ class VTLMMTrainer(SFTTrainer):
             set_trainable(model, self.stage)
         elif args.vm_head_init != "keep" and "vm_head" not in self.stage.trains:
             raise ValueError(
-                f"`vm_head_init: {args.vm_head_init}` changes the VM head, which an adapter of stage {args.stage} does "
-                "not carry: leave it at keep, or add vm_head to `trainable_modules`."
+                f"`vm_head_init: {args.vm_head_init}` changes the VM head, which an adapter of stage {args.stage} "
+                "does not carry: leave it at keep, or add vm_head to `trainable_modules`."
             )
         else:
             model = add_adapter(model, adapter)
@@ -117,10 +117,6 @@ class VTLMMTrainer(SFTTrainer):
         )
         for parameter, values in learning.items():
             parameter.data = values.to(parameter.device)
-        if adapter is not None and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            # TRL makes the embeddings' outputs need a gradient, which only reentrant checkpointing wants; the tower's
-            # are among them, and the frozen tower would keep its activations and be run backward
-            self.model.disable_input_require_grads()
         self._sums = {"train": {}, "eval": {}}
         self._log_time = time.perf_counter()
         self._blank_words = None
