@@ -57,13 +57,14 @@ def merge(
         logger.info("The adapter was trained on a base in %s: outputs shift a little; --dequantize.", quantization)
 
     config = PeftConfig.from_pretrained(str(adapter))
+    revision = config.revision if base is None else None
     base = str(base or config.base_model_name_or_path)
     try:
-        model = VTLMMForConditionalGeneration.from_pretrained(base, revision=config.revision, dtype=torch.float32)
+        model = VTLMMForConditionalGeneration.from_pretrained(base, revision=revision, dtype=torch.float32)
     except OSError as error:
         raise ValueError(f"The base {base} of {adapter} is not found: say where it is with `--base`.") from error
     if dequantize:
-        round_weights(model, base, config.revision, quantization)
+        round_weights(model, base, revision, quantization)
     model = merge_into(model, adapter).to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     if output is not None:
         model.save_pretrained(output)

@@ -128,15 +128,19 @@ def build_trainer(settings: dict, **kwargs) -> VTLMMTrainer:
         **load,
     )
     keep_differentiable_on_cpu(model)
+    lora = peft_config(adapter, args.resolved_stage())
+    # the base as PEFT writes it into the adapter's folder
     if adapter.base_id is not None:
-        model.name_or_path = adapter.base_id  # which PEFT writes into the adapter's folder
+        model.name_or_path = adapter.base_id
+    elif lora is not None:
+        lora.revision = model_config.revision
     return VTLMMTrainer(
         model=model,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
-        peft_config=peft_config(adapter, args.resolved_stage()),
+        peft_config=lora,
         **kwargs,
     )
 
