@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_remote_code import LOAD, in_clean_process
@@ -18,6 +19,7 @@ from training_setup import write_start
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
 from vtlmm.train.config import VTLMMTrainingConfig
+from vtlmm.train.merge import round_weights
 from vtlmm.train.qlora import DECODER_PROJECTIONS
 from vtlmm.train.run import build_trainer, run_training
 
@@ -387,6 +389,18 @@ def test_merging_into_the_base_as_it_was_quantised(settings, tmp_path, adapter):
     assert_equal_outputs(trainer, VTLMMForConditionalGeneration.from_pretrained(tmp_path / "exact"))
     with pytest.raises(AssertionError):
         assert_equal_outputs(trainer, VTLMMForConditionalGeneration.from_pretrained(tmp_path / "near"), 1e-3)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_the_base_is_rounded_as_it_was_in_training(settings, quantization):
+    """Weights in bfloat16 give other 4-bit weights than those in float32."""
+    chosen = {**LORA, "quantization": quantization, "dtype": "bfloat16", "bf16": True}
+    model = build_trainer({**settings, **chosen}).model.get_base_model()
+    merged = VTLMMForConditionalGeneration.from_pretrained(settings["model"], dtype=torch.float32)
+    round_weights(merged, settings["model"], None, quantization, "bfloat16")
+    for name in DECODER_LINEARS:
+        expected = dequantize_module_weight(model.get_submodule(name).base_layer)
+        assert torch.equal(merged.get_submodule(name).weight, expected.float()), name
 
 
 def test_a_merge_that_merges_nothing_is_refused(settings, tmp_path, capsys):

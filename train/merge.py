@@ -50,7 +50,8 @@ def merge(
     """
     record = Path(adapter, RUN_RECORD)
     history = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else [{"settings": {}}]
-    quantization = history[-1]["settings"].get("quantization", "none")
+    settings = history[-1]["settings"]
+    quantization = settings.get("quantization", "none")
     if dequantize and quantization == "none":
         raise ValueError(f"{record} does not say that the base was quantised in training: leave out `--dequantize`.")
     if quantization != "none" and not dequantize:
@@ -64,7 +65,7 @@ def merge(
     except OSError as error:
         raise ValueError(f"The base {base} of {adapter} is not found: say where it is with `--base`.") from error
     if dequantize:
-        round_weights(model, base, revision, quantization)
+        round_weights(model, base, revision, quantization, settings.get("dtype", "float32"))
     model = merge_into(model, adapter).to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     if output is not None:
         model.save_pretrained(output)
@@ -76,10 +77,10 @@ def merge(
 
 
 @torch.no_grad()
-def round_weights(model: PreTrainedModel, base: str, revision: str | None, quantization: str) -> None:
-    """The decoder's weights of `model` as they are when `base` is loaded in `quantization` and computed with."""
+def round_weights(model: PreTrainedModel, base: str, revision: str | None, quantization: str, dtype: str) -> None:
+    """The decoder's weights of `model` as they are when `base` is loaded in `dtype` and `quantization`."""
     config = quantization_config(AdapterConfig(quantization=quantization, adapter="lora"), torch.float32)
-    quantised = type(model).from_pretrained(base, revision=revision, dtype=torch.float32, quantization_config=config)
+    quantised = type(model).from_pretrained(base, revision=revision, dtype=dtype, quantization_config=config)
     for name, module in quantised.named_modules():
         weight = getattr(module, "weight", None)
         if type(weight).__name__ in ("Params4bit", "Int8Params"):
