@@ -5,7 +5,7 @@ import argparse
 import logging
 import sys
 
-from . import compose, convert, data, demo, eval, train
+from . import compose, convert, data, demo, eval, merge, train
 
 
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "data": (data, "check training data before anything is trained"),
     "train": (train, "train one stage from a recipe"),
     "eval": (eval, "answer and score one's own questions, with a blind control"),
+    "merge": (merge, "put an adapter into its base: a whole VT-LMM"),
 }
 
 

@@ -25,6 +25,22 @@ def skip_unused_layers(vision_tower: nn.Module, config: VTLMMConfig):
         layer.forward = _pass_through
 
 
+def _require_gradient(module, arguments, output):
+    output.requires_grad_(True)
+
+
+def hook_embeddings(decoder: nn.Module) -> list:
+    """
+    Makes the decoder's embeddings need a gradient, for adapters under reentrant checkpointing; returns the hooks.
+
+    transformers does so for every part and whatever learns: a frozen tower, and in stage III the decoder, would keep
+    what a backward needs.
+    """
+    if not any(parameter.requires_grad for parameter in decoder.parameters()):
+        return []
+    return [decoder.get_input_embeddings().register_forward_hook(_require_gradient)]
+
+
 class VTLMMProjector(nn.Module):
     """The paper's adapter g: tower features to the decoder's hidden size."""
 

@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 from .configuration_vtlmm import VTLMMConfig
 from .fused_losses_vtlmm import fused_language_loss_sum, fused_pseudo_image_features, fused_visual_loss_sum
-from .layers_vtlmm import VTLMMProjector, VTLMMVisualHead, VTLMMZeroLinear, skip_unused_layers
+from .layers_vtlmm import VTLMMProjector, VTLMMVisualHead, VTLMMZeroLinear, hook_embeddings, skip_unused_layers
 from .losses_vtlmm import predicted_positions, visual_loss_sum, visual_token_statistics
 from .outputs_vtlmm import (
     VTLMMCausalLMOutputWithPast,
@@ -46,6 +46,11 @@ class VTLMMPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+
+    def enable_input_require_grads(self):
+        """As in the base class, but only for a decoder that learns: nothing else is to be run backward for it."""
+        self.disable_input_require_grads()
+        self._require_grads_hooks = hook_embeddings(self.base_model.language_model)
 
     def resize_token_embeddings(self, *args, **kwargs):
         """As in the base class. Words that are cut off the vocabulary are cut off the VM head too."""

@@ -3,6 +3,7 @@
 
 import contextlib
 import io
+import json
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from datasets import Dataset, Image
 from datasets import List as ListFeature
 from PIL import Image as PILImage
 
-from modeling_vtlmm import VTLMMForConditionalGeneration
+from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration
 from vtlmm.train.config import VTLMMTrainingConfig
 from vtlmm.train.trainer import VTLMMTrainer
 
@@ -74,3 +75,29 @@ def build_trainer(output_dir: Path, rows: Dataset | None = None, model_options: 
 def weights(model) -> dict[str, torch.Tensor]:
     """A copy of all weights."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def write_start(folder: Path, text: str = "llama", vision: str = "clip_vision_model", **options) -> dict:
+    """A tiny model as a folder, wide enough for nf4's blocks of 64, and rows; the settings of a run on them."""
+    torch.manual_seed(0)
+    config = build_config(text, vision, **options).to_dict()
+    config["text_config"].update(hidden_size=64, intermediate_size=128, head_dim=16)
+    model = VTLMMForConditionalGeneration(VTLMMConfig(**config))
+    with torch.no_grad():  # see `build_model`
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    model.save_pretrained(folder / "start")
+    processor = build_processor()
+    if config["vision_feature_select_strategy"] == "full":  # no CLS position
+        processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "full", 0
+    processor.save_pretrained(folder / "start")
+    PILImage.new("RGB", (28, 28), (200, 30, 30)).save(folder / "red.png")
+    talk = [{"from": "human", "value": "<image>\nwhat is it"}, {"from": "gpt", "value": "red boat"}]
+    silent = [{"from": "human", "value": "say hello"}, {"from": "gpt", "value": "hello . hello"}]
+    rows = [{"image": "red.png", "conversations": talk}, {"conversations": silent}] * 3
+    (folder / "rows.json").write_text(json.dumps(rows))
+    data = {"model": str(folder / "start"), "dataset": str(folder / "rows.json"), "image_folder": str(folder)}
+    quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no"}
+    steps = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "check_data": False}
+    return {**data, **quiet, **steps, "output_dir": str(folder / "out")}

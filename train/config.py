@@ -30,14 +30,16 @@ class VTLMMTrainingConfig(SFTConfig):
             What the VM head starts from: `"lm_head"`, `"input_embeddings"`, `"random"`, or `"keep"`. Defaults to
             `"lm_head"` in stage III (the decoder has learnt since the checkpoint was composed), else to `"keep"`.
         projector_learning_rate (`float`, *optional*):
-            Learning rate of the projector where it differs (LLaVA's LoRA recipe: 2e-5 beside 2e-4).
+            Learning rate of the projector where it differs.
+        adapter_learning_rate (`float`, *optional*):
+            Learning rate of LoRA's weights where it differs (LLaVA-1.5's recipe: 2e-4 beside 2e-5).
 
     > Defaults other than TRL's: `learning_rate` (the stage's), `lr_scheduler_type` (cosine), `warmup_steps` (0.03 of
     > the steps), `max_length` (2048, and a longer row is refused, never cut), `bf16` (where the GPU has it),
     > `remove_unused_columns` (`False`).
 
     Raises:
-        `ValueError`: for a stage that does not exist or cannot learn.
+        `ValueError`: for a stage that does not exist or cannot learn, and for a paged optimizer without CUDA.
     """
 
     learning_rate: float | None = field(
@@ -62,6 +64,9 @@ class VTLMMTrainingConfig(SFTConfig):
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the projector, if it differs."}
     )
+    adapter_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of LoRA's weights, if it differs."}
+    )
 
     def __post_init__(self):
         stage = self.resolved_stage()
@@ -72,6 +77,11 @@ class VTLMMTrainingConfig(SFTConfig):
         if self.vm_head_init not in ("lm_head", "input_embeddings", "random", "keep"):
             raise ValueError(
                 f"`vm_head_init` is {self.vm_head_init!r}; it must be lm_head, input_embeddings, random or keep."
+            )
+        if "paged" in self.optim and (self.use_cpu or not torch.cuda.is_available()):
+            raise ValueError(
+                f"`optim: {self.optim}` moves its state between the memories of GPU and CPU and needs CUDA: without "
+                "it set `optim: adamw_torch`."
             )
         if self.bf16 is None and not self.fp16:
             # TRL would switch bf16 on everywhere and stop on a machine without a GPU

@@ -2,13 +2,16 @@
 """LoRA, DoRA and quantised bases: one table of what is quantised, what gets an adapter and what is saved in full."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from transformers import BitsAndBytesConfig
+from peft.utils.save_and_load import load_peft_weights
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from .stages import Stage
+from .stages import Stage, module_of
 
 
 # Only the decoder's projections: CLIP has modules of the same names, and `all-linear` reaches the tower too.
@@ -41,6 +44,10 @@ class AdapterConfig:
     lora_target_modules: str = field(
         default=DECODER_PROJECTIONS, metadata={"help": "Regular expression on full module names."}
     )
+    base_id: str | None = field(
+        default=None,
+        metadata={"help": "Hub id that the adapter names as its base, where `model` is a folder of this machine."},
+    )
 
     def __post_init__(self):
         if self.quantization not in ("none", "nf4", "int8"):
@@ -49,6 +56,9 @@ class AdapterConfig:
             raise ValueError(f"`adapter` is {self.adapter!r}; it must be none, lora or dora.")
         if self.quantization != "none" and self.adapter == "none":
             raise ValueError("A quantised decoder cannot learn in full: set `adapter` to lora or dora.")
+        if (self.quantization, self.adapter) == ("int8", "dora"):
+            # PEFT loses the scales of int8 weights on a CPU when it computes DoRA's norms; elsewhere it was not run
+            raise ValueError("DoRA does not work on an int8 base: set `adapter: lora`, or `quantization: nf4`.")
 
 
 def quantization_config(config: AdapterConfig, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -66,6 +76,14 @@ def quantization_config(config: AdapterConfig, compute_dtype: torch.dtype) -> Bi
     return None
 
 
+def keep_differentiable_on_cpu(model: nn.Module) -> None:
+    """On a CPU bitsandbytes repacks 4-bit weights in the first evaluation, and from then on there is no gradient
+    through them, without an error. It asks this attribute whether to; without a 4-bit layer nothing has it."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def peft_config(config: AdapterConfig, stage: Stage) -> LoraConfig | None:
     """
     The adapter of a stage: LoRA or DoRA on the decoder if the stage trains it, its other modules in full.
@@ -81,7 +99,46 @@ def peft_config(config: AdapterConfig, stage: Stage) -> LoraConfig | None:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout if with_adapter else 0.0,
         use_dora=config.adapter == "dora" and with_adapter,
+        # PEFT refuses an empty list; this name says that it is meant
         target_modules=config.lora_target_modules if with_adapter else DUMMY_TARGET_MODULES,
         modules_to_save=in_full or None,
         task_type="CAUSAL_LM" if with_adapter else None,
     )
+
+
+def add_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """
+    `model` with the adapter of `config`, which alone learns.
+
+    With tied embeddings the head and the input embeddings go on being one matrix, as in full training.
+
+    Raises:
+        `ValueError`: when LoRA would reach another module than the decoder.
+    """
+    if model.config.tie_word_embeddings and "lm_head" in (config.modules_to_save or ()):
+        config.ensure_weight_tying = True
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" in name and module_of(name) != "language_model":
+            raise ValueError(
+                f"`lora_target_modules` {config.target_modules!r} reaches {name.split('.lora_')[0]}, outside the "
+                "decoder: begin it with `.*language_model.*`. Other modules learn in full, by `trainable_modules`."
+            )
+    return model
+
+
+def require_fit(model: PeftModel, folder: str | Path) -> list[str]:
+    """
+    The names of the adapter's tensors in `folder`, if they are those of `model`'s adapter. PEFT only warns.
+
+    Raises:
+        `ValueError`: naming what is missing or has no place.
+    """
+    saved = load_peft_weights(str(folder), device="cpu").keys()
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    if saved != expected:
+        raise ValueError(
+            f"The adapter in {folder} does not fit the model: missing {sorted(expected - saved)[:5]}, unexpected "
+            f"{sorted(saved - expected)[:5]}. Take the base and the settings that it was trained with."
+        )
+    return sorted(saved)

@@ -17,11 +17,12 @@ from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import find_adapter_config_file
 
 from .config import VTLMMTrainingConfig
 from .data import DataConfig, load_rows
 from .data_check import check_rows, checked_stream
-from .qlora import AdapterConfig, peft_config, quantization_config
+from .qlora import AdapterConfig, keep_differentiable_on_cpu, peft_config, quantization_config
 from .stages import describe
 from .trainer import VTLMMTrainer
 
@@ -105,6 +106,16 @@ def prepare_dataset(data: DataConfig, split: str, processor, max_length: int | N
 def build_trainer(settings: dict, **kwargs) -> VTLMMTrainer:
     """The trainer of a run; `kwargs` go to [`VTLMMTrainer`]."""
     model_config, data, adapter, args = parse_settings(settings)
+    if find_adapter_config_file(model_config.model, revision=model_config.revision) is not None:
+        raise ValueError(
+            f"{model_config.model} is an adapter, and a stage begins with a whole model: `vtlmm merge "
+            f"{model_config.model} --output FOLDER`, then set `model: FOLDER`."
+        )
+    if adapter.adapter != "none" and model_config.dtype != "float32" and not (args.bf16 or args.fp16):
+        raise ValueError(
+            f"What learns beside a base in {model_config.dtype} is float32, and only mixed precision multiplies the "
+            "two: set `bf16: true`, or `dtype: float32`."
+        )
     load = {"revision": model_config.revision, "trust_remote_code": args.trust_remote_code}
     processor = AutoProcessor.from_pretrained(model_config.model, **load)
     train_dataset = prepare_dataset(data, "train", processor, args.max_length)
@@ -116,13 +127,20 @@ def build_trainer(settings: dict, **kwargs) -> VTLMMTrainer:
         quantization_config=quantization_config(adapter, torch.bfloat16 if args.bf16 else torch.float32),
         **load,
     )
+    keep_differentiable_on_cpu(model)
+    lora = peft_config(adapter, args.resolved_stage())
+    # the base as PEFT writes it into the adapter's folder
+    if adapter.base_id is not None:
+        model.name_or_path = adapter.base_id
+    elif lora is not None:
+        lora.revision = model_config.revision
     return VTLMMTrainer(
         model=model,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
-        peft_config=peft_config(adapter, args.resolved_stage()),
+        peft_config=lora,
         **kwargs,
     )
 

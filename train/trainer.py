@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 from datasets import IterableDataset
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, set_seed
 from trl import SFTTrainer
 
 from modeling_vtlmm.losses_vtlmm import predicted_positions
@@ -15,6 +16,7 @@ from .collator import VTLMMCollator
 from .config import VTLMMTrainingConfig
 from .data_check import check_rows
 from .packing import pack_dataset
+from .qlora import add_adapter, require_fit
 from .stages import describe, set_trainable
 
 
@@ -84,10 +86,22 @@ class VTLMMTrainer(SFTTrainer):
                 "`vtlmm convert`."
             )
         self.stage = args.resolved_stage()
+        set_seed(args.seed)  # the base class's comes after LoRA's and the VM head's first values
         if args.vm_head_init != "keep":
             model.initialize_vm_head(args.vm_head_init)
-        if kwargs.get("peft_config") is None:
+        adapter = kwargs.pop("peft_config", None)
+        if adapter is None:
             set_trainable(model, self.stage)
+        elif args.vm_head_init != "keep" and "vm_head" not in self.stage.trains:
+            raise ValueError(
+                f"`vm_head_init: {args.vm_head_init}` changes the VM head, which an adapter of stage {args.stage} "
+                "does not carry: leave it at keep, or add vm_head to `trainable_modules`."
+            )
+        else:
+            model = add_adapter(model, adapter)
+        # TRL rounds what learns on a quantised base to bfloat16, where small steps are lost; so they are in what is
+        # saved in full of a base loaded in bfloat16
+        learning = {p: p.data.float() for p in model.parameters() if p.requires_grad and adapter is not None}
         if data_collator is None:
             data_collator = VTLMMCollator(processing_class, max_length=args.max_length)
         if args.packing:
@@ -101,10 +115,8 @@ class VTLMMTrainer(SFTTrainer):
             data_collator=data_collator,
             **kwargs,
         )
-        # TRL casts what learns on a quantised base to bfloat16, where small steps are lost
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and getattr(self.model, "is_quantized", False):
-                parameter.data = parameter.data.float()
+        for parameter, values in learning.items():
+            parameter.data = values.to(parameter.device)
         self._sums = {"train": {}, "eval": {}}
         self._log_time = time.perf_counter()
         self._blank_words = None
@@ -133,15 +145,16 @@ class VTLMMTrainer(SFTTrainer):
         self._signature_columns = ["messages", "images", "num_context_messages", "rows", "pack"]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """As in the base class; the projector may have its own learning rate."""
+        """As in the base class; the projector and LoRA may have their own learning rates."""
         optimizer = super().create_optimizer(model)
-        rate = self.args.projector_learning_rate
-        if rate is not None:
-            projector = {p for n, p in self.model.named_parameters() if "multi_modal_projector" in n.split(".")}
+        rates = {".multi_modal_projector.": self.args.projector_learning_rate}
+        rates[".lora_"] = self.args.adapter_learning_rate
+        for part, rate in rates.items():
+            own = {p for n, p in self.model.named_parameters() if part in n and rate is not None}
             for group in list(optimizer.param_groups):
-                chosen = [p for p in group["params"] if p in projector]
+                chosen = [p for p in group["params"] if p in own]
                 if chosen:
-                    group["params"] = [p for p in group["params"] if p not in projector]
+                    group["params"] = [p for p in group["params"] if p not in own]
                     optimizer.add_param_group({**group, "params": chosen, "lr": rate})
         return optimizer
 
@@ -272,6 +285,12 @@ class VTLMMTrainer(SFTTrainer):
 
     # ---- Checkpoints ----
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """As in the base class, which takes an adapter as it comes."""
+        if isinstance(self.model, PeftModel):
+            require_fit(self.model, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _issue_warnings_after_load(self, load_result) -> None:
         """A checkpoint that does not fit would go on from the initial weights with a warning: refuse it."""
         tied = set(getattr(self.model, "_tied_weights_keys", None) or {})
@@ -282,14 +301,26 @@ class VTLMMTrainer(SFTTrainer):
                 f"{list(load_result.unexpected_keys)[:5]}. Resume with the model that the run began with."
             )
 
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        """As in the base class; over the card that PEFT writes, which is empty and names the base's folder."""
+        super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel) and self.args.should_save:
+            self._write_card(Path(output_dir or self.args.output_dir), Path(self.args.output_dir).name)
+
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """TRL's card describes its own trainers; a checkpoint gets a short true one, which `vtlmm push` replaces."""
         if self.is_world_process_zero():
-            card = (
-                "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags:\n- vt-lmm\n- trl\n---\n\n"
-                f"# {model_name or Path(self.args.output_dir).name}\n\n"
-                f"A VT-LMM (arXiv {self._paper['id']}) during or after training.\n\n"
-                f"```\n{describe(self.model, self.stage)}\n```\n\n```bibtex\n{self._paper['citation']}\n```\n"
-            )
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
+            self._write_card(Path(self.args.output_dir), model_name or Path(self.args.output_dir).name)
+
+    def _write_card(self, folder: Path, model_name: str) -> None:
+        library = "transformers"
+        if isinstance(self.model, PeftModel):
+            base = self.model.active_peft_config.base_model_name_or_path
+            library = "peft" if Path(base).is_dir() else f"peft\nbase_model: {base}"
+        card = (
+            f"---\nlibrary_name: {library}\npipeline_tag: image-text-to-text\ntags:\n- vt-lmm\n- trl\n---\n\n"
+            f"# {model_name}\n\nA VT-LMM (arXiv {self._paper['id']}) during or after training.\n\n"
+            f"```\n{describe(self.model, self.stage)}\n```\n\n```bibtex\n{self._paper['citation']}\n```\n"
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder, "README.md").write_text(card, encoding="utf-8")

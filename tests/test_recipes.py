@@ -1,0 +1,91 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""The recipes, by the commands that recipes/README.md gives for them, on tiny models of the same kind."""
+
+import math
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from training_setup import write_start
+
+from vtlmm.train.run import build_trainer, read_settings
+from vtlmm.train.stages import module_of
+
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+BLOCKS = [block.splitlines() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)]
+
+
+def training_settings(command: str) -> dict | None:
+    """The settings of a command that trains."""
+    words = shlex.split(command)
+    if "train" not in words:
+        return None
+    config = words.index("--config")
+    return read_settings(FOLDER.parent / words[config + 1], words[config + 2 :])
+
+
+COMMANDS = [command for block in BLOCKS for command in block if training_settings(command)]
+
+
+def recipe_of(command: str) -> str:
+    return re.search(r"--config recipes/(\w+)\.yaml", command).group(1)
+
+
+def on_a_cpu(settings: dict) -> dict:
+    """What a machine without a GPU, or a test of two steps, cannot do."""
+    changes = {"use_cpu": True}  # bfloat16 and 4 bits stay: they work there
+    if "paged" in settings.get("optim", ""):
+        changes["optim"] = "adamw_torch"  # needs CUDA
+    changes["dataloader_num_workers"] = 0  # processes cost more than the steps
+    return {**settings, **changes}
+
+
+def test_every_recipe_has_its_commands():
+    assert {recipe_of(command) for command in COMMANDS} == {path.stem for path in FOLDER.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: recipe_of(block[1]))
+def test_commands_follow_each_other_through_their_folders(block):
+    made = set()
+    for command in block:
+        settings, words = training_settings(command), shlex.split(command)
+        if settings:
+            start, output = settings["model"], settings["output_dir"]
+        else:
+            start, output = words[2] if words[1] == "merge" else None, words[words.index("--output") + 1]
+        assert start is None or start in made, command
+        made.add(output)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A Llama behind a CLIP, and for the small decoder a tied Qwen2 behind a SigLIP; and rows."""
+    large = write_start(tmp_path_factory.mktemp("large"))
+    small = write_start(tmp_path_factory.mktemp("small"), "qwen2", "siglip_vision_model")
+    return {"large": large, "small": small}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda text: f"{recipe_of(text)}-{training_settings(text)['stage']}")
+def test_two_steps(tiny, tmp_path, command):
+    """Exactly the modules of the stage move, in float32."""
+    settings = training_settings(command)
+    if settings.get("quantization"):
+        pytest.importorskip("bitsandbytes")
+    start = tiny["small" if recipe_of(command) == "small_decoder" else "large"]
+    data = {name: start[name] for name in ("model", "dataset", "image_folder")}
+    quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no"}
+    changes = {**data, **quiet, "output_dir": str(tmp_path), "max_steps": 2, "warmup_steps": 0}
+    trainer = build_trainer({**on_a_cpu(settings), **changes})
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    assert trainer.state.global_step == 2 and math.isfinite(trainer.state.log_history[0]["loss"])
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert {before[name].dtype for name in moved} == {torch.float32}
+    expected = set(trainer.stage.trains)
+    if trainer.model.config.tie_word_embeddings:
+        expected -= {"lm_head"}  # its matrix is listed under the decoder
+    assert {module_of(name) for name in moved} == expected
