@@ -25,6 +25,18 @@ def skip_unused_layers(vision_tower: nn.Module, config: VTLMMConfig):
         layer.forward = _pass_through
 
 
+def gathered_weight(module: nn.Module) -> torch.Tensor:
+    """
+    The whole `module.weight`, for use without `module.forward`.
+
+    FSDP2 gathers the shards of a unit when the unit's forward is called, and accelerate makes both embedding matrices
+    units of their own. What is gathered here is given back by the backward; `full_tensor()` would lose its gradient.
+    """
+    if hasattr(module, "unshard"):
+        module.unshard()
+    return module.weight
+
+
 class VTLMMProjector(nn.Module):
     """The paper's adapter g: tower features to the decoder's hidden size."""
 

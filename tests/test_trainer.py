@@ -81,44 +81,6 @@ def test_means_of_micro_batches_would_be_wrong(whole_batch, tmp_path):
         assert_same_update(update(trainer), whole_batch, tolerance=0.05)
 
 
-WORKER = textwrap.dedent(
-    """
-    import sys
-    from safetensors.torch import save_file
-    from training_setup import build_rows, build_trainer, weights
-
-    output, images = sys.argv[1], [int(i) for i in sys.argv[2].split(",")]
-    trainer = build_trainer(output, build_rows(images), per_device_train_batch_size=4)
-    trainer.train()
-    if trainer.is_world_process_zero():
-        save_file(weights(trainer.model), output + "/weights.safetensors")
-    """
-)
-
-
-def run_processes(tmp_path: Path, images, num_processes: int = 2) -> dict[str, torch.Tensor]:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
-    command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += [str(script), str(tmp_path), ",".join(map(str, images))]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return load_file(tmp_path / "weights.safetensors")
-
-
-@pytest.mark.parametrize("images", [(1, 0, 2, 1, 0, 3, 1, 1), (1, 2, 1, 1, 0, 0, 0, 0)])
-def test_two_processes_equal_one(tmp_path, images):
-    """Also when one process has no image at all."""
-    alone = build_trainer(tmp_path / "one", build_rows(images))
-    before = weights(alone.model)
-    expected = update(alone)
-    (tmp_path / "two").mkdir()
-    after = run_processes(tmp_path / "two", images)
-    assert_same_update({name: after[name] - before[name] for name in after}, expected)
-
-
 @pytest.mark.parametrize(
     "settings",
     [
