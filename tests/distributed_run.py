@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from safetensors.torch import save_file
 from torch.multiprocessing import ProcessExitedException, start_processes
@@ -21,6 +22,7 @@ from training_setup import build_rows, build_trainer
 from transformers import TrainerCallback
 
 
+FSDP2 = Path(__file__).parents[1] / "recipes/accelerate/fsdp2.yaml"
 RAGGED = (1, 0, 2, 1, 0, 3, 1, 1)
 TEXT_ON_ONE = (1, 2, 1, 1, 0, 0, 0, 0)  # batches of four: the second process has no picture
 HALF, QUARTER = {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2}
@@ -30,7 +32,7 @@ PSEUDO = {"use_pseudo_image_features": True}
 UPDATES = {
     "ddp_ragged": (RAGGED, HALF),
     "ddp_text_on_one": (TEXT_ON_ONE, HALF),
-    "fsdp_joint": (TEXT_ON_ONE, HALF),
+    "fsdp_joint": (TEXT_ON_ONE, HALF | {"gradient_checkpointing": True}),
     "fsdp_accumulated": (RAGGED, QUARTER | {"gradient_accumulation_steps": 2}),
     "fsdp_visual_head": (TEXT_ON_ONE, HALF | {"stage": "visual_head"}),
     "fsdp_tied": (TEXT_ON_ONE, HALF | {"model_options": {"text": "qwen2"}, "max_steps": 2, "learning_rate": 0.1}),
@@ -47,10 +49,11 @@ class Kill(TrainerCallback):
 
 
 def build(name: str, folder: Path, rows, **settings):
-    """A trainer; FSDP2 where the case's name begins so."""
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # which the case before has left
+    """A trainer; one of FSDP2 is asked for as `accelerate launch --config_file fsdp2.yaml` does it."""
     if name.startswith("ddp"):
         return build_trainer(folder, rows, **settings)
+    config = ClusterConfig.from_yaml_file(FSDP2).fsdp_config
+    os.environ.update({key.upper(): str(value) for key, value in config.items()}, ACCELERATE_USE_FSDP="true")
     initialize = AcceleratorState.__init__
 
     def shard_on_cpu(self, *args, **kwargs):
@@ -59,7 +62,7 @@ def build(name: str, folder: Path, rows, **settings):
         initialize(self, *args, **kwargs)
 
     with patch.object(AcceleratorState, "__init__", shard_on_cpu):
-        trainer = build_trainer(folder, rows, fsdp=True, **settings)
+        trainer = build_trainer(folder, rows, **settings)
     assert trainer.accelerator.is_fsdp2
     return trainer
 
@@ -114,9 +117,11 @@ def start(folder: Path, cases: list[str]):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    start(folder, [*UPDATES, "ddp_evaluated", "fsdp_evaluated", "fsdp_bf16", "ddp_whole", "fsdp_whole"])
+    others = ["ddp_evaluated", "ddp_whole", "ddp_whole_resumed", "fsdp_evaluated", "fsdp_bf16", "fsdp_whole"]
+    for kind in ("ddp", "fsdp"):  # in processes of their own, since FSDP is asked for by the environment
+        start(folder, [case for case in (*UPDATES, *others) if case.startswith(kind)])
     try:
         start(folder, ["fsdp_killed"])
     except ProcessExitedException as error:
         assert error.signal_name == "SIGKILL"
-    start(folder, ["ddp_whole_resumed", "fsdp_killed_resumed"])
+    start(folder, ["fsdp_killed_resumed"])

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_run import RESUMED, TEXT_ON_ONE, UPDATES
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command_parser
+from distributed_run import FSDP2, RESUMED, TEXT_ON_ONE, UPDATES
 from safetensors.torch import load_file
 from test_trainer import assert_same_update, update
 from training_setup import build_rows, build_trainer, weights
@@ -75,3 +77,15 @@ def test_a_sharded_run_saves_a_complete_model(folder):
         load_file(folder / "fsdp_whole.safetensors"),
     )
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("path", sorted(FSDP2.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_knows_every_key(path):
+    """It refuses unknown keys at the top, and takes the others for options of `accelerate launch` without a look."""
+    config = ClusterConfig.from_yaml_file(path)
+    known = vars(launch_command_parser().parse_args(["train.py"]))
+    assert {*config.fsdp_config, *config.deepspeed_config} <= known.keys()
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert config.distributed_type == kinds[path.stem]
+    assert config.deepspeed_config.get("zero_stage") == {"zero2": 2, "zero3": 3}.get(path.stem)
+    assert config.mixed_precision == "no", "the recipe's bf16 decides"
