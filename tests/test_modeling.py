@@ -164,6 +164,24 @@ def test_a_batch_without_images_has_visual_loss_zero_and_touches_every_module(bu
     assert model.model.vm_head.weight.grad.abs().max() == 0
 
 
+def test_a_batch_without_images_runs_the_tower_in_evaluation_too(build_model):
+    """Where the tower is sharded, another process may have a picture and waits for this one."""
+    model = build_model()
+    calls = []
+    model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    input_ids, attention_mask, _ = rows(model, [0, 0])
+    options = {"labels": input_ids, "return_loss_sums": True, "visual_student": "lm_head"}
+    with torch.no_grad():
+        sums = model(input_ids, None, attention_mask, **options).loss_sums
+        logits = model(input_ids, None, attention_mask).logits
+    assert len(calls) == 1, "once for the sums; logits alone need no picture"
+    assert sums["visual_loss"] == 0 and sums["num_visual_targets"] == 0
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum"
+    )
+    torch.testing.assert_close(sums["lm_loss"], expected)
+
+
 def test_vm_head_starts(build_model):
     model = build_model()
     rows_ = model.config.visual_vocab_size
