@@ -162,6 +162,10 @@ def test_a_batch_without_images_has_visual_loss_zero_and_touches_every_module(bu
             continue
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     assert model.model.vm_head.weight.grad.abs().max() == 0
+    model.zero_grad()
+    model(input_ids, None, attention_mask, labels=input_ids, return_loss_sums=True).loss_sums["lm_loss"].backward()
+    projector = model.model.multi_modal_projector.linear_1.weight  # in stage I nothing else learns
+    assert projector.grad is not None and not projector.grad.any()
 
 
 def test_a_batch_without_images_runs_the_tower_in_evaluation_too(build_model):

@@ -66,6 +66,7 @@ def test_accumulation_equals_the_whole_batch(whole_batch, tmp_path, batch_size):
     accumulated = build_trainer(
         tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=8 // batch_size
     )
+    accumulated.model_accepts_loss_kwargs = False  # what Trainer reads off the forward's signature must not matter
     assert_same_update(update(accumulated), whole_batch)
 
 
@@ -158,7 +159,13 @@ def test_logged_values_are_exact_means(tmp_path):
     assert evaluated["eval_loss"] == pytest.approx(evaluated["eval_lm_loss"] + evaluated["eval_visual_loss"])
     assert logged["samples_per_second"] > 0 and logged["image_tokens_per_second"] > 0
     batch = trainer.data_collator(list(rows))
-    probs = trainer.model(**batch, output_visual_logits=True).visual_logits.softmax(-1)
+    sums = trainer.model(**batch, return_loss_sums=True, visual_student="lm_head").loss_sums
+    outputs = trainer.model(**batch, output_visual_logits=True)
+    assert evaluated["eval_lm_loss"] == pytest.approx(outputs.loss.item(), rel=1e-5)
+    assert evaluated["eval_visual_loss"] == pytest.approx(
+        (sums["visual_loss"] / sums["num_visual_targets"]).item(), rel=1e-5
+    )
+    probs = outputs.visual_logits.softmax(-1)
     assert evaluated["eval_visual_token_entropy"] == pytest.approx(
         torch.special.entr(probs).sum(-1).mean().item(), rel=1e-4
     )
