@@ -41,6 +41,18 @@ def hook_embeddings(decoder: nn.Module) -> list:
     return [decoder.get_input_embeddings().register_forward_hook(_require_gradient)]
 
 
+def gathered_weight(module: nn.Module) -> torch.Tensor:
+    """
+    The whole `module.weight`, for use without `module.forward`.
+
+    FSDP2 gathers the shards of a unit when the unit's forward is called, and accelerate makes both embedding matrices
+    units of their own. What is gathered here is given back by the backward; `full_tensor()` would lose its gradient.
+    """
+    if hasattr(module, "unshard"):
+        module.unshard()
+    return module.weight
+
+
 class VTLMMProjector(nn.Module):
     """The paper's adapter g: tower features to the decoder's hidden size."""
 

@@ -12,7 +12,14 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 from .configuration_vtlmm import VTLMMConfig
 from .fused_losses_vtlmm import fused_language_loss_sum, fused_pseudo_image_features, fused_visual_loss_sum
-from .layers_vtlmm import VTLMMProjector, VTLMMVisualHead, VTLMMZeroLinear, hook_embeddings, skip_unused_layers
+from .layers_vtlmm import (
+    VTLMMProjector,
+    VTLMMVisualHead,
+    VTLMMZeroLinear,
+    gathered_weight,
+    hook_embeddings,
+    skip_unused_layers,
+)
 from .losses_vtlmm import predicted_positions, visual_loss_sum, visual_token_statistics
 from .outputs_vtlmm import (
     VTLMMCausalLMOutputWithPast,
@@ -90,6 +97,8 @@ class VTLMMModel(VTLMMPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         skip_unused_layers(self.vision_tower, config)
         self.post_init()
+        # CLIP and SigLIP name their text side's layers too, and FSDP stops where it finds none
+        self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
 
     def train(self, mode: bool = True):
         """As in torch, but a vision tower with nothing to learn stays in evaluation mode: dropout and batch-norm
@@ -142,9 +151,9 @@ class VTLMMModel(VTLMMPreTrainedModel):
 
     def get_pseudo_image_features(self, image_features: torch.Tensor) -> torch.Tensor:
         """ṽ = softmax(vm_head(v)) E, in the shape of `image_features` `(num_images, num_patches, hidden_size)`."""
-        embeddings = self.get_input_embeddings().weight[: self.config.visual_vocab_size]
+        vm_weight, embeddings = gathered_weight(self.vm_head), gathered_weight(self.get_input_embeddings())
         mixed = self.vm_head.mixer(image_features)
-        pseudo = fused_pseudo_image_features(mixed.flatten(0, 1), self.vm_head.weight, embeddings)
+        pseudo = fused_pseudo_image_features(mixed.flatten(0, 1), vm_weight, embeddings[: vm_weight.shape[0]])
         return pseudo.view(*image_features.shape[:-1], -1)
 
     def get_image_token_mask(self, input_ids, inputs_embeds, num_image_features: int | None = None) -> torch.Tensor:
@@ -355,7 +364,7 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
-            always_run_vision=return_loss_sums and self.training,
+            always_run_vision=return_loss_sums,
             output_image_token_mask=return_loss_sums or output_visual_logits,
             **kwargs,
         )
@@ -398,7 +407,7 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
             targets = labels[:, 1:].to(hidden_states.device)
             supervised = targets != -100
             sums["lm_loss"] = fused_language_loss_sum(
-                hidden_states[:, :-1][supervised], self.lm_head.weight, targets[supervised]
+                hidden_states[:, :-1][supervised], gathered_weight(self.lm_head), targets[supervised]
             )
             sums["num_lm_targets"] = supervised.sum()
         if visual_student is not None:
@@ -411,9 +420,10 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
         """The visual part of [`~loss_sums`]: the hidden state left of a patch against the patch's visual token."""
         if visual_student not in ("vm_head", "lm_head"):
             raise ValueError(f"`visual_student` is {visual_student!r}; it must be 'vm_head' or 'lm_head'.")
-        vm_head = self.model.vm_head
+        vm_weight = gathered_weight(self.model.vm_head)
+        lm_weight = gathered_weight(self.lm_head)[: vm_weight.shape[0]]
         hidden_states = outputs.last_hidden_state
-        image_features = vm_head.mixer(outputs.image_features).flatten(0, 1)
+        image_features = self.model.vm_head.mixer(outputs.image_features).flatten(0, 1)
         if outputs.image_token_mask is None:  # the picture of zeros of a text-only batch
             image_features, hidden_states = image_features[:0], hidden_states[0, :0]
         else:
@@ -421,15 +431,14 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
             image_features = image_features[predicted[outputs.image_token_mask]]
             hidden_states = hidden_states[:, :-1][predicted[:, 1:]]
 
-        lm_weight = self.lm_head.weight[: self.config.visual_vocab_size]
-        heads = {"vm_head": (image_features, vm_head.weight), "lm_head": (hidden_states, lm_weight)}
+        heads = {"vm_head": (image_features, vm_weight), "lm_head": (hidden_states, lm_weight)}
         student = heads.pop(visual_student)
         (teacher,) = heads.values()
         visual_loss = fused_visual_loss_sum if detach_visual_teacher else visual_loss_sum
         return {
             "visual_loss": visual_loss(*student, *teacher),
             "num_visual_targets": torch.tensor(image_features.shape[0], device=image_features.device),
-            "visual_tokens": visual_token_statistics(image_features, vm_head.weight, hidden_states, lm_weight),
+            "visual_tokens": visual_token_statistics(image_features, vm_weight, hidden_states, lm_weight),
         }
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):

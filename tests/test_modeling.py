@@ -162,6 +162,28 @@ def test_a_batch_without_images_has_visual_loss_zero_and_touches_every_module(bu
             continue
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     assert model.model.vm_head.weight.grad.abs().max() == 0
+    model.zero_grad()
+    model(input_ids, None, attention_mask, labels=input_ids, return_loss_sums=True).loss_sums["lm_loss"].backward()
+    projector = model.model.multi_modal_projector.linear_1.weight  # in stage I nothing else learns
+    assert projector.grad is not None and not projector.grad.any()
+
+
+def test_a_batch_without_images_runs_the_tower_in_evaluation_too(build_model):
+    """Where the tower is sharded, another process may have a picture and waits for this one."""
+    model = build_model()
+    calls = []
+    model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    input_ids, attention_mask, _ = rows(model, [0, 0])
+    options = {"labels": input_ids, "return_loss_sums": True, "visual_student": "lm_head"}
+    with torch.no_grad():
+        sums = model(input_ids, None, attention_mask, **options).loss_sums
+        logits = model(input_ids, None, attention_mask).logits
+    assert len(calls) == 1, "once for the sums; logits alone need no picture"
+    assert sums["visual_loss"] == 0 and sums["num_visual_targets"] == 0
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum"
+    )
+    torch.testing.assert_close(sums["lm_loss"], expected)
 
 
 def test_vm_head_starts(build_model):

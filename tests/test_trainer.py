@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import build_processor
 from safetensors.torch import load_file
 from training_setup import build_rows, build_trainer, weights
 
 from modeling_vtlmm.losses_vtlmm import predicted_positions
+from vtlmm.train.collator import VTLMMCollator
 from vtlmm.train.config import VTLMMTrainingConfig
 from vtlmm.train.stages import MODULES, STAGES, describe, module_of, resolve_stage
 
@@ -64,59 +66,35 @@ def test_accumulation_equals_the_whole_batch(whole_batch, tmp_path, batch_size):
     accumulated = build_trainer(
         tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=8 // batch_size
     )
+    accumulated.model_accepts_loss_kwargs = False  # what Trainer reads off the forward's signature must not matter
     assert_same_update(update(accumulated), whole_batch)
 
 
-def test_means_of_micro_batches_would_be_wrong(whole_batch, tmp_path):
-    """The guard of the test above: dividing by a micro-batch's own counts gives another update."""
-    trainer = build_trainer(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+# What a plain `loss / num_items_in_batch` would come to, as counts `[num_lm_targets, num_visual_targets]`
+WRONG_COUNTS = {
+    "mean of each micro-batch, added up": lambda own, whole, num_steps: own,
+    "mean of the micro-batches' means": lambda own, whole, num_steps: own * num_steps,
+    "visual loss over the text targets": lambda own, whole, num_steps: whole[[0, 0]],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_COUNTS)
+def test_other_normalisations_would_be_wrong(tmp_path, wrong):
+    """The guard of the test above: each of the usual ways gives another update."""
+    settings = {"visual_loss_coef": 20.0, "learning_rate": 1.0}  # or this tiny model's visual loss would hardly count
+    expected = update(build_trainer(tmp_path, **settings))
+    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert_same_update(update(build_trainer(tmp_path, **settings)), expected)
+    trainer = build_trainer(tmp_path, **settings)
     compute_loss = trainer.compute_loss
 
-    def own_counts(model, inputs, return_outputs=False, num_items_in_batch=None):
-        counts = trainer._count_targets(inputs)
-        return compute_loss(model, inputs, num_items_in_batch=counts) / trainer.current_gradient_accumulation_steps
+    def wrongly_divided(model, inputs, return_outputs=False, num_items_in_batch=None):
+        counts = WRONG_COUNTS[wrong](trainer._count_targets(inputs), num_items_in_batch, 4)
+        return compute_loss(model, inputs, num_items_in_batch=counts)
 
-    trainer.compute_loss = own_counts
+    trainer.compute_loss = wrongly_divided
     with pytest.raises(AssertionError):
-        assert_same_update(update(trainer), whole_batch, tolerance=0.05)
-
-
-WORKER = textwrap.dedent(
-    """
-    import sys
-    from safetensors.torch import save_file
-    from training_setup import build_rows, build_trainer, weights
-
-    output, images = sys.argv[1], [int(i) for i in sys.argv[2].split(",")]
-    trainer = build_trainer(output, build_rows(images), per_device_train_batch_size=4)
-    trainer.train()
-    if trainer.is_world_process_zero():
-        save_file(weights(trainer.model), output + "/weights.safetensors")
-    """
-)
-
-
-def run_processes(tmp_path: Path, images, num_processes: int = 2) -> dict[str, torch.Tensor]:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
-    command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += [str(script), str(tmp_path), ",".join(map(str, images))]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return load_file(tmp_path / "weights.safetensors")
-
-
-@pytest.mark.parametrize("images", [(1, 0, 2, 1, 0, 3, 1, 1), (1, 2, 1, 1, 0, 0, 0, 0)])
-def test_two_processes_equal_one(tmp_path, images):
-    """Also when one process has no image at all."""
-    alone = build_trainer(tmp_path / "one", build_rows(images))
-    before = weights(alone.model)
-    expected = update(alone)
-    (tmp_path / "two").mkdir()
-    after = run_processes(tmp_path / "two", images)
-    assert_same_update({name: after[name] - before[name] for name in after}, expected)
+        assert_same_update(update(trainer), expected, tolerance=0.05)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +159,13 @@ def test_logged_values_are_exact_means(tmp_path):
     assert evaluated["eval_loss"] == pytest.approx(evaluated["eval_lm_loss"] + evaluated["eval_visual_loss"])
     assert logged["samples_per_second"] > 0 and logged["image_tokens_per_second"] > 0
     batch = trainer.data_collator(list(rows))
-    probs = trainer.model(**batch, output_visual_logits=True).visual_logits.softmax(-1)
+    sums = trainer.model(**batch, return_loss_sums=True, visual_student="lm_head").loss_sums
+    outputs = trainer.model(**batch, output_visual_logits=True)
+    assert evaluated["eval_lm_loss"] == pytest.approx(outputs.loss.item(), rel=1e-5)
+    assert evaluated["eval_visual_loss"] == pytest.approx(
+        (sums["visual_loss"] / sums["num_visual_targets"]).item(), rel=1e-5
+    )
+    probs = outputs.visual_logits.softmax(-1)
     assert evaluated["eval_visual_token_entropy"] == pytest.approx(
         torch.special.entr(probs).sum(-1).mean().item(), rel=1e-4
     )
@@ -286,6 +270,7 @@ def test_impossible_settings_are_refused_before_anything_is_loaded(tmp_path, set
 def test_stage_defaults(tmp_path):
     config = VTLMMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, stage="visual_head")
     assert (config.learning_rate, config.vm_head_init, config.bf16) == (1e-3, "lm_head", False)
+    assert config.get_warmup_steps(1000) == 30  # a share, not 0.03 of a step
     early = resolve_stage("projector", visual_loss_coef=1.0)
     assert early.visual_student == "lm_head" and early.trains == ("multi_modal_projector",)
 
@@ -313,3 +298,24 @@ def test_tied_embeddings_learn_as_one(build_model):
     assert model.get_input_embeddings().weight.requires_grad
     set_trainable(model, STAGES["visual_head"])
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["model.vm_head.weight"]
+
+
+def test_the_losses_see_the_copy_of_a_head_that_peft_trains(build_model):
+    """`head.weight` of PEFT's wrapper is the copy, whose gradient must not go to the original."""
+    from peft import LoraConfig, get_peft_model
+
+    model = build_model().train()
+    config = LoraConfig(r=1, target_modules="dummy-target-modules", modules_to_save=["lm_head", "vm_head"])
+    peft_model = get_peft_model(model, config)
+    for wrapper in (model.lm_head, model.model.vm_head):
+        torch.nn.init.normal_(wrapper.modules_to_save["default"].weight)
+    batch = VTLMMCollator(build_processor())(list(build_rows()))
+    student = {"visual_student": "vm_head", "detach_visual_teacher": False}
+    sums = peft_model(**batch, return_loss_sums=True, **student).loss_sums
+    (sums["lm_loss"] + sums["visual_loss"]).backward()
+    logits = peft_model(**{**batch, "labels": None}).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(sums["lm_loss"], expected)
+    for wrapper in (model.lm_head, model.model.vm_head):
+        assert wrapper.modules_to_save["default"].weight.grad.abs().max() > 0
+        assert wrapper.original_module.weight.grad is None

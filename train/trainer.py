@@ -2,6 +2,7 @@
 """The trainer: TRL's SFTTrainer with the visual loss, normalised over the whole optimizer step."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -117,6 +118,8 @@ class VTLMMTrainer(SFTTrainer):
         )
         for parameter, values in learning.items():
             parameter.data = values.to(parameter.device)
+        if self.is_fsdp_enabled:
+            self._keep_exact_when_sharded(model)
         self._sums = {"train": {}, "eval": {}}
         self._log_time = time.perf_counter()
         self._blank_words = None
@@ -140,6 +143,16 @@ class VTLMMTrainer(SFTTrainer):
         if "length" not in dataset.column_names:
             dataset = dataset.add_column("length", check_rows(dataset, processor, args.max_length).lengths)
         return pack_dataset(dataset, args.max_length)
+
+    def _keep_exact_when_sharded(self, model):
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError("FSDP 1 flattens the heads' weights, which the losses need whole: set fsdp_version: 2.")
+        if plugin.mixed_precision_policy is not None:
+            # accelerate's policy would round the sums that leave the forward, thousands of nats, to bfloat16
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+        # a sharded model has a class from a file of torch, which would be saved instead of the model's code
+        model.__module__ = type(model).__module__
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["messages", "images", "num_context_messages", "rows", "pack"]
@@ -218,9 +231,21 @@ class VTLMMTrainer(SFTTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Only the loss: logits are never built."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._without_repeated_rows(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs), None, None
+
+    def _without_repeated_rows(self, inputs: dict) -> dict:
+        """accelerate fills the last batches up with rows from the start, so that every process has as many: those rows
+        lose their targets (at position 0 nothing is predicted)."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        num_rows, length = inputs["input_ids"].shape
+        rows = torch.arange(num_rows, device=inputs["input_ids"].device)[:, None]
+        repeated = rows + self.accelerator.process_index * num_rows >= state.remainder
+        position_ids = torch.arange(length, device=rows.device).masked_fill(repeated, 0)
+        return {**inputs, "labels": inputs["labels"].masked_fill(repeated, -100), "position_ids": position_ids}
 
     # ---- What is logged ----
 

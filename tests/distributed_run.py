@@ -1,0 +1,127 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""
+The runs of `test_distributed.py`: `python distributed_run.py folder`.
+
+Importing costs far more than training here, so everything is imported once and every pair of processes is forked.
+Every case leaves `case.safetensors`, the whole weights after it, or `case.json`, in the folder.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from safetensors.torch import save_file
+from torch.multiprocessing import ProcessExitedException, start_processes
+from training_setup import build_rows, build_trainer
+from transformers import TrainerCallback
+
+
+FSDP2 = Path(__file__).parents[1] / "recipes/accelerate/fsdp2.yaml"
+RAGGED = (1, 0, 2, 1, 0, 3, 1, 1)
+TEXT_ON_ONE = (1, 2, 1, 1, 0, 0, 0, 0)  # batches of four: the second process has no picture
+HALF, QUARTER = {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2}
+PSEUDO = {"use_pseudo_image_features": True}
+
+# name: (pictures of the rows, settings of `build_trainer`), one optimizer step over all eight rows
+UPDATES = {
+    "ddp_ragged": (RAGGED, HALF),
+    "ddp_text_on_one": (TEXT_ON_ONE, HALF),
+    "fsdp_joint": (TEXT_ON_ONE, HALF | {"gradient_checkpointing": True}),
+    "fsdp_accumulated": (RAGGED, QUARTER | {"gradient_accumulation_steps": 2}),
+    "fsdp_visual_head": (TEXT_ON_ONE, HALF | {"stage": "visual_head"}),
+    "fsdp_tied": (TEXT_ON_ONE, HALF | {"model_options": {"text": "qwen2"}, "max_steps": 2, "learning_rate": 0.1}),
+    "fsdp_pseudo": (TEXT_ON_ONE, HALF | {"stage": "decoder", "model_options": PSEUDO}),
+}
+RESUMED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
+RESUMED |= {"lr_scheduler_type": "cosine", "train_sampling_strategy": "random", "per_device_train_batch_size": 2}
+
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def build(name: str, folder: Path, rows, **settings):
+    """A trainer; one of FSDP2 is asked for as `accelerate launch --config_file fsdp2.yaml` does it."""
+    if name.startswith("ddp"):
+        return build_trainer(folder, rows, **settings)
+    config = ClusterConfig.from_yaml_file(FSDP2).fsdp_config
+    os.environ.update({key.upper(): str(value) for key, value in config.items()}, ACCELERATE_USE_FSDP="true")
+    initialize = AcceleratorState.__init__
+
+    def shard_on_cpu(self, *args, **kwargs):
+        """accelerate shards on GPUs only and ignores the request elsewhere; FSDP2 itself runs on gloo."""
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        initialize(self, *args, **kwargs)
+
+    with patch.object(AcceleratorState, "__init__", shard_on_cpu):
+        trainer = build_trainer(folder, rows, **settings)
+    assert trainer.accelerator.is_fsdp2
+    return trainer
+
+
+def save(trainer, path: Path):
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.is_world_process_zero():
+        save_file({name: tensor.clone() for name, tensor in state.items()}, path)
+
+
+def run(name: str, folder: Path):
+    kind, _, what = name.partition("_")
+    if name in UPDATES:
+        images, settings = UPDATES[name]
+        trainer = build(name, folder / name, build_rows(images), **settings)
+    elif what == "evaluated":
+        rows = build_rows(TEXT_ON_ONE[:7])
+        trainer = build(name, folder / name, rows, **HALF, learning_rate=0.0, per_device_eval_batch_size=2)
+    elif what == "bf16":
+        trainer = build(name, folder / name, build_rows(), **HALF, bf16=True)
+    else:
+        trainer = build(name, folder / f"{kind}_{what.removesuffix('_resumed')}", build_rows(), **RESUMED)
+        if what == "killed":
+            trainer.add_callback(Kill())
+    checkpoint = str(Path(trainer.args.output_dir, "checkpoint-2")) if what.endswith("_resumed") else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if what == "evaluated":
+        metrics = trainer.evaluate(build_rows(TEXT_ON_ONE[:7]))
+        Path(folder, f"{name}.json").write_text(json.dumps(metrics))
+    elif what == "bf16":
+        batch = trainer._prepare_inputs(trainer.data_collator(list(build_rows())))
+        sums = trainer.model(**batch, return_loss_sums=True, visual_student="lm_head").loss_sums
+        dtypes = {key: str(value.dtype) for key, value in (sums | sums.pop("visual_tokens")).items()}
+        Path(folder, f"{name}.json").write_text(json.dumps(dtypes))
+    else:
+        save(trainer, folder / f"{name}.safetensors")
+
+
+def work(rank: int, port: int, folder: Path, cases: list[str]):
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank))
+    for case in cases:
+        run(case, folder)
+
+
+def start(folder: Path, cases: list[str]):
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    start_processes(work, (port, folder, cases), nprocs=2, start_method="fork")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    others = ["ddp_evaluated", "ddp_whole", "ddp_whole_resumed", "fsdp_evaluated", "fsdp_bf16", "fsdp_whole"]
+    for kind in ("ddp", "fsdp"):  # in processes of their own, since FSDP is asked for by the environment
+        start(folder, [case for case in (*UPDATES, *others) if case.startswith(kind)])
+    try:
+        start(folder, ["fsdp_killed"])
+    except ProcessExitedException as error:
+        assert error.signal_name == "SIGKILL"
+    start(folder, ["fsdp_killed_resumed"])

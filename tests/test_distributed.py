@@ -1,0 +1,91 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Two processes on gloo, DDP and FSDP2, equal one: updates, evaluation, what is saved, resuming."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command_parser
+from distributed_run import FSDP2, RESUMED, TEXT_ON_ONE, UPDATES
+from safetensors.torch import load_file
+from test_trainer import assert_same_update, update
+from training_setup import build_rows, build_trainer, weights
+
+from modeling_vtlmm import VTLMMForConditionalGeneration
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where all cases have run; one run was killed, and resumed by other processes."""
+    folder = tmp_path_factory.mktemp("distributed")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, str(Path(__file__).with_name("distributed_run.py")), str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_two_processes_equal_one(folder, tmp_path, name):
+    """Ragged pictures; no picture at all in one process; a frozen head, a tied one, accumulation."""
+    images, settings = UPDATES[name]
+    settings = {**settings, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    alone = build_trainer(tmp_path, build_rows(images), **settings)
+    before = weights(alone.model)
+    expected = update(alone)
+    after = load_file(folder / f"{name}.safetensors")
+    assert_same_update({key: after[key] - before[key] for key in expected}, expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_evaluation_counts_every_row_once(folder, tmp_path, kind):
+    """Seven rows in batches of two: the last process gets a row a second time, and pictures stand on one side only."""
+    rows = build_rows(TEXT_ON_ONE[:7])
+    alone = build_trainer(tmp_path, rows, per_device_eval_batch_size=7).evaluate(rows)
+    found = json.loads((folder / f"{kind}_evaluated.json").read_text())
+    for name in ("eval_loss", "eval_lm_loss", "eval_visual_loss", "eval_visual_token_entropy", "eval_head_agreement"):
+        assert found[name] == pytest.approx(alone[name], rel=1e-5), name
+
+
+def test_sums_stay_float32_in_a_sharded_bfloat16_run(folder):
+    dtypes = json.loads((folder / "fsdp_bf16.json").read_text())
+    assert dtypes.pop("num_lm_targets") == dtypes.pop("num_visual_targets") == "torch.int64"
+    assert set(dtypes.values()) == {"torch.float32"}
+
+
+@pytest.mark.parametrize(
+    ("whole", "resumed"), [("ddp_whole", "ddp_whole_resumed"), ("fsdp_whole", "fsdp_killed_resumed")]
+)
+def test_resumed_equals_uninterrupted(folder, whole, resumed):
+    """Of two processes, from a checkpoint after two of six steps; the sharded run was killed after three."""
+    whole, resumed = (load_file(folder / f"{name}.safetensors") for name in (whole, resumed))
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        assert torch.equal(whole[name], resumed[name]), name
+
+
+def test_a_sharded_run_saves_a_complete_model(folder):
+    checkpoint = folder / "fsdp_whole" / f"checkpoint-{RESUMED['max_steps']}"
+    assert {"modeling_vtlmm.py", "fused_losses_vtlmm.py"} <= {path.name for path in checkpoint.iterdir()}
+    loaded, expected = (
+        weights(VTLMMForConditionalGeneration.from_pretrained(checkpoint)),
+        load_file(folder / "fsdp_whole.safetensors"),
+    )
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("path", sorted(FSDP2.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_knows_every_key(path):
+    """It refuses unknown keys at the top, and takes the others for options of `accelerate launch` without a look."""
+    config = ClusterConfig.from_yaml_file(path)
+    known = vars(launch_command_parser().parse_args(["train.py"]))
+    assert {*config.fsdp_config, *config.deepspeed_config} <= known.keys()
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert config.distributed_type == kinds[path.stem]
+    assert config.deepspeed_config.get("zero_stage") == {"zero2": 2, "zero3": 3}.get(path.stem)
+    assert config.mixed_precision == "no", "the recipe's bf16 decides"
