@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from trl import SFTTrainer
 
@@ -92,6 +92,8 @@ class VTLMMTrainer(SFTTrainer):
             data_collator = VTLMMCollator(processing_class, max_length=args.max_length)
         if args.packing:
             train_dataset = self._packed(model, args, train_dataset, processing_class)
+        elif args.train_sampling_strategy == "group_by_length" and isinstance(train_dataset, Dataset):
+            train_dataset = self._with_lengths(train_dataset, processing_class, args.max_length)
         super().__init__(
             model=model,
             args=args,
@@ -125,9 +127,14 @@ class VTLMMTrainer(SFTTrainer):
                 "(a pack holds many rows) and a larger `max_length`."
             )
         args.packing = False
-        if "length" not in dataset.column_names:
-            dataset = dataset.add_column("length", check_rows(dataset, processor, args.max_length).lengths)
-        return pack_dataset(dataset, args.max_length)
+        return pack_dataset(VTLMMTrainer._with_lengths(dataset, processor, args.max_length), args.max_length)
+
+    @staticmethod
+    def _with_lengths(dataset, processor, max_length):
+        """`dataset` with its column `length` in tokens, which checking the data before has made already."""
+        if "length" in dataset.column_names:
+            return dataset
+        return dataset.add_column("length", check_rows(dataset, processor, max_length).lengths)
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["messages", "images", "num_context_messages", "rows", "pack"]
