@@ -68,10 +68,15 @@ SHAPES = {
 PATCH_SIZE = 14
 PRELOADED = ["transformers.models.llava.modeling_llava", "trl.trainer.sft_trainer", "vtlmm.train.trainer"]
 LLAVA, SAME_TARGETS = "LLaVA, SFTTrainer", "LLaVA, SFTTrainer, answers alone are targets"
-OURS, WITHOUT = "ours", "ours, visual loss off"
+OURS, WITHOUT, CACHED = "ours", "ours, visual loss off", "ours, vision features cached"
 PADDED, GROUPED, PACKED = "padded as they come", "grouped by length", "packed"
 # stage: what is measured beside LLaVA
-STEPS = {"projector": (OURS,), "decoder": (OURS,), "visual_head": (OURS,), "joint": (OURS, WITHOUT)}
+STEPS = {
+    "projector": (OURS, CACHED),
+    "decoder": (OURS,),
+    "visual_head": (OURS, CACHED),
+    "joint": (OURS, WITHOUT, CACHED),
+}
 
 
 @dataclass
@@ -246,7 +251,8 @@ def measure(task):
 
     torch.set_num_threads(task.arguments.threads)
     with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as output_dir:
-        trainer = build_trainer(task, output_dir, Clock())
+        # deeper, so that what is beside it (the cache, filled before the first step) is deleted too
+        trainer = build_trainer(task, str(Path(output_dir, "run")), Clock())
         trainer.train()
     logged = [entry for entry in trainer.state.log_history if "lm_loss" in entry or "visual_loss" in entry]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -280,9 +286,10 @@ def run_rounds(tasks, rounds):
 def compare_steps(stage, arguments):
     shape = SHAPES[arguments.shape]
     settings = {"max_steps": arguments.steps + 1}
+    changes = {WITHOUT: {"visual_loss_coef": 0.0}, CACHED: {"cache_image_features": True}}
     num_rows = shape["batch_size"] * (arguments.steps + 1)
     tasks = [
-        Task(name, arguments, arguments.data[0], num_rows, stage, settings | without_visual_loss(name))
+        Task(name, arguments, arguments.data[0], num_rows, stage, settings | changes.get(name, {}))
         for name in (LLAVA, SAME_TARGETS, *STEPS[stage])
     ]
     results = run_rounds(tasks, arguments.rounds)
@@ -300,10 +307,6 @@ def compare_steps(stage, arguments):
                 cells.append(interval(found))
         lines.append(f"| {' | '.join(cells)} |")
     return results, lines
-
-
-def without_visual_loss(name):
-    return {"visual_loss_coef": 0.0} if name == WITHOUT else {}
 
 
 def compare_batches(data, arguments):

@@ -25,6 +25,14 @@ def skip_unused_layers(vision_tower: nn.Module, config: VTLMMConfig):
         layer.forward = _pass_through
 
 
+def zero_image(config: VTLMMConfig, device) -> torch.Tensor:
+    """Pixel values of one picture of zeros, in the tower's size."""
+    config = config.vision_config
+    size = getattr(config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=device)
+
+
 class VTLMMProjector(nn.Module):
     """The paper's adapter g: tower features to the decoder's hidden size."""
 

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .configuration_vtlmm import VTLMMConfig
 from .fused_losses_vtlmm import fused_language_loss_sum, fused_pseudo_image_features, fused_visual_loss_sum
-from .layers_vtlmm import VTLMMProjector, VTLMMVisualHead, VTLMMZeroLinear, skip_unused_layers
+from .layers_vtlmm import VTLMMProjector, VTLMMVisualHead, VTLMMZeroLinear, skip_unused_layers, zero_image
 from .losses_vtlmm import predicted_positions, visual_loss_sum, visual_token_statistics
 from .outputs_vtlmm import (
     VTLMMCausalLMOutputWithPast,
@@ -20,6 +21,7 @@ from .outputs_vtlmm import (
     VTLMMModelOutputWithPast,
     VTLMMVisualTokensOutput,
 )
+
 
 # What the decoder returns and we pass on; not, say, a mixture's `router_logits`.
 DECODER_OUTPUTS = {field.name for field in fields(VTLMMModelOutputWithPast)}
@@ -111,19 +113,23 @@ class VTLMMModel(VTLMMPreTrainedModel):
         return features
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> VTLMMImageFeaturesOutput:
+    def get_image_features(self, pixel_values=None, vision_features=None, **kwargs) -> VTLMMImageFeaturesOutput:
         r"""
         Image features v = g(f(I)); with `config.use_pseudo_image_features` also ṽ = softmax(vm_head(v)) E.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`)
+            vision_features (`torch.Tensor` of shape `(num_images, num_patches, vision_feature_size)`, *optional*):
+                f(I) as `vision_feature_layer` selects it, instead of `pixel_values`: the tower is not called.
         """
-        if not kwargs.get("output_hidden_states"):
-            kwargs["output_hidden_states"] = self.config.vision_feature_layers
-        kwargs["return_dict"] = True
-        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
-        image_features = self.multi_modal_projector(self._select_vision_features(outputs))
-        decoder_input = image_features
+        outputs = BaseModelOutput()
+        if vision_features is None:
+            if not kwargs.get("output_hidden_states"):
+                kwargs["output_hidden_states"] = self.config.vision_feature_layers
+            kwargs["return_dict"] = True
+            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
+            vision_features = self._select_vision_features(outputs)
+        decoder_input = image_features = self.multi_modal_projector(vision_features)
         if self.config.use_pseudo_image_features:  # CODEPATH: the released vwPifLlama models
             decoder_input = self.get_pseudo_image_features(image_features)
         return VTLMMImageFeaturesOutput(
@@ -131,6 +137,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
             pooler_output=list(decoder_input),
             hidden_states=outputs.hidden_states,
             attentions=getattr(outputs, "attentions", None),
+            vision_features=vision_features,
             image_features=image_features,
         )
 
@@ -170,12 +177,6 @@ class VTLMMModel(VTLMMPreTrainedModel):
             )
         return mask
 
-    def _zero_image(self, device) -> torch.Tensor:
-        config = self.config.vision_config
-        size = getattr(config, "image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
-        return torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=device)
-
     @can_return_tuple
     def forward(
         self,
@@ -185,6 +186,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, VTLMMImageFeaturesOutput] | None = None,
+        vision_features: torch.Tensor | None = None,
         always_run_vision: bool = False,
         output_image_token_mask: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -193,6 +195,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
         Args:
             mm_encoder_outputs (`dict`, *optional*): `{"image": output of get_image_features}` instead of
                 `pixel_values`; `generate` encodes the pictures once and passes this.
+            vision_features (*optional*): instead of `pixel_values`, see [`~get_image_features`]; may be of 0 pictures.
             always_run_vision (`bool`, *optional*, defaults to `False`): without pictures, encode one of zeros and add
                 0 times the sum of its features, so that every process of a sharded run executes the same modules.
             output_image_token_mask (`bool`, *optional*, defaults to `False`): give `image_token_mask`.
@@ -209,19 +212,20 @@ class VTLMMModel(VTLMMPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(words)
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
+        if pixel_values is not None or vision_features is not None:
             if image_outputs is not None:
                 raise ValueError("Pass only one of `pixel_values` and `mm_encoder_outputs`.")
-            image_outputs = self.get_image_features(pixel_values)
+            image_outputs = self.get_image_features(pixel_values, vision_features)
 
         image_features = image_token_mask = None
         if image_outputs is not None:
             image_features = image_outputs.image_features
-            decoder_input = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            decoder_input = torch.cat(list(image_outputs.pooler_output) or [image_features.flatten(0, 1)])
+            decoder_input = decoder_input.to(inputs_embeds.device, inputs_embeds.dtype)
             image_token_mask = self.get_image_token_mask(input_ids, inputs_embeds, decoder_input.shape[0])
             inputs_embeds = inputs_embeds.masked_scatter(image_token_mask.unsqueeze(-1), decoder_input)
         elif always_run_vision:
-            image_features = self.get_image_features(self._zero_image(inputs_embeds.device)).image_features
+            image_features = self.get_image_features(zero_image(self.config, inputs_embeds.device)).image_features
             inputs_embeds = inputs_embeds + 0.0 * image_features.sum().to(inputs_embeds.dtype)
 
         outputs = self.language_model(

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from trl import SFTTrainer
@@ -14,6 +15,7 @@ from modeling_vtlmm.losses_vtlmm import predicted_positions
 from .collator import VTLMMCollator
 from .config import VTLMMTrainingConfig
 from .data_check import check_rows
+from .feature_cache import VisionFeatureCache, tower_key, undecoded
 from .packing import pack_dataset
 from .stages import describe, set_trainable
 
@@ -90,6 +92,9 @@ class VTLMMTrainer(SFTTrainer):
             set_trainable(model, self.stage)
         if data_collator is None:
             data_collator = VTLMMCollator(processing_class, max_length=args.max_length)
+        datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+        if args.cache_image_features:
+            train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
         if args.packing:
             train_dataset = self._packed(model, args, train_dataset, processing_class)
         elif args.train_sampling_strategy == "group_by_length" and isinstance(train_dataset, Dataset):
@@ -107,6 +112,8 @@ class VTLMMTrainer(SFTTrainer):
         for parameter in self.model.parameters():
             if parameter.requires_grad and getattr(self.model, "is_quantized", False):
                 parameter.data = parameter.data.float()
+        if args.cache_image_features:
+            self.data_collator.feature_cache = self._cache_vision_features(model, datasets)
         self._sums = {"train": {}, "eval": {}}
         self._log_time = time.perf_counter()
         self._blank_words = None
@@ -135,6 +142,30 @@ class VTLMMTrainer(SFTTrainer):
         if "length" in dataset.column_names:
             return dataset
         return dataset.add_column("length", check_rows(dataset, processor, max_length).lengths)
+
+    def _cache_vision_features(self, model, datasets) -> VisionFeatureCache | None:
+        """The features of all pictures, as training would compute them; the main process computes what lacks."""
+        if not isinstance(self.data_collator, VTLMMCollator):
+            raise ValueError("`cache_image_features` works with a VTLMMCollator: leave `data_collator` out.")
+        image_processor, tower = self.processing_class.image_processor, model.model.vision_tower.eval()
+        precision = self.accelerator.mixed_precision
+        key = [tower_key(model, image_processor, precision) if self.is_world_process_zero() else None]
+        cache = VisionFeatureCache(self.args.cache_image_features, broadcast_object_list(key)[0])
+
+        @torch.no_grad()
+        def encode(images):
+            images = [image.convert("RGB") for image in images]
+            pixel_values = image_processor(images, return_tensors="pt")["pixel_values"].float()
+            with self.accelerator.autocast():
+                return model.get_image_features(pixel_values.to(tower.device)).vision_features
+
+        with self.accelerator.main_process_first():
+            cache.refresh()
+            for dataset in datasets:
+                cache.fill(dataset, encode)
+        if self.is_world_process_zero():
+            print(cache.describe())
+        return cache if cache.files else None
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["messages", "images", "num_context_messages", "rows", "pack"]
