@@ -13,7 +13,14 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 from .configuration_vtlmm import VTLMMConfig
 from .fused_losses_vtlmm import fused_language_loss_sum, fused_pseudo_image_features, fused_visual_loss_sum
-from .layers_vtlmm import VTLMMProjector, VTLMMVisualHead, VTLMMZeroLinear, skip_unused_layers, zero_image
+from .layers_vtlmm import (
+    VTLMMProjector,
+    VTLMMVisualHead,
+    VTLMMZeroLinear,
+    select_vision_features,
+    skip_unused_layers,
+    zero_image,
+)
 from .losses_vtlmm import predicted_positions, visual_loss_sum, visual_token_statistics
 from .outputs_vtlmm import (
     VTLMMCausalLMOutputWithPast,
@@ -101,17 +108,6 @@ class VTLMMModel(VTLMMPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
 
-    def _select_vision_features(self, outputs) -> torch.Tensor:
-        """The tower's output as (num_images, num_patches, vision_hidden_size)."""
-        config = self.config
-        if outputs.last_hidden_state.ndim == 4:  # convolutional: (num_images, channels, height, width)
-            return outputs.last_hidden_state.flatten(2).transpose(1, 2)
-        features = torch.cat([outputs.hidden_states[layer] for layer in config.vision_feature_layers], dim=-1)
-        # CODEPATH: "default" for CLIP and DINOv2, "full" for SigLIP, which has no CLS position
-        if config.vision_feature_select_strategy == "default":
-            features = features[:, 1 + getattr(config.vision_config, "num_register_tokens", 0) :]
-        return features
-
     @can_return_tuple
     def get_image_features(self, pixel_values=None, vision_features=None, **kwargs) -> VTLMMImageFeaturesOutput:
         r"""
@@ -128,7 +124,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
                 kwargs["output_hidden_states"] = self.config.vision_feature_layers
             kwargs["return_dict"] = True
             outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
-            vision_features = self._select_vision_features(outputs)
+            vision_features = select_vision_features(outputs, self.config)
         decoder_input = image_features = self.multi_modal_projector(vision_features)
         if self.config.use_pseudo_image_features:  # CODEPATH: the released vwPifLlama models
             decoder_input = self.get_pseudo_image_features(image_features)
@@ -389,7 +385,8 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
         Returns:
             `dict` with `lm_loss` (nats) and `num_lm_targets` when `labels` are given; with `visual_loss` (nats),
             `num_visual_targets` and the sums of [`visual_token_statistics`] under `visual_tokens` when there is a
-            `visual_student`. Without a target a sum is 0, with a graph.
+            `visual_student`, with `vm_head_losses` of shape `(num_heads,)` when the model has several VM heads.
+            Without a target a sum is 0, with a graph.
         """
         sums, hidden_states = {}, outputs.last_hidden_state
         if labels is not None:
@@ -400,16 +397,18 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
             )
             sums["num_lm_targets"] = supervised.sum()
         if visual_student is not None:
-            sums.update(
-                self._visual_loss_sums(outputs, attention_mask, position_ids, visual_student, detach_visual_teacher)
-            )
+            arguments = outputs, attention_mask, position_ids, visual_student, detach_visual_teacher
+            sums.update(self._visual_loss_sums(self.model.vm_head, *arguments))
+            candidates = getattr(self.model, "vm_head_candidates", ())  # further heads that a run compares
+            if candidates:
+                others = [self._visual_loss_sums(head, *arguments)["visual_loss"] for head in candidates]
+                sums["vm_head_losses"] = torch.stack([sums["visual_loss"], *others])
         return sums
 
-    def _visual_loss_sums(self, outputs, attention_mask, position_ids, visual_student, detach_visual_teacher):
+    def _visual_loss_sums(self, vm_head, outputs, attention_mask, position_ids, visual_student, detach_visual_teacher):
         """The visual part of [`~loss_sums`]: the hidden state left of a patch against the patch's visual token."""
         if visual_student not in ("vm_head", "lm_head"):
             raise ValueError(f"`visual_student` is {visual_student!r}; it must be 'vm_head' or 'lm_head'.")
-        vm_head = self.model.vm_head
         hidden_states = outputs.last_hidden_state
         image_features = vm_head.mixer(outputs.image_features).flatten(0, 1)
         if outputs.image_token_mask is None:  # the picture of zeros of a text-only batch

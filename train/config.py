@@ -8,6 +8,7 @@ import torch
 from trl import SFTConfig
 
 from .stages import Stage, resolve_stage
+from .vm_heads import check_candidates
 
 
 @dataclass
@@ -30,6 +31,9 @@ class VTLMMTrainingConfig(SFTConfig):
         vm_head_init (`str`, *optional*):
             What the VM head starts from: `"lm_head"`, `"input_embeddings"`, `"random"`, or `"keep"`. Defaults to
             `"lm_head"` in stage III (the decoder has learnt since the checkpoint was composed), else to `"keep"`.
+        vm_head_candidates (`list[dict]`, *optional*):
+            VM heads that stage III trains side by side, each as if alone: `vm_head_type`, `vm_head_init`
+            (`"lm_head"` by default) and `learning_rate` of each. The best on `eval_dataset` is kept.
         projector_learning_rate (`float`, *optional*):
             Learning rate of the projector where it differs (LLaVA's LoRA recipe: 2e-5 beside 2e-4).
         cache_image_features (`str` or `bool`, *optional*):
@@ -65,6 +69,10 @@ class VTLMMTrainingConfig(SFTConfig):
     vm_head_init: str | None = field(
         default=None, metadata={"help": "lm_head, input_embeddings, random or keep; lm_head by default in stage III."}
     )
+    vm_head_candidates: list[dict] | None = field(
+        default=None,
+        metadata={"help": "VM heads that stage III trains in one pass; the best held-out one is kept."},
+    )
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the projector, if it differs."}
     )
@@ -82,6 +90,10 @@ class VTLMMTrainingConfig(SFTConfig):
             raise ValueError(
                 f"`vm_head_init` is {self.vm_head_init!r}; it must be lm_head, input_embeddings, random or keep."
             )
+        if self.vm_head_candidates:
+            check_candidates(self.vm_head_candidates)
+            if stage.trains != ("vm_head",):
+                raise ValueError("`vm_head_candidates` belong to stage III (visual_head): the VM head alone learns.")
         if self.cache_image_features is True:
             self.cache_image_features = str(Path(self.output_dir or "trainer_output").parent / "image_features")
         if self.cache_image_features and "vision_tower" in stage.trains:

@@ -1,6 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """The trainer: TRL's SFTTrainer with the visual loss, normalised over the whole optimizer step."""
 
+import math
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .data_check import check_rows
 from .feature_cache import VisionFeatureCache, tower_key, undecoded
 from .packing import pack_dataset
 from .stages import describe, set_trainable
+from .vm_heads import add_candidates, format_table, keep_candidate, vm_heads
 
 
 def is_punctuation_or_blank(word: str) -> bool:
@@ -90,6 +92,11 @@ class VTLMMTrainer(SFTTrainer):
             model.initialize_vm_head(args.vm_head_init)
         if kwargs.get("peft_config") is None:
             set_trainable(model, self.stage)
+        self.vm_head_candidates, self.vm_head_table = [], None
+        if args.vm_head_candidates:
+            if eval_dataset is None or isinstance(eval_dataset, dict) or kwargs.get("peft_config") is not None:
+                raise ValueError("`vm_head_candidates` need one `eval_dataset`, to choose by, and no adapter.")
+            self.vm_head_candidates = add_candidates(model, args.vm_head_candidates, args.learning_rate, args.seed)
         if data_collator is None:
             data_collator = VTLMMCollator(processing_class, max_length=args.max_length)
         datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
@@ -171,17 +178,42 @@ class VTLMMTrainer(SFTTrainer):
         self._signature_columns = ["messages", "images", "num_context_messages", "rows", "pack"]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """As in the base class; the projector may have its own learning rate."""
+        """As in the base class; the projector and each of several VM heads may have their own learning rate."""
         optimizer = super().create_optimizer(model)
-        rate = self.args.projector_learning_rate
-        if rate is not None:
-            projector = {p for n, p in self.model.named_parameters() if "multi_modal_projector" in n.split(".")}
-            for group in list(optimizer.param_groups):
-                chosen = [p for p in group["params"] if p in projector]
+        projector = {p for n, p in self.model.named_parameters() if "multi_modal_projector" in n.split(".")}
+        rates = [(projector, self.args.projector_learning_rate)]
+        if self.vm_head_candidates:
+            heads = zip(self.vm_head_candidates, vm_heads(self.model), strict=True)
+            rates += [(set(head.parameters()), candidate["learning_rate"]) for candidate, head in heads]
+        for parameters, rate in rates:
+            for group in list(optimizer.param_groups) if rate is not None else ():
+                chosen = [p for p in group["params"] if p in parameters]
                 if chosen:
-                    group["params"] = [p for p in group["params"] if p not in projector]
+                    group["params"] = [p for p in group["params"] if p not in parameters]
                     optimizer.add_param_group({**group, "params": chosen, "lr": rate})
         return optimizer
+
+    def _clip_grad_norm(self, model):
+        """As in the base class; of several VM heads each by itself, as if it learnt alone."""
+        if not self.vm_head_candidates:
+            return super()._clip_grad_norm(model)
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), float("inf"))
+        for head in vm_heads(self.model):
+            torch.nn.utils.clip_grad_norm_(head.parameters(), self.args.max_grad_norm)
+        return norm
+
+    def _keep_best_candidate(self):
+        """Of several VM heads the one with the least held-out loss becomes the model's; the others are forgotten."""
+        metrics, candidates = self.evaluate(), self.vm_head_candidates
+        losses = [metrics[f"eval_vm_head_{i}_loss"] for i in range(len(candidates))]
+        best = min(range(len(losses)), key=lambda i: (math.isnan(losses[i]), losses[i]))
+        self.vm_head_table = [
+            {**candidate, "eval_visual_loss": loss, "kept": i == best}
+            for i, (candidate, loss) in enumerate(zip(candidates, losses, strict=True))
+        ]
+        keep_candidate(self.model, candidates, best)
+        if self.is_world_process_zero():
+            print(format_table(self.vm_head_table))
 
     # ---- The loss ----
 
@@ -235,7 +267,8 @@ class VTLMMTrainer(SFTTrainer):
         if self.stage.lm_loss_coef:
             loss = loss + self.stage.lm_loss_coef * sums["lm_loss"] / num_lm_targets.clamp(min=1)
         if self.stage.visual_loss_coef:
-            loss = loss + self.stage.visual_loss_coef * sums["visual_loss"] / num_visual_targets.clamp(min=1)
+            visual_loss = sums.get("vm_head_losses", sums["visual_loss"]).sum()
+            loss = loss + self.stage.visual_loss_coef * visual_loss / num_visual_targets.clamp(min=1)
         if training:
             # data parallelism averages gradients over the processes, and the counts are already over all of them
             loss = loss * self.accelerator.num_processes
@@ -276,6 +309,8 @@ class VTLMMTrainer(SFTTrainer):
             mean_probability = totals["probability"] / num_patches
             blank = self._blank_words.to(flat.device)
             metrics["visual_loss"] = (totals["visual_loss"] / totals["num_visual_targets"]).item()
+            for i, loss in enumerate(totals.get("vm_head_losses", ())):
+                metrics[f"vm_head_{i}_loss"] = (loss / totals["num_visual_targets"]).item()
             metrics["visual_token_entropy"] = (totals["entropy"] / num_patches).item()
             metrics["mean_visual_token_entropy"] = torch.special.entr(mean_probability).sum().item()
             metrics["blank_top_words"] = (totals["top_word"][blank].sum() / num_patches).item()
@@ -296,7 +331,10 @@ class VTLMMTrainer(SFTTrainer):
 
     def train(self, *args, **kwargs):
         self._log_time = time.perf_counter()
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        if self.vm_head_candidates and self.vm_head_table is None:
+            self._keep_best_candidate()
+        return output
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """As in the base class, with the losses as exact means over the evaluation set."""
