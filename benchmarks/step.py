@@ -48,14 +48,14 @@ SHAPES = {
         "text": sizes(64, 128, 2, 4),
         "vocab_size": 4096,
         "batch_size": 4,
-        "packs": (2, 512),
+        "packs": (1, 1024),
     },
     "small": {
         "vision": sizes(192, 768, 6, 6, image_size=336),
-        "text": sizes(384, 1024, 6, 6),
+        "text": sizes(384, 1024, 12, 6),
         "vocab_size": 32000,
         "batch_size": 4,
-        "packs": (2, 1280),
+        "packs": (1, 2048),
     },
     "7b": {
         "vision": sizes(1024, 4096, 24, 16, image_size=336),

@@ -17,7 +17,7 @@ from .collator import VTLMMCollator
 from .config import VTLMMTrainingConfig
 from .data_check import check_rows
 from .feature_cache import VisionFeatureCache, tower_key, undecoded
-from .packing import pack_dataset
+from .packing import ROW_BY_ROW, pack_dataset
 from .stages import describe, set_trainable
 from .vm_heads import add_candidates, format_table, keep_candidate, vm_heads
 
@@ -140,6 +140,8 @@ class VTLMMTrainer(SFTTrainer):
                 "Flash attention tells packed rows apart in a batch of one only: set `per_device_train_batch_size: 1` "
                 "(a pack holds many rows) and a larger `max_length`."
             )
+        if attention == "sdpa" and getattr(model.config.text_config, "sliding_window", None) is None:
+            model.model.language_model.set_attn_implementation(ROW_BY_ROW)
         args.packing = False
         return pack_dataset(VTLMMTrainer._with_lengths(dataset, processor, args.max_length), args.max_length)
 
