@@ -13,14 +13,10 @@ Peak memory is what a call allocates above its inputs, its gradients included. E
 """
 
 import argparse
-import datetime
 import gc
 import importlib
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measuring import machine, ratio
 from torch.profiler import ProfilerActivity, profile
 
 from modeling_vtlmm.fused_losses_vtlmm import (
@@ -337,12 +334,6 @@ def measure(comparison, device, rounds):
             comparison.results[name]["milliseconds"].append(milliseconds(comparison.implementations[name], device))
 
 
-def ratio(result, reference):
-    """Median, least and greatest of the ratios within a round."""
-    ratios = [a / b for a, b in zip(result["milliseconds"], reference["milliseconds"], strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-
-
 def table(comparison):
     """A markdown table; writes the ratios into the results on its way."""
     results = comparison.results
@@ -356,7 +347,7 @@ def table(comparison):
     for name, result in results.items():
         cells = [name, f"{statistics.median(result['milliseconds']):.1f}"]
         for key, reference in (("time_to_plain", PLAIN), ("time_to_products", PRODUCTS)):
-            result[key] = ratio(result, results[reference])
+            result[key] = ratio(result["milliseconds"], results[reference]["milliseconds"])
             cells.append("{median:.2f} ({min:.2f}–{max:.2f})".format(**result[key]))
         result["share_of_products"] = 1 / result["time_to_products"]["median"]
         cells.append(f"{result['share_of_products']:.0%}")
@@ -368,31 +359,6 @@ def table(comparison):
             cells.append(", ".join(f"{error:.1e}" for error in result["errors"].values()))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def machine(device):
-    """Where the numbers come from."""
-    try:
-        cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-        cpu = cpu.partition(":")[2].strip()
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
-        commit = subprocess.check_output(
-            [*git, "describe", "--always", "--dirty"], text=True, stderr=subprocess.DEVNULL
-        )
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": cpu,
-        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "commit": commit.strip(),
-    }
 
 
 def parse_arguments():

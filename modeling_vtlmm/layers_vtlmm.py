@@ -25,6 +25,25 @@ def skip_unused_layers(vision_tower: nn.Module, config: VTLMMConfig):
         layer.forward = _pass_through
 
 
+def select_vision_features(outputs, config: VTLMMConfig) -> torch.Tensor:
+    """The tower's output as (num_images, num_patches, vision_feature_size)."""
+    if outputs.last_hidden_state.ndim == 4:  # convolutional: (num_images, channels, height, width)
+        return outputs.last_hidden_state.flatten(2).transpose(1, 2)
+    features = torch.cat([outputs.hidden_states[layer] for layer in config.vision_feature_layers], dim=-1)
+    # CODEPATH: "default" for CLIP and DINOv2, "full" for SigLIP, which has no CLS position
+    if config.vision_feature_select_strategy == "default":
+        features = features[:, 1 + getattr(config.vision_config, "num_register_tokens", 0) :]
+    return features
+
+
+def zero_image(config: VTLMMConfig, device) -> torch.Tensor:
+    """Pixel values of one picture of zeros, in the tower's size."""
+    config = config.vision_config
+    size = getattr(config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=device)
+
+
 def _require_gradient(module, arguments, output):
     output.requires_grad_(True)
 

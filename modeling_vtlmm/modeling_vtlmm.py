@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
@@ -18,7 +19,9 @@ from .layers_vtlmm import (
     VTLMMZeroLinear,
     gathered_weight,
     hook_embeddings,
+    select_vision_features,
     skip_unused_layers,
+    zero_image,
 )
 from .losses_vtlmm import predicted_positions, visual_loss_sum, visual_token_statistics
 from .outputs_vtlmm import (
@@ -114,31 +117,24 @@ class VTLMMModel(VTLMMPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
 
-    def _select_vision_features(self, outputs) -> torch.Tensor:
-        """The tower's output as (num_images, num_patches, vision_hidden_size)."""
-        config = self.config
-        if outputs.last_hidden_state.ndim == 4:  # convolutional: (num_images, channels, height, width)
-            return outputs.last_hidden_state.flatten(2).transpose(1, 2)
-        features = torch.cat([outputs.hidden_states[layer] for layer in config.vision_feature_layers], dim=-1)
-        # CODEPATH: "default" for CLIP and DINOv2, "full" for SigLIP, which has no CLS position
-        if config.vision_feature_select_strategy == "default":
-            features = features[:, 1 + getattr(config.vision_config, "num_register_tokens", 0) :]
-        return features
-
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> VTLMMImageFeaturesOutput:
+    def get_image_features(self, pixel_values=None, vision_features=None, **kwargs) -> VTLMMImageFeaturesOutput:
         r"""
         Image features v = g(f(I)); with `config.use_pseudo_image_features` also ṽ = softmax(vm_head(v)) E.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`)
+            vision_features (`torch.Tensor` of shape `(num_images, num_patches, vision_feature_size)`, *optional*):
+                f(I) as `vision_feature_layer` selects it, instead of `pixel_values`: the tower is not called.
         """
-        if not kwargs.get("output_hidden_states"):
-            kwargs["output_hidden_states"] = self.config.vision_feature_layers
-        kwargs["return_dict"] = True
-        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
-        image_features = self.multi_modal_projector(self._select_vision_features(outputs))
-        decoder_input = image_features
+        outputs = BaseModelOutput()
+        if vision_features is None:
+            if not kwargs.get("output_hidden_states"):
+                kwargs["output_hidden_states"] = self.config.vision_feature_layers
+            kwargs["return_dict"] = True
+            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
+            vision_features = select_vision_features(outputs, self.config)
+        decoder_input = image_features = self.multi_modal_projector(vision_features)
         if self.config.use_pseudo_image_features:  # CODEPATH: the released vwPifLlama models
             decoder_input = self.get_pseudo_image_features(image_features)
         return VTLMMImageFeaturesOutput(
@@ -146,6 +142,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
             pooler_output=list(decoder_input),
             hidden_states=outputs.hidden_states,
             attentions=getattr(outputs, "attentions", None),
+            vision_features=vision_features,
             image_features=image_features,
         )
 
@@ -185,12 +182,6 @@ class VTLMMModel(VTLMMPreTrainedModel):
             )
         return mask
 
-    def _zero_image(self, device) -> torch.Tensor:
-        config = self.config.vision_config
-        size = getattr(config, "image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
-        return torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=device)
-
     @can_return_tuple
     def forward(
         self,
@@ -200,6 +191,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, VTLMMImageFeaturesOutput] | None = None,
+        vision_features: torch.Tensor | None = None,
         always_run_vision: bool = False,
         output_image_token_mask: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -208,6 +200,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
         Args:
             mm_encoder_outputs (`dict`, *optional*): `{"image": output of get_image_features}` instead of
                 `pixel_values`; `generate` encodes the pictures once and passes this.
+            vision_features (*optional*): instead of `pixel_values`, see [`~get_image_features`]; may be of 0 pictures.
             always_run_vision (`bool`, *optional*, defaults to `False`): without pictures, encode one of zeros and add
                 0 times the sum of its features, so that every process of a sharded run executes the same modules.
             output_image_token_mask (`bool`, *optional*, defaults to `False`): give `image_token_mask`.
@@ -224,19 +217,20 @@ class VTLMMModel(VTLMMPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(words)
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
+        if pixel_values is not None or vision_features is not None:
             if image_outputs is not None:
                 raise ValueError("Pass only one of `pixel_values` and `mm_encoder_outputs`.")
-            image_outputs = self.get_image_features(pixel_values)
+            image_outputs = self.get_image_features(pixel_values, vision_features)
 
         image_features = image_token_mask = None
         if image_outputs is not None:
             image_features = image_outputs.image_features
-            decoder_input = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            decoder_input = torch.cat(list(image_outputs.pooler_output) or [image_features.flatten(0, 1)])
+            decoder_input = decoder_input.to(inputs_embeds.device, inputs_embeds.dtype)
             image_token_mask = self.get_image_token_mask(input_ids, inputs_embeds, decoder_input.shape[0])
             inputs_embeds = inputs_embeds.masked_scatter(image_token_mask.unsqueeze(-1), decoder_input)
         elif always_run_vision:
-            image_features = self.get_image_features(self._zero_image(inputs_embeds.device)).image_features
+            image_features = self.get_image_features(zero_image(self.config, inputs_embeds.device)).image_features
             inputs_embeds = inputs_embeds + 0.0 * image_features.sum().to(inputs_embeds.dtype)
 
         outputs = self.language_model(
@@ -275,18 +269,6 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
-
-    def get_input_embeddings(self):
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
-    def set_output_embeddings(self, value):
-        self.lm_head = value
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> VTLMMImageFeaturesOutput:
         """See [`VTLMMModel.get_image_features`]."""
@@ -400,7 +382,8 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
         Returns:
             `dict` with `lm_loss` (nats) and `num_lm_targets` when `labels` are given; with `visual_loss` (nats),
             `num_visual_targets` and the sums of [`visual_token_statistics`] under `visual_tokens` when there is a
-            `visual_student`. Without a target a sum is 0, with a graph.
+            `visual_student`, with `vm_head_losses` of shape `(num_heads,)` when the model has several VM heads.
+            Without a target a sum is 0, with a graph.
         """
         sums, hidden_states = {}, outputs.last_hidden_state
         if labels is not None:
@@ -411,19 +394,22 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
             )
             sums["num_lm_targets"] = supervised.sum()
         if visual_student is not None:
-            sums.update(
-                self._visual_loss_sums(outputs, attention_mask, position_ids, visual_student, detach_visual_teacher)
-            )
+            arguments = outputs, attention_mask, position_ids, visual_student, detach_visual_teacher
+            sums.update(self._visual_loss_sums(self.model.vm_head, *arguments))
+            candidates = getattr(self.model, "vm_head_candidates", ())  # further heads that a run compares
+            if candidates:
+                others = [self._visual_loss_sums(head, *arguments)["visual_loss"] for head in candidates]
+                sums["vm_head_losses"] = torch.stack([sums["visual_loss"], *others])
         return sums
 
-    def _visual_loss_sums(self, outputs, attention_mask, position_ids, visual_student, detach_visual_teacher):
+    def _visual_loss_sums(self, vm_head, outputs, attention_mask, position_ids, visual_student, detach_visual_teacher):
         """The visual part of [`~loss_sums`]: the hidden state left of a patch against the patch's visual token."""
         if visual_student not in ("vm_head", "lm_head"):
             raise ValueError(f"`visual_student` is {visual_student!r}; it must be 'vm_head' or 'lm_head'.")
-        vm_weight = gathered_weight(self.model.vm_head)
+        vm_weight = gathered_weight(vm_head)
         lm_weight = gathered_weight(self.lm_head)[: vm_weight.shape[0]]
         hidden_states = outputs.last_hidden_state
-        image_features = self.model.vm_head.mixer(outputs.image_features).flatten(0, 1)
+        image_features = vm_head.mixer(outputs.image_features).flatten(0, 1)
         if outputs.image_token_mask is None:  # the picture of zeros of a text-only batch
             image_features, hidden_states = image_features[:0], hidden_states[0, :0]
         else:
@@ -431,9 +417,8 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
             image_features = image_features[predicted[outputs.image_token_mask]]
             hidden_states = hidden_states[:, :-1][predicted[:, 1:]]
 
-        heads = {"vm_head": (image_features, vm_weight), "lm_head": (hidden_states, lm_weight)}
-        student = heads.pop(visual_student)
-        (teacher,) = heads.values()
+        image_side, text_side = (image_features, vm_weight), (hidden_states, lm_weight)
+        student, teacher = (image_side, text_side) if visual_student == "vm_head" else (text_side, image_side)
         visual_loss = fused_visual_loss_sum if detach_visual_teacher else visual_loss_sum
         return {
             "visual_loss": visual_loss(*student, *teacher),

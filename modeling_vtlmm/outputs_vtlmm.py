@@ -19,9 +19,11 @@ class VTLMMImageFeaturesOutput(BaseModelOutputWithPooling):
     passes its input on: `last_hidden_state` and `hidden_states[-1]` lack it, `attentions` has no entry), and:
 
     pooler_output (`list[torch.Tensor]` of shape `(num_patches, hidden_size)`): what the decoder gets, one per image.
+    vision_features (`torch.Tensor` of shape `(num_images, num_patches, vision_feature_size)`): the projector's input.
     image_features (`torch.Tensor` of shape `(num_images, num_patches, hidden_size)`): the projector's output v.
     """
 
+    vision_features: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
 
 

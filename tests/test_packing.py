@@ -8,7 +8,7 @@ from test_trainer import assert_same_update, update
 from training_setup import build_rows, build_trainer
 
 from vtlmm.train.collator import VTLMMCollator
-from vtlmm.train.packing import pack_dataset, pack_lengths
+from vtlmm.train.packing import ROW_BY_ROW, pack_dataset, pack_lengths
 
 
 def test_packs_hold_every_row_once_and_fit():
@@ -27,7 +27,7 @@ def test_the_tightest_room_is_taken():
         pack_lengths([3, 11], 10)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention", ROW_BY_ROW])
 @torch.no_grad()
 def test_packed_loss_is_the_unpacked_one(build_model, implementation):
     """Ragged pictures and text-only rows in three packs; both losses and both counts."""
@@ -59,11 +59,29 @@ def test_packed_rows_do_not_see_each_other(build_model):
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_row_by_row_attention_is_sdpa_where_nothing_is_packed(build_model):
+    """Padding on the left, no mask, and generation with a cache, in the same model as in training."""
+    model, processor = build_model(), build_processor()
+    padded = processor.tokenizer(["hello there what is it", "hello"], padding=True, padding_side="left")
+    batch = {name: torch.tensor(values) for name, values in padded.items() if name != "token_type_ids"}
+    calls = (
+        lambda: model(**batch).logits[batch["attention_mask"].bool()],
+        lambda: model(input_ids=batch["input_ids"][:1]).logits,
+        lambda: model.generate(**batch, max_new_tokens=5, do_sample=False),
+    )
+    expected = [call() for call in calls]
+    model.model.language_model.set_attn_implementation(ROW_BY_ROW)
+    for call, values in zip(calls, expected, strict=True):
+        torch.testing.assert_close(call(), values, atol=1e-5, rtol=1e-5)
+
+
 def test_a_packed_step_is_the_padded_step(tmp_path):
     """`packing=True`: one optimizer step over all packs equals the step over all rows."""
     expected = update(build_trainer(tmp_path / "padded", max_length=50))
     packed = build_trainer(tmp_path / "packed", packing=True, max_length=50)
     assert 1 < len(packed.train_dataset) < 8
+    assert packed.model.model.language_model.config._attn_implementation == ROW_BY_ROW
     assert_same_update(update(packed), expected)
     logged = next(entry for entry in packed.state.log_history if "lm_loss" in entry)
     assert logged["samples_per_second"] > 0

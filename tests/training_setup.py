@@ -36,7 +36,13 @@ def build_rows(images_per_row=IMAGES_PER_ROW, seed: int = 0) -> Dataset:
     return Dataset.from_list(rows).cast_column("images", ListFeature(Image()))
 
 
-def build_trainer(output_dir: Path, rows: Dataset | None = None, model_options: dict | None = None, **settings):
+def build_trainer(
+    output_dir: Path,
+    rows: Dataset | None = None,
+    model_options: dict | None = None,
+    eval_dataset: Dataset | None = None,
+    **settings,
+):
     """A trainer on a tiny random model (seeded); SGD, so that one step shows the gradient."""
     torch.manual_seed(0)
     model = VTLMMForConditionalGeneration(build_config(**(model_options or {})))
@@ -68,6 +74,7 @@ def build_trainer(output_dir: Path, rows: Dataset | None = None, model_options: 
             model=model,
             args=args,
             train_dataset=build_rows() if rows is None else rows,
+            eval_dataset=eval_dataset,
             processing_class=build_processor(),
         )
 

@@ -109,29 +109,39 @@ class VTLMMCollator:
         processor ([`VTLMMProcessor`])
         max_length (`int`, *optional*): longest row in tokens, image tokens included; a longer one is an error.
         pad_to_multiple_of (`int`, *optional*)
+        feature_cache ([`VisionFeatureCache`], *optional*): pictures that are not decoded become `vision_features`.
 
     Returns, when called on a `list[dict]`:
         `dict`: `input_ids`, `attention_mask` and `labels` (-100 where there is no target), each a `torch.LongTensor`
         of shape `(batch_size, sequence_length)`, and `pixel_values`, a `torch.FloatTensor` of shape
-        `(num_images, 3, height, width)` with the pictures of row 0 first; absent when no row has one.
+        `(num_images, 3, height, width)` with the pictures of row 0 first; absent when no row has one. With a cache
+        `vision_features` of shape `(num_images, num_patches, vision_feature_size)` in its place, for no pictures too.
 
     Raises:
         `ValueError`: for a chat template without generation marks, and for a row that is too long, has no target, or
         whose pictures are not as many as its marks.
     """
 
-    def __init__(self, processor, max_length: int | None = None, pad_to_multiple_of: int | None = None):
+    def __init__(
+        self, processor, max_length: int | None = None, pad_to_multiple_of: int | None = None, feature_cache=None
+    ):
         answer_template(processor)
         self.processor = processor
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.feature_cache = feature_cache
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         packs = [row["rows"] for row in rows] if "rows" in rows[0] else None
         rows = [row for pack in packs for row in pack] if packs else rows
-        images = [image.convert("RGB") for row in rows for image in row["images"]]
+        images = [image for row in rows for image in row["images"]]
         tokens_per_image, pictures = 1, {}
-        if images:
+        if self.feature_cache is not None and all(isinstance(image, dict) for image in images):
+            vision_features = self.feature_cache[images]
+            tokens_per_image = vision_features.shape[1]
+            pictures = {"vision_features": vision_features}
+        elif images:
+            images = [image.convert("RGB") for image in images]
             pixel_values = self.processor.image_processor(images, return_tensors="pt")["pixel_values"].float()
             tokens_per_image = self.processor.num_image_tokens(*pixel_values.shape[-2:])
             pictures = {"pixel_values": pixel_values}

@@ -2,11 +2,13 @@
 """Settings of a training run: TRL's, with the stage and its losses."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from trl import SFTConfig
 
 from .stages import Stage, resolve_stage
+from .vm_heads import check_candidates
 
 
 @dataclass
@@ -29,10 +31,18 @@ class VTLMMTrainingConfig(SFTConfig):
         vm_head_init (`str`, *optional*):
             What the VM head starts from: `"lm_head"`, `"input_embeddings"`, `"random"`, or `"keep"`. Defaults to
             `"lm_head"` in stage III (the decoder has learnt since the checkpoint was composed), else to `"keep"`.
+        vm_head_candidates (`list[dict]`, *optional*):
+            VM heads that stage III trains side by side, each as if alone: `vm_head_type`, `vm_head_init`
+            (`"lm_head"` by default) and `learning_rate` of each. The best on `eval_dataset` is kept.
         projector_learning_rate (`float`, *optional*):
             Learning rate of the projector where it differs.
         adapter_learning_rate (`float`, *optional*):
             Learning rate of LoRA's weights where it differs (LLaVA-1.5's recipe: 2e-4 beside 2e-5).
+        cache_image_features (`str` or `bool`, *optional*):
+            Folder where the frozen tower's features of every picture are kept (`True`: `image_features` beside
+            `output_dir`, which further stages find too). Each picture is decoded and encoded once, whatever the
+            epochs and runs. Takes num_patches · vision_feature_size numbers a picture: 1.2 MB with CLIP-L/336 in
+            bfloat16.
 
     > Defaults other than TRL's: `learning_rate` (the stage's), `lr_scheduler_type` (cosine), `warmup_steps` (0.03 of
     > the steps), `max_length` (2048, and a longer row is refused, never cut), `bf16` (where the GPU has it),
@@ -61,11 +71,18 @@ class VTLMMTrainingConfig(SFTConfig):
     vm_head_init: str | None = field(
         default=None, metadata={"help": "lm_head, input_embeddings, random or keep; lm_head by default in stage III."}
     )
+    vm_head_candidates: list[dict] | None = field(
+        default=None,
+        metadata={"help": "VM heads that stage III trains in one pass; the best held-out one is kept."},
+    )
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the projector, if it differs."}
     )
     adapter_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of LoRA's weights, if it differs."}
+    )
+    cache_image_features: str | None = field(
+        default=None, metadata={"help": "Folder for the tower's features (true: beside output_dir)."}
     )
 
     def __post_init__(self):
@@ -83,6 +100,14 @@ class VTLMMTrainingConfig(SFTConfig):
                 f"`optim: {self.optim}` moves its state between the memories of GPU and CPU and needs CUDA: without "
                 "it set `optim: adamw_torch`."
             )
+        if self.vm_head_candidates:
+            check_candidates(self.vm_head_candidates)
+            if stage.trains != ("vm_head",):
+                raise ValueError("`vm_head_candidates` belong to stage III (visual_head): the VM head alone learns.")
+        if self.cache_image_features is True:
+            self.cache_image_features = str(Path(self.output_dir or "trainer_output").parent / "image_features")
+        if self.cache_image_features and "vision_tower" in stage.trains:
+            raise ValueError("The tower learns, so its features change: take `cache_image_features` out.")
         if self.bf16 is None and not self.fp16:
             # TRL would switch bf16 on everywhere and stop on a machine without a GPU
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.use_cpu

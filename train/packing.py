@@ -7,7 +7,45 @@ first token is never a target. So the loss is that of the unpacked rows (tested)
 
 from bisect import bisect_left, insort
 
+import torch
 from datasets import Dataset
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+ROW_BY_ROW = "sdpa_row_by_row"
+
+
+def row_by_row_attention(module, query, key, value, attention_mask, position_ids=None, **kwargs):
+    """
+    SDPA with each row of a pack by itself: with a mask over the whole pack its cost would grow with the pack's length
+    squared, and the flash kernels would be out. What is not packed goes to SDPA as it is.
+    """
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if position_ids is None:
+        raise ValueError(
+            f"{type(module).__name__} does not get `position_ids`, which tell packed rows apart: set "
+            "`attn_implementation: eager`, or do not pack."
+        )
+    outputs = []
+    for i, positions in enumerate(position_ids.expand(query.shape[0], -1)):
+        edges = [0, *(positions[1:] == 0).nonzero().flatten().add(1).tolist(), len(positions)]
+        lengths = [end - start for start, end in zip(edges, edges[1:], strict=False)]
+        rows = zip(*(states[i : i + 1].split(lengths, dim=2) for states in (query, key, value)), strict=True)
+        outputs.append(torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], dim=1))
+    return torch.cat(outputs), None
+
+
+def _row_by_row_mask(q_length, kv_length, attention_mask=None, **kwargs):
+    if attention_mask is None and q_length == kv_length:
+        return None
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(ROW_BY_ROW, row_by_row_attention)
+AttentionMaskInterface.register(ROW_BY_ROW, _row_by_row_mask)
 
 
 def pack_lengths(lengths: list[int], max_length: int) -> list[list[int]]:

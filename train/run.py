@@ -186,6 +186,7 @@ def write_record(trainer: VTLMMTrainer, settings: dict, metrics: dict, seconds: 
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "seconds": round(seconds, 1),
             "metrics": metrics,
+            **({"vm_heads": trainer.vm_head_table} if trainer.vm_head_table else {}),
             "versions": {name: version(name) for name in packages},
         }
     )

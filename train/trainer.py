@@ -1,12 +1,14 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """The trainer: TRL's SFTTrainer with the visual loss, normalised over the whole optimizer step."""
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from datasets import IterableDataset
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, set_seed
 from trl import SFTTrainer
@@ -16,9 +18,11 @@ from modeling_vtlmm.losses_vtlmm import predicted_positions
 from .collator import VTLMMCollator
 from .config import VTLMMTrainingConfig
 from .data_check import check_rows
-from .packing import pack_dataset
+from .feature_cache import VisionFeatureCache, tower_key, undecoded
+from .packing import ROW_BY_ROW, pack_dataset
 from .qlora import add_adapter, require_fit
 from .stages import describe, set_trainable
+from .vm_heads import add_candidates, format_table, keep_candidate, vm_heads
 
 
 def is_punctuation_or_blank(word: str) -> bool:
@@ -98,17 +102,26 @@ class VTLMMTrainer(SFTTrainer):
                 f"`vm_head_init: {args.vm_head_init}` changes the VM head, which an adapter of stage {args.stage} "
                 "does not carry: leave it at keep, or add vm_head to `trainable_modules`."
             )
-        else:
-            model = add_adapter(model, adapter)
+        self.vm_head_candidates, self.vm_head_table = [], None
+        if args.vm_head_candidates:
+            if eval_dataset is None or isinstance(eval_dataset, dict) or adapter is not None:
+                raise ValueError("`vm_head_candidates` need one `eval_dataset`, to choose by, and no adapter.")
+            self.vm_head_candidates = add_candidates(model, args.vm_head_candidates, args.learning_rate, args.seed)
+        learner = model if adapter is None else add_adapter(model, adapter)
         # TRL rounds what learns on a quantised base to bfloat16, where small steps are lost; so they are in what is
         # saved in full of a base loaded in bfloat16
-        learning = {p: p.data.float() for p in model.parameters() if p.requires_grad and adapter is not None}
+        learning = {p: p.data.float() for p in learner.parameters() if p.requires_grad and adapter is not None}
         if data_collator is None:
             data_collator = VTLMMCollator(processing_class, max_length=args.max_length)
+        datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+        if args.cache_image_features:
+            train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
         if args.packing:
             train_dataset = self._packed(model, args, train_dataset, processing_class)
+        elif args.train_sampling_strategy == "group_by_length" and isinstance(train_dataset, Dataset):
+            train_dataset = self._with_lengths(train_dataset, processing_class, args.max_length)
         super().__init__(
-            model=model,
+            model=learner,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -120,6 +133,8 @@ class VTLMMTrainer(SFTTrainer):
             parameter.data = values.to(parameter.device)
         if self.is_fsdp_enabled:
             self._keep_exact_when_sharded(model)
+        if args.cache_image_features:
+            self.data_collator.feature_cache = self._cache_vision_features(model, datasets)
         self._sums = {"train": {}, "eval": {}}
         self._log_time = time.perf_counter()
         self._blank_words = None
@@ -139,10 +154,41 @@ class VTLMMTrainer(SFTTrainer):
                 "Flash attention tells packed rows apart in a batch of one only: set `per_device_train_batch_size: 1` "
                 "(a pack holds many rows) and a larger `max_length`."
             )
+        if attention == "sdpa" and getattr(model.config.text_config, "sliding_window", None) is None:
+            model.model.language_model.set_attn_implementation(ROW_BY_ROW)
         args.packing = False
-        if "length" not in dataset.column_names:
-            dataset = dataset.add_column("length", check_rows(dataset, processor, args.max_length).lengths)
-        return pack_dataset(dataset, args.max_length)
+        return pack_dataset(VTLMMTrainer._with_lengths(dataset, processor, args.max_length), args.max_length)
+
+    @staticmethod
+    def _with_lengths(dataset, processor, max_length):
+        """`dataset` with its column `length` in tokens, which checking the data before has made already."""
+        if "length" in dataset.column_names:
+            return dataset
+        return dataset.add_column("length", check_rows(dataset, processor, max_length).lengths)
+
+    def _cache_vision_features(self, model, datasets) -> VisionFeatureCache | None:
+        """The features of all pictures, as training would compute them; the main process computes what lacks."""
+        if not isinstance(self.data_collator, VTLMMCollator):
+            raise ValueError("`cache_image_features` works with a VTLMMCollator: leave `data_collator` out.")
+        image_processor, tower = self.processing_class.image_processor, model.model.vision_tower.eval()
+        precision = self.accelerator.mixed_precision
+        key = [tower_key(model, image_processor, precision) if self.is_world_process_zero() else None]
+        cache = VisionFeatureCache(self.args.cache_image_features, broadcast_object_list(key)[0])
+
+        @torch.no_grad()
+        def encode(images):
+            images = [image.convert("RGB") for image in images]
+            pixel_values = image_processor(images, return_tensors="pt")["pixel_values"].float()
+            with self.accelerator.autocast():
+                return model.get_image_features(pixel_values.to(tower.device)).vision_features
+
+        with self.accelerator.main_process_first():
+            cache.refresh()
+            for dataset in datasets:
+                cache.fill(dataset, encode)
+        if self.is_world_process_zero():
+            print(cache.describe())
+        return cache if cache.files else None
 
     def _keep_exact_when_sharded(self, model):
         plugin = self.accelerator.state.fsdp_plugin
@@ -158,18 +204,45 @@ class VTLMMTrainer(SFTTrainer):
         self._signature_columns = ["messages", "images", "num_context_messages", "rows", "pack"]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """As in the base class; the projector and LoRA may have their own learning rates."""
+        """As in the base class; projector, LoRA and each of several VM heads may have their own learning rates."""
         optimizer = super().create_optimizer(model)
-        rates = {".multi_modal_projector.": self.args.projector_learning_rate}
-        rates[".lora_"] = self.args.adapter_learning_rate
-        for part, rate in rates.items():
-            own = {p for n, p in self.model.named_parameters() if part in n and rate is not None}
-            for group in list(optimizer.param_groups):
-                chosen = [p for p in group["params"] if p in own]
+        named = list(self.model.named_parameters())
+        rates = [
+            ({p for n, p in named if ".multi_modal_projector." in n}, self.args.projector_learning_rate),
+            ({p for n, p in named if ".lora_" in n}, self.args.adapter_learning_rate),
+        ]
+        if self.vm_head_candidates:
+            heads = zip(self.vm_head_candidates, vm_heads(self.model), strict=True)
+            rates += [(set(head.parameters()), candidate["learning_rate"]) for candidate, head in heads]
+        for parameters, rate in rates:
+            for group in list(optimizer.param_groups) if rate is not None else ():
+                chosen = [p for p in group["params"] if p in parameters]
                 if chosen:
-                    group["params"] = [p for p in group["params"] if p not in own]
+                    group["params"] = [p for p in group["params"] if p not in parameters]
                     optimizer.add_param_group({**group, "params": chosen, "lr": rate})
         return optimizer
+
+    def _clip_grad_norm(self, model):
+        """As in the base class; of several VM heads each by itself, as if it learnt alone."""
+        if not self.vm_head_candidates:
+            return super()._clip_grad_norm(model)
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), float("inf"))
+        for head in vm_heads(self.model):
+            torch.nn.utils.clip_grad_norm_(head.parameters(), self.args.max_grad_norm)
+        return norm
+
+    def _keep_best_candidate(self):
+        """Of several VM heads the one with the least held-out loss becomes the model's; the others are forgotten."""
+        metrics, candidates = self.evaluate(), self.vm_head_candidates
+        losses = [metrics[f"eval_vm_head_{i}_loss"] for i in range(len(candidates))]
+        best = min(range(len(losses)), key=lambda i: (math.isnan(losses[i]), losses[i]))
+        self.vm_head_table = [
+            {**candidate, "eval_visual_loss": loss, "kept": i == best}
+            for i, (candidate, loss) in enumerate(zip(candidates, losses, strict=True))
+        ]
+        keep_candidate(self.model, candidates, best)
+        if self.is_world_process_zero():
+            print(format_table(self.vm_head_table))
 
     # ---- The loss ----
 
@@ -223,7 +296,8 @@ class VTLMMTrainer(SFTTrainer):
         if self.stage.lm_loss_coef:
             loss = loss + self.stage.lm_loss_coef * sums["lm_loss"] / num_lm_targets.clamp(min=1)
         if self.stage.visual_loss_coef:
-            loss = loss + self.stage.visual_loss_coef * sums["visual_loss"] / num_visual_targets.clamp(min=1)
+            visual_loss = sums.get("vm_head_losses", sums["visual_loss"]).sum()
+            loss = loss + self.stage.visual_loss_coef * visual_loss / num_visual_targets.clamp(min=1)
         if training:
             # data parallelism averages gradients over the processes, and the counts are already over all of them
             loss = loss * self.accelerator.num_processes
@@ -276,6 +350,8 @@ class VTLMMTrainer(SFTTrainer):
             mean_probability = totals["probability"] / num_patches
             blank = self._blank_words.to(flat.device)
             metrics["visual_loss"] = (totals["visual_loss"] / totals["num_visual_targets"]).item()
+            for i, loss in enumerate(totals.get("vm_head_losses", ())):
+                metrics[f"vm_head_{i}_loss"] = (loss / totals["num_visual_targets"]).item()
             metrics["visual_token_entropy"] = (totals["entropy"] / num_patches).item()
             metrics["mean_visual_token_entropy"] = torch.special.entr(mean_probability).sum().item()
             metrics["blank_top_words"] = (totals["top_word"][blank].sum() / num_patches).item()
@@ -296,7 +372,10 @@ class VTLMMTrainer(SFTTrainer):
 
     def train(self, *args, **kwargs):
         self._log_time = time.perf_counter()
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        if self.vm_head_candidates and self.vm_head_table is None:
+            self._keep_best_candidate()
+        return output
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """As in the base class, with the losses as exact means over the evaluation set."""

@@ -1,0 +1,383 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""A whole optimizer step of each stage against plain LLaVA, and rows per second of packed, grouped and padded batches.
+
+    python benchmarks/step.py --data-folder ../shared/data --json step.json
+
+Steps: `VTLMMTrainer` against transformers' `LlavaForConditionalGeneration` with TRL's `SFTTrainer`, on the same rows
+in the same batches, with the same tower and decoder, modules that learn, optimizer and dtype; everything else is each
+trainer's default. Stage III has no counterpart in LLaVA: it stands against the step of stage IV, LLaVA's usual one.
+With SFTTrainer's defaults every token is a target; LLaVA with VT-LMM's targets (the answers) stands beside it.
+
+Batches: the same rows packed, grouped by length and padded as they come, each twice over at learning rate 0: the
+second pass is timed, and its losses must be equal.
+
+Every measurement is a process of its own, so that its peak memory is its own (the greatest resident set, libraries
+included; on a GPU what torch allocated). Each round begins with another one, and a ratio is the median over the rounds
+of the ratio within a round (least and greatest in brackets).
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from measuring import machine, ratio
+
+
+def sizes(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, **others):
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    values = hidden_size, intermediate_size, num_hidden_layers, num_attention_heads
+    return {**dict(zip(names, values, strict=True)), **others}
+
+
+# A tower, a decoder, rows of a padded batch, and packs of so many tokens in the place of one. `small` is what a laptop
+# trains for a trial, with the tokens of CLIP-L/336's pictures: what padding costs depends on them. 7b: Vicuna.
+SHAPES = {
+    "tiny": {
+        "vision": sizes(32, 64, 2, 4, image_size=56),
+        "text": sizes(64, 128, 2, 4),
+        "vocab_size": 4096,
+        "batch_size": 4,
+        "packs": (1, 1024),
+    },
+    "small": {
+        "vision": sizes(192, 768, 6, 6, image_size=336),
+        "text": sizes(384, 1024, 12, 6),
+        "vocab_size": 32000,
+        "batch_size": 4,
+        "packs": (1, 2048),
+    },
+    "7b": {
+        "vision": sizes(1024, 4096, 24, 16, image_size=336),
+        "text": sizes(4096, 11008, 32, 32),
+        "vocab_size": 32000,
+        "batch_size": 8,
+        "packs": (2, 2048),
+    },
+}
+PATCH_SIZE = 14
+PRELOADED = ["transformers.models.llava.modeling_llava", "trl.trainer.sft_trainer", "vtlmm.train.trainer"]
+LLAVA, SAME_TARGETS = "LLaVA, SFTTrainer", "LLaVA, SFTTrainer, answers alone are targets"
+OURS, WITHOUT, CACHED = "ours", "ours, visual loss off", "ours, vision features cached"
+PADDED, GROUPED, PACKED = "padded as they come", "grouped by length", "packed"
+# stage: what is measured beside LLaVA
+STEPS = {
+    "projector": (OURS, CACHED),
+    "decoder": (OURS,),
+    "visual_head": (OURS, CACHED),
+    "joint": (OURS, WITHOUT, CACHED),
+}
+
+
+@dataclass
+class Task:
+    """One process: which implementation, and what it does."""
+
+    name: str
+    arguments: argparse.Namespace
+    data: str
+    num_rows: int
+    stage: str = "joint"
+    settings: dict = field(default_factory=dict)
+
+
+# ---- Data, processor and models, made in the process that measures ----
+
+
+def load_data(task):
+    """
+    Rows with `messages` and `images`. llava: LLaVA's captions, and as many rows of text alone, of one to twelve
+    captions to be written in a list; easy_vqa: ten questions on one picture a row.
+    """
+    from vtlmm.train.data import DataConfig, load_rows
+
+    folder = Path(task.arguments.data_folder)
+    if task.data == "easy_vqa":
+        path = folder / "easy_vqa" / "train.parquet"
+        return load_rows(DataConfig(dataset=str(path), max_rows=task.num_rows))
+    records = json.loads((folder / "llava_pretrain_2k" / "chat.json").read_text(encoding="utf-8"))
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(records), generator=generator).tolist()
+    captions = [records[i]["conversations"][1]["value"] for i in order]
+    rows = []
+    for i in order[: task.num_rows]:
+        if len(rows) % 2:
+            number = int(torch.randint(1, 13, (1,), generator=generator))
+            start = int(torch.randint(len(captions) - number, (1,), generator=generator))
+            answer = "\n".join(captions[start : start + number])
+            question = f"Write {number} captions of photographs."
+            rows.append({"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]})
+        else:
+            rows.append(records[i])
+    path = Path(tempfile.mkdtemp()) / "rows.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return load_rows(DataConfig(dataset=str(path), image_folder=str(folder / "llava_pretrain_2k" / "images")))
+
+
+def build_tokenizer(dataset):
+    """Byte-pair encoding of the rows' own texts in 2000 words: about as many tokens a caption as Llama's has."""
+    from tokenizers import ByteLevelBPETokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    texts = [part["text"] for row in dataset["messages"] for m in row for part in m["content"] if part["text"]]
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=2000, special_tokens=special, show_progress=False)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer,
+        **dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), special, strict=False)),
+        additional_special_tokens=["<image>"],
+    )
+
+
+def build_processor(kind, dataset, shape):
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    from modeling_vtlmm import VTLMMProcessor
+    from vtlmm.hub.chat_templates import load_template
+
+    side = {"height": shape["vision"]["image_size"], "width": shape["vision"]["image_size"]}
+    return {"llava": LlavaProcessor, "vtlmm": VTLMMProcessor}[kind](
+        CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False),
+        build_tokenizer(dataset),
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=load_template("vicuna_v1"),
+    )
+
+
+def build_model(kind, processor, shape, arguments):
+    from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration
+
+    config_class, model_class = {
+        "llava": (LlavaConfig, LlavaForConditionalGeneration),
+        "vtlmm": (VTLMMConfig, VTLMMForConditionalGeneration),
+    }[kind]
+    config = config_class(
+        vision_config=AutoConfig.for_model("clip_vision_model", **shape["vision"], patch_size=PATCH_SIZE),
+        text_config=AutoConfig.for_model("llama", **shape["text"], vocab_size=shape["vocab_size"]),
+        image_token_id=processor.tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(shape["vision"]["image_size"] // PATCH_SIZE) ** 2,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, arguments.dtype))
+    with torch.device(arguments.device):
+        model = model_class(config)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def build_trainer(task, output_dir, callback):
+    from datasets.utils import disable_progress_bars
+    from transformers.utils import logging
+    from trl import SFTConfig, SFTTrainer
+
+    from vtlmm.train.config import VTLMMTrainingConfig
+    from vtlmm.train.stages import STAGES, set_trainable
+    from vtlmm.train.trainer import VTLMMTrainer
+
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    arguments, shape = task.arguments, SHAPES[task.arguments.shape]
+    is_llava = task.name in (LLAVA, SAME_TARGETS)
+    kind = "llava" if is_llava else "vtlmm"
+    dataset = load_data(task)
+    processor = build_processor(kind, dataset, shape)
+    model = build_model(kind, processor, shape, arguments)
+    settings = {
+        "output_dir": output_dir,
+        "per_device_train_batch_size": shape["batch_size"],
+        "use_cpu": arguments.device == "cpu",
+        "optim": arguments.optim,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **task.settings,
+    }
+    if is_llava:
+        learning = "joint" if task.stage == "visual_head" else task.stage
+        set_trainable(model, STAGES[learning])
+        config = SFTConfig(**settings, bf16=arguments.device == "cuda", assistant_only_loss=task.name == SAME_TARGETS)
+        trainer_class = SFTTrainer
+    else:
+        config = VTLMMTrainingConfig(**settings, stage=task.stage, bf16=arguments.device == "cuda")
+        trainer_class = VTLMMTrainer
+    return trainer_class(
+        model=model, args=config, train_dataset=dataset, processing_class=processor, callbacks=[callback]
+    )
+
+
+# ---- Measuring, one process each ----
+
+
+def now(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    # The time of a single thread can be counted without what other processes took from it.
+    return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def measure(task):
+    """Seconds of every step and pass, the peak of the memory, and the losses of the last pass (if it logs them)."""
+    from transformers import TrainerCallback
+
+    steps, passes, device = [], [], task.arguments.device
+
+    class Clock(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            passes.append(now(device))
+            steps.append(passes[-1])
+
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(now(device))
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            passes.append(now(device))
+
+    torch.set_num_threads(task.arguments.threads)
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as output_dir:
+        # deeper, so that what is beside it (the cache, filled before the first step) is deleted too
+        trainer = build_trainer(task, str(Path(output_dir, "run")), Clock())
+        trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "lm_loss" in entry or "visual_loss" in entry]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    return {
+        # the first step also warms up: it is left out
+        "seconds": statistics.median(b - a for a, b in zip(steps[1:], steps[2:], strict=False)),
+        "seconds_of_pass": passes[-1] - passes[-2],
+        "steps_of_pass": trainer.state.global_step // (len(passes) // 2),
+        "peak_bytes": peak,
+        "losses": {name: logged[-1][name] for name in ("lm_loss", "visual_loss") if logged and name in logged[-1]},
+    }
+
+
+def run_rounds(tasks, rounds):
+    """`{name: {"seconds": [one a round], …}}`, each measurement in a fresh process."""
+    results = {task.name: {} for task in tasks}
+    # A server that has imported everything and computed nothing: a fork of it is fresh and costs no seconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    for i in range(rounds):
+        offset = i % len(tasks)
+        for task in tasks[offset:] + tasks[:offset]:
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                for key, value in pool.submit(measure, task).result().items():
+                    results[task.name].setdefault(key, []).append(value)
+    return results
+
+
+def compare_steps(stage, arguments):
+    shape = SHAPES[arguments.shape]
+    settings = {"max_steps": arguments.steps + 1}
+    changes = {WITHOUT: {"visual_loss_coef": 0.0}, CACHED: {"cache_image_features": True}}
+    num_rows = shape["batch_size"] * (arguments.steps + 1)
+    tasks = [
+        Task(name, arguments, arguments.data[0], num_rows, stage, settings | changes.get(name, {}))
+        for name in (LLAVA, SAME_TARGETS, *STEPS[stage])
+    ]
+    results = run_rounds(tasks, arguments.rounds)
+    lines = [
+        "| implementation | s a step | time / LLaVA | time / same targets | peak GB | memory / LLaVA "
+        "| memory / same targets |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        cells = [name]
+        for key, unit, digits in (("seconds", 1, 3), ("peak_bytes", 1e9, 2)):
+            cells.append(f"{statistics.median(result[key]) / unit:.{digits}f}")
+            for label, reference in (("llava", LLAVA), ("same_targets", SAME_TARGETS)):
+                found = result[f"{key}_to_{label}"] = ratio(result[key], results[reference][key])
+                cells.append(interval(found))
+        lines.append(f"| {' | '.join(cells)} |")
+    return results, lines
+
+
+def compare_batches(data, arguments):
+    settings = {"num_train_epochs": 2, "learning_rate": 0.0, "logging_strategy": "epoch"}
+    num_packs, max_length = SHAPES[arguments.shape]["packs"]
+    changes = {
+        PADDED: {},
+        GROUPED: {"train_sampling_strategy": "group_by_length"},
+        PACKED: {"packing": True, "per_device_train_batch_size": num_packs, "max_length": max_length},
+    }
+    tasks = [Task(name, arguments, data, arguments.rows, settings=settings | changes[name]) for name in changes]
+    results = run_rounds(tasks, arguments.rounds)
+    lines = [
+        "| batches | rows/s | speed / padded | peak GB | memory / padded | steps | L_lm | L_vm |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        result["speed_to_padded"] = ratio(results[PADDED]["seconds_of_pass"], result["seconds_of_pass"])
+        result["memory_to_padded"] = ratio(result["peak_bytes"], results[PADDED]["peak_bytes"])
+        result["rows_per_second"] = arguments.rows / statistics.median(result["seconds_of_pass"])
+        losses = result["losses"][0]
+        lines.append(
+            f"| {name} | {result['rows_per_second']:.2f} | {interval(result['speed_to_padded'])} "
+            f"| {statistics.median(result['peak_bytes']) / 1e9:.3f} | {interval(result['memory_to_padded'])} "
+            f"| {result['steps_of_pass'][0]} | {losses['lm_loss']:.6f} | {losses['visual_loss']:.6f} |"
+        )
+    return results, lines
+
+
+def interval(ratios):
+    return "{median:.2f} ({min:.2f}–{max:.2f})".format(**ratios)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", choices=SHAPES, help="cpu: small, cuda: 7b")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; 7b: bfloat16, else float32")
+    parser.add_argument("--optim", help="7b: sgd (AdamW's state of a 7B model fills a GPU), else adamw_torch_fused")
+    parser.add_argument("--stage", nargs="*", choices=STEPS, default=list(STEPS), help="none: no steps")
+    parser.add_argument("--data", nargs="*", choices=("llava", "easy_vqa"), default=["llava", "easy_vqa"])
+    parser.add_argument("--data-folder", default="../shared/data", help="where llava_pretrain_2k and easy_vqa lie")
+    parser.add_argument("--steps", type=int, default=5, help="steps that are timed, after one that is not")
+    parser.add_argument("--rows", type=int, default=64, help="rows of a pass, for the batches; 0: no batches")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU; with 1, times are CPU times")
+    parser.add_argument("--json", type=Path, help="also write every number to this file")
+    arguments = parser.parse_args()
+    arguments.shape = arguments.shape or ("7b" if arguments.device == "cuda" else "small")
+    arguments.dtype = arguments.dtype or ("bfloat16" if arguments.shape == "7b" else "float32")
+    arguments.optim = arguments.optim or ("sgd" if arguments.shape == "7b" else "adamw_torch_fused")
+    return arguments
+
+
+def main():
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    where = machine(arguments.device)
+    print(", ".join(f"{key} {value}" for key, value in where.items() if value is not None))
+    print(f"shape {arguments.shape}, {arguments.dtype}, {arguments.optim}, {arguments.rounds} rounds")
+    report = {"machine": where, "arguments": {**vars(arguments), "json": str(arguments.json)}}
+    report |= {"steps": {}, "batches": {}}
+    for stage in arguments.stage:
+        report["steps"][stage], lines = compare_steps(stage, arguments)
+        print(f"\n### A step of stage {stage}\n", *lines, sep="\n", flush=True)
+    for data in arguments.data if arguments.rows else ():
+        report["batches"][data], lines = compare_batches(data, arguments)
+        print(f"\n### Batches of {data} rows, stage joint\n", *lines, sep="\n", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Several VM heads in one stage III: each learns as if alone, and the best on held-out rows is the model's."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_setup import build_rows, build_trainer, weights
+
+from modeling_vtlmm import VTLMMForConditionalGeneration
+from vtlmm.train.config import VTLMMTrainingConfig
+from vtlmm.train.run import RUN_RECORD, write_record
+from vtlmm.train.vm_heads import vm_heads
+
+
+CANDIDATES = [
+    {"vm_head_init": "random", "learning_rate": 1e-2},
+    {"vm_head_type": "mlp", "learning_rate": 3e-2},
+    {"vm_head_type": "attention", "vm_head_init": "input_embeddings"},
+    {"vm_head_init": "lm_head", "learning_rate": 1e-4},
+]
+SETTINGS = {"stage": "visual_head", "optim": "adamw_torch", "learning_rate": 2e-2, "weight_decay": 0.1}
+# the clipping takes hold: all heads' gradients together would be cut more than each of them
+SETTINGS |= {"max_grad_norm": 0.1, "max_steps": 4, "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine"}
+
+
+def build(output_dir, **settings):
+    rows = build_rows((1, 1, 0, 2), seed=1)
+    return build_trainer(output_dir, eval_dataset=rows, vm_head_candidates=CANDIDATES, **{**SETTINGS, **settings})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A trainer that has chosen, its heads as they learnt, and as they began."""
+    trainer = build(tmp_path_factory.mktemp("heads"))
+    heads = vm_heads(trainer.model)
+    start = copy.deepcopy([head.state_dict() for head in heads])
+    trainer.train()
+    return trainer, heads, start
+
+
+@pytest.mark.parametrize("number", range(len(CANDIDATES)))
+def test_a_candidate_learns_as_if_it_were_alone(trained, tmp_path, number):
+    """The same rows, its own learning rate, clipping and weight decay."""
+    trainer, heads, start = trained
+    candidate = CANDIDATES[number]
+    options = {"vm_head_type": candidate.get("vm_head_type", "linear")}
+    settings = {**SETTINGS, "learning_rate": candidate.get("learning_rate", SETTINGS["learning_rate"])}
+    alone = build_trainer(tmp_path, model_options=options, **settings)
+    # a head of another type takes other random numbers, and then the decoder does too
+    others = {name: tensor for name, tensor in weights(trainer.model).items() if "vm_head" not in name}
+    alone.model.load_state_dict(others, strict=False)
+    alone.model.model.vm_head.load_state_dict(start[number])
+    alone.train()
+    moved = 0.0
+    for name, tensor in alone.model.model.vm_head.state_dict().items():
+        torch.testing.assert_close(heads[number].state_dict()[name], tensor, atol=1e-6, rtol=0)
+        moved += (tensor - start[number][name]).abs().max()
+    assert moved > 1e-4
+
+
+def test_the_best_head_is_kept(trained, tmp_path, capsys):
+    trainer, heads, _ = trained
+    losses = [row["eval_visual_loss"] for row in trainer.vm_head_table]
+    best = losses.index(min(losses))
+    assert [row["kept"] for row in trainer.vm_head_table].index(True) == best and len(set(losses)) == len(losses)
+    assert trainer.model.model.vm_head is heads[best] and not hasattr(trainer.model.model, "vm_head_candidates")
+    evaluated = trainer.evaluate()
+    assert evaluated["eval_visual_loss"] == pytest.approx(losses[best], rel=1e-6)
+    trainer.save_model(str(tmp_path))
+    loaded = VTLMMForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.config.vm_head_type == trainer.vm_head_table[best]["vm_head_type"]
+    for (name, a), b in zip(weights(trainer.model).items(), weights(loaded).values(), strict=True):
+        assert torch.equal(a, b), name
+    write_record(trainer, {"model": "none"}, evaluated, 1.0)
+    (record,) = json.loads(Path(trainer.args.output_dir, RUN_RECORD).read_text())
+    assert record["vm_heads"] == trainer.vm_head_table
+    assert trainer.vm_head_table[2] == {
+        "vm_head_type": "attention",
+        "vm_head_init": "input_embeddings",
+        "learning_rate": 2e-2,
+        "eval_visual_loss": losses[2],
+        "kept": best == 2,
+    }
+
+
+def test_heads_start_as_they_are_told(tmp_path):
+    model = build(tmp_path).model
+    heads = vm_heads(model)
+    words = model.config.visual_vocab_size
+    assert torch.equal(heads[1].weight, model.lm_head.weight[:words]) and heads[1].mixer.output.weight.abs().max() == 0
+    assert torch.equal(heads[2].weight, model.get_input_embeddings().weight[:words])
+    assert heads[1].mixer.input.weight.abs().max() > 0 and not torch.equal(heads[0].weight, heads[3].weight)
+
+
+def test_a_resumed_run_chooses_the_same_head(trained, tmp_path):
+    """From the checkpoint of step 2, when later ones are lost."""
+    trainer, heads, _ = trained
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    build(tmp_path, **saving).train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = build(tmp_path, **saving)
+    found = vm_heads(resumed.model)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4 and resumed.vm_head_table == trainer.vm_head_table
+    for head, expected in zip(found, heads, strict=True):
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(head.state_dict()[name], tensor), name
+
+
+WORKER = textwrap.dedent(
+    """
+    import sys
+    from safetensors.torch import save_file
+    from test_vm_heads import build
+    from training_setup import weights
+
+    trainer = build(sys.argv[1], per_device_train_batch_size=1)
+    trainer._keep_best_candidate = lambda: None
+    trainer.train()
+    if trainer.is_world_process_zero():
+        heads = {name: tensor for name, tensor in weights(trainer.model).items() if "vm_head" in name}
+        save_file(heads, sys.argv[1] + "/heads.safetensors")
+    """
+)
+
+
+def test_two_processes_equal_one(trained, tmp_path):
+    _, heads, _ = trained
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(tmp_path / "worker.py"), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = load_file(tmp_path / "heads.safetensors")
+    prefixes = ["model.vm_head.", *(f"model.vm_head_candidates.{i}." for i in range(len(heads) - 1))]
+    for prefix, head in zip(prefixes, heads, strict=True):
+        for name, tensor in head.state_dict().items():
+            torch.testing.assert_close(found[prefix + name], tensor, atol=1e-5, rtol=1e-4, msg=prefix + name)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        ([{}], "two candidates or more"),
+        ([{}, {"vm_head_type": "cnn"}], "vm_head_type of candidate 1 is 'cnn'; it must be linear, mlp, attention"),
+        ([{"lr": 1e-3}, {}], "Candidate 0 of `vm_head_candidates` has the key 'lr'"),
+    ],
+)
+def test_impossible_candidates_are_refused(tmp_path, candidates, message):
+    with pytest.raises(ValueError, match=message):
+        VTLMMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, stage="visual_head", vm_head_candidates=candidates)
+
+
+def test_candidates_need_stage_iii_and_held_out_rows(tmp_path):
+    with pytest.raises(ValueError, match="belong to stage III"):
+        VTLMMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, stage="joint", vm_head_candidates=CANDIDATES)
+    with pytest.raises(ValueError, match="one `eval_dataset`"):
+        build_trainer(tmp_path, stage="visual_head", vm_head_candidates=CANDIDATES)

@@ -1,0 +1,158 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""The frozen tower's features of every picture, computed once and kept on disk: a picture is not even decoded again.
+
+`<folder>/<tower>/*.safetensors` hold tensors named by the pictures' content. The name of the tower is a hash of all
+that its features depend on, so those of another tower are never found; a picture is found by its bytes, so a changed
+file is not found either.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from datasets import Dataset, Image, IterableDataset, List
+from datasets.utils import tqdm
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+PICTURES_PER_FILE = 1024
+# What a configuration says of its origin or gets by being saved; the weights' dtype is hashed with the weights.
+ORIGIN = ("_name_or_path", "architectures", "auto_map", "dtype", "processor_class", "transformers_version")
+
+
+def picture_key(image: dict) -> str:
+    """Hash of the file of a picture that is not decoded, `{"path", "bytes"}`."""
+    content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+def tower_key(model, image_processor, mixed_precision: str) -> str:
+    """Hash of what the features depend on: the tower's weights, both configurations, layers and precision."""
+    config = model.config
+    settings = [
+        config.vision_config.to_dict(),
+        image_processor.to_dict(),
+        config.vision_feature_layers,
+        config.vision_feature_select_strategy,
+        mixed_precision,
+    ]
+    for names in settings[:2]:
+        for name in ORIGIN:
+            names.pop(name, None)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.base_model.vision_tower.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+@functools.lru_cache(maxsize=64)
+def _open(path: str):
+    return safe_open(path, framework="pt")
+
+
+class VisionFeatureCache:
+    r"""
+    Features of pictures on disk.
+
+    Args:
+        folder (`str`): may hold the caches of several towers.
+        tower (`str`): the name of this one's, from [`tower_key`].
+    """
+
+    def __init__(self, folder: str, tower: str):
+        self.folder = Path(folder, tower)
+        self.files = {}  # of each picture: the file that holds it
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Learns what is on disk."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self.files.update(dict.fromkeys(_open(str(path)).keys(), str(path)))
+
+    def __getitem__(self, images: list[dict]) -> torch.Tensor:
+        r"""
+        `(num_images, num_patches, vision_feature_size)` of pictures that are not decoded.
+
+        Raises:
+            `ValueError`: for a picture whose features were not computed: its file has changed since.
+        """
+        keys = [picture_key(image) for image in images]
+        for key, image in zip(keys, images, strict=True):
+            if key not in self.files:
+                raise ValueError(
+                    f"The picture {image['path'] or key[:12]} has no features in {self.folder}: its file has changed "
+                    "since the run began. Start again, and the new one is computed."
+                )
+        if not keys:  # of a batch without pictures: their shape alone
+            key, path = next(iter(self.files.items()))
+            return _open(path).get_tensor(key)[None][:0]
+        return torch.stack([_open(self.files[key]).get_tensor(key) for key in keys])
+
+    def fill(self, dataset: Dataset | None, encode: Callable[[list], torch.Tensor], batch_size: int = 16) -> int:
+        r"""
+        Computes what is missing; a run that was killed here goes on after the last whole file.
+
+        Args:
+            dataset ([`~datasets.Dataset`]): its pictures are wanted; the same one may come many times.
+            encode (`Callable`): decoded pictures to features `(num_images, num_patches, vision_feature_size)`.
+            batch_size (`int`, *optional*, defaults to 16): pictures that the tower gets at once.
+
+        Returns:
+            `int`: how many pictures were computed.
+        """
+        if dataset is None:
+            return 0
+        missing, dataset = {}, undecoded(dataset.select_columns("images"))
+        for index, row in enumerate(dataset):
+            for number, image in enumerate(row["images"]):
+                key = picture_key(image)
+                if key not in self.files:
+                    missing.setdefault(key, (index, number))
+        keys = list(missing)
+        for start in tqdm(range(0, len(keys), PICTURES_PER_FILE), desc="Vision features", disable=not keys):
+            features = {}
+            of_file = keys[start : start + PICTURES_PER_FILE]
+            for i in range(0, len(of_file), batch_size):
+                batch = of_file[i : i + batch_size]
+                pictures = [dataset[index]["images"][number] for index, number in map(missing.get, batch)]
+                found = encode([Image().decode_example(picture) for picture in pictures])
+                features.update({key: tensor.clone() for key, tensor in zip(batch, found.cpu(), strict=True)})
+            self._write(of_file[0], features)
+        self.refresh()
+        return len(keys)
+
+    def describe(self) -> str:
+        """One line for people, and one more when the folder holds what is not used."""
+        others = [path for path in self.folder.parent.glob("*") if path.is_dir() and path != self.folder]
+        lines = [f"Vision features of {len(self.files):,} pictures in {self.folder}"]
+        if others:
+            text = "of another tower, image processor or precision, and are not used"
+            lines.append(f"  ({len(others)} other folders beside it are {text})")
+        return "\n".join(lines)
+
+    def _write(self, name: str, features: dict[str, torch.Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name[:32]}.safetensors"
+        unfinished = path.with_suffix(f".{os.getpid()}")  # a file is there as a whole or not at all
+        save_file(features, unfinished)
+        os.replace(unfinished, path)
+
+
+def undecoded(dataset):
+    """
+    A dataset, or a `dict` of several, with pictures as `{"path", "bytes"}`, by which the cache knows them.
+
+    Raises:
+        `ValueError`: for a stream, whose pictures are not known before.
+    """
+    if dataset is None or isinstance(dataset, dict):
+        return dataset and {name: undecoded(one) for name, one in dataset.items()}
+    if isinstance(dataset, IterableDataset):
+        raise ValueError("`cache_image_features` needs a dataset that is not streamed: its pictures must be known.")
+    return dataset.cast_column("images", List(Image(decode=False)))
