@@ -8,7 +8,7 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
-    from vtlmm.train.run import read_settings, run_training
+    from vtlmm.train.run import read_settings, run_stages
 
-    run_training(read_settings(args.config, args.settings))
+    run_stages(read_settings(args.config, args.settings))
     return 0

@@ -24,10 +24,10 @@ from .warm_start import save_warm_start
 
 NUM_CAPTIONED, NUM_QUESTIONED, NUM_HELD_OUT = 2400, 4000, 200  # pictures
 SETTINGS = {
-    "projector": {"learning_rate": 3e-4, "num_train_epochs": 1},
-    "decoder": {"learning_rate": 2e-3, "projector_learning_rate": 3e-4, "num_train_epochs": 2},
-    "visual_head": {"learning_rate": 1e-2, "num_train_epochs": 0.5},
-    "joint": {"learning_rate": 5e-4, "num_train_epochs": 0.5},
+    "projector": {"learning_rate": 5e-3, "num_train_epochs": 1},
+    "decoder": {"learning_rate": 1.5e-3, "projector_learning_rate": 3e-3, "num_train_epochs": 2},
+    "visual_head": {"learning_rate": 1e-2, "num_train_epochs": 0.4},
+    "joint": {"learning_rate": 1e-3, "num_train_epochs": 0.7},
 }
 COMMON = {
     "per_device_train_batch_size": 16,
@@ -115,13 +115,8 @@ def run_demo(output: str | Path, seed: int = 0) -> dict:
         str(output / "vision_tower"),
         str(output / "language_model"),
         output / "start",
-        projector_type="linear",
         chat_template=template,
     )
-    with (
-        torch.no_grad()
-    ):  # or image features would come in many times larger than words, and drown what is added to them
-        model.model.multi_modal_projector.linear_1.weight.mul_(0.05)
     captions = as_dataset(caption_rows(NUM_CAPTIONED, seed))
     questions = as_dataset(question_rows(NUM_QUESTIONED, seed + 1))
     held_out_rows = question_rows(NUM_HELD_OUT, seed + 2, held_out=True, one_each=True)

@@ -69,6 +69,34 @@ def test_train_writes_a_model_and_what_it_did(recipe, tmp_path, capsys):
     assert [entry["stage"] for entry in history] == ["joint", "visual_head"]
 
 
+def test_a_recipe_of_several_stages(recipe, tmp_path, capsys):
+    """Each begins with what the one before it saved; a second start passes over what is finished."""
+    lines = [line for line in recipe.read_text().splitlines() if not line.startswith("stage:")]
+    stages = "stages:\n  visual_head: {learning_rate: 1e-2}\n  joint: {visual_loss_coef: 0.5}\n"
+    recipe.write_text("\n".join(lines) + "\n" + stages)
+    command = ["train", "--config", str(recipe), "learning_rate=1e-4", "stages.joint.learning_rate=1e-3"]
+    with pytest.warns(UserWarning, match="1 of 6 rows are left out"):
+        assert main(command) == 0
+    history = json.loads((tmp_path / "out/joint" / RUN_RECORD).read_text())
+    assert [(run["stage"], run["learning_rate"]) for run in history] == [("visual_head", 1e-2), ("joint", 1e-3)]
+    heads = [
+        VTLMMForConditionalGeneration.from_pretrained(tmp_path / folder).model.vm_head.weight
+        for folder in ("start", "out/visual_head", "out/joint")
+    ]
+    assert not torch.equal(heads[0], heads[1]) and torch.equal(heads[1], heads[2])
+    capsys.readouterr()
+    assert main([*command, "resume_from_checkpoint=true"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("is finished") == 2 and "Resuming" not in text
+
+
+def test_a_later_stage_s_mistakes_stop_the_first(recipe, capsys):
+    recipe.write_text(recipe.read_text() + "stages:\n  visual_head:\n  joint: {visual_student: decoder}\n")
+    assert main(["train", "--config", str(recipe)]) == 1
+    out, error = capsys.readouterr()
+    assert "must be 'vm_head' or 'lm_head'" in error and "Stage visual_head" not in out
+
+
 def test_bad_recipes_stop_before_anything_is_loaded(recipe, capsys):
     assert main(["train", "--config", str(recipe), "stage=V"]) == 1
     assert "Unknown stage 'V'" in capsys.readouterr().err

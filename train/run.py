@@ -51,6 +51,9 @@ def read_settings(path: str | Path, overrides: list[str] = ()) -> dict:
     """
     The settings of a YAML recipe, with `key=value` pairs (the value in YAML) on top.
 
+    A recipe for several stages has `stages`, for each its own settings, which go before the others;
+    `stages.joint.learning_rate=1e-4` changes one of them.
+
     Raises:
         `ValueError`: for a key that no configuration has, with the nearest one that exists.
     """
@@ -59,17 +62,48 @@ def read_settings(path: str | Path, overrides: list[str] = ()) -> dict:
         key, sign, value = override.partition("=")
         if not sign:
             raise ValueError(f"{override!r} is not of the form key=value.")
-        settings[key] = yaml.safe_load(value)
+        *parents, key = key.split(".")
+        place = settings
+        for parent in parents:
+            place[parent] = place = place.get(parent) or {}
+        place[key] = yaml.safe_load(value)
+    if "stages" not in settings:
+        return _checked(settings, path)
+    stages = {stage: _checked(own or {}, path) for stage, own in settings["stages"].items()}
+    return {**_checked({key: value for key, value in settings.items() if key != "stages"}, path), "stages": stages}
+
+
+def _checked(settings: dict, path: str | Path) -> dict:
     known = [f.name for config in CONFIGS for f in fields(config) if f.init]
     for key, value in settings.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
+            near = difflib.get_close_matches(key, [*known, "stages"], 1)
             raise ValueError(f"{path}: there is no setting {key!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
         if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
             settings[key] = float(value)  # YAML reads 2e-5 as text
         if value is False and key.endswith("_strategy"):
             settings[key] = "no"  # and an unquoted no as false
     return settings
+
+
+def split_stages(settings: dict) -> list[dict]:
+    """
+    One run for each of `stages`, in their order: from the folder that the one before it wrote, into a folder of its
+    own in `output_dir`. Settings without `stages` are one run.
+
+    Raises:
+        `ValueError`: when a run's settings do not fit together: before the first run, not after it.
+    """
+    if "stages" not in settings:
+        return [settings]
+    shared = {key: value for key, value in settings.items() if key != "stages"}
+    runs, model = [], shared["model"]
+    for stage, own in settings["stages"].items():
+        output_dir = str(Path(shared["output_dir"], stage))
+        runs.append({**shared, **own, "stage": stage, "model": model, "output_dir": output_dir})
+        parse_settings(runs[-1])
+        model = output_dir
+    return runs
 
 
 def parse_settings(settings: dict) -> tuple[ModelConfig, DataConfig, AdapterConfig, VTLMMTrainingConfig]:
@@ -166,6 +200,16 @@ def run_training(settings: dict, **kwargs) -> VTLMMTrainer:
     if trainer.is_world_process_zero():
         write_record(trainer, settings, metrics, time.time() - started)
     return trainer
+
+
+def run_stages(settings: dict) -> None:
+    """[`run_training`] for each of [`split_stages`]; with `resume_from_checkpoint` finished stages are passed over."""
+    for run in split_stages(settings):
+        record = Path(run["output_dir"], RUN_RECORD)
+        if "stages" in settings and run.get("resume_from_checkpoint") and record.is_file():
+            print(f"Stage {run['stage']} is finished: {record}")
+        else:
+            run_training(run)
 
 
 def write_record(trainer: VTLMMTrainer, settings: dict, metrics: dict, seconds: float) -> None:
