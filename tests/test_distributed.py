@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
 from distributed_run import FSDP2, RESUMED, TEXT_ON_ONE, UPDATES
 from safetensors.torch import load_file
 from test_trainer import assert_same_update, update
@@ -77,6 +78,14 @@ def test_a_sharded_run_saves_a_complete_model(folder):
         load_file(folder / "fsdp_whole.safetensors"),
     )
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_fsdp_1_is_refused(tmp_path, monkeypatch):
+    trainer = build_trainer(tmp_path)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(ValueError, match="set fsdp_version: 2"):
+        trainer._keep_exact_when_sharded(trainer.model)
 
 
 @pytest.mark.parametrize("path", sorted(FSDP2.parent.glob("*.yaml")), ids=lambda path: path.stem)
