@@ -51,7 +51,7 @@ LOOKUPS, TURNS = 30, 8  # in a row of the decoder's text, about one picture
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word; marks are words. Decoding puts spaces back, but none before a mark."""
-    vocabulary = ["<pad>", "<s>", "</s>", "<unk>", "USER", "ASSISTANT", ":", *words()]
+    vocabulary = ["<pad>", "<s>", "</s>", "<unk>", "Q", "A", ":", *words()]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(vocabulary))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
@@ -112,7 +112,7 @@ def train_tower(seed: int, steps: int = TOWER_STEPS, batch_size: int = 32) -> Co
 
 
 class DescribedPictures:
-    """Batches of text: `<s> USER :`, the patches told in words, then turns; each turn sees the patches and itself.
+    """Batches of text: `<s> Q :`, the patches told in words, then turns; each turn sees the patches and itself.
 
     The turns are questions as they will be asked, or before that look-ups, `circle color red`: as short as can be, so
     that many fit into a row, and the decoder soon finds out that the patches are where to look.
@@ -141,9 +141,9 @@ class DescribedPictures:
             asked = questions(scene, self.rng)
             self.rng.shuffle(asked)
             turns += [(q.question, q.answer) for q in asked if (q.question, q.answer) not in turns]
-        # the first turn of a chat continues after the picture, a later one says USER again
+        # the first turn of a chat continues after the picture, a later one says Q again
         return [
-            (("USER:" if i else "") + question + " ASSISTANT:", answer + "</s>")
+            (("Q:" if i else "") + question + " A:", answer + "</s>")
             for i, (question, answer) in enumerate(turns[:TURNS])
         ]
 
@@ -151,7 +151,7 @@ class DescribedPictures:
         """Ids, turn of each token (0 for the picture), position, and whether the token belongs to an answer."""
         encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
         start = self.prefix + NUM_PATCHES
-        ids = [*encode("<s>USER:"), *[0] * NUM_PATCHES]
+        ids = [*encode("<s>Q:"), *[0] * NUM_PATCHES]
         turn, position, is_answer = [0] * start, list(range(start)), [False] * start
         for number, (question, answer) in enumerate(turns, 1):
             asked, answered = encode(question), encode(answer)

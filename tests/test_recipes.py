@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_setup import write_start
 
-from vtlmm.train.run import build_trainer, read_settings
+from vtlmm.train.run import build_trainer, read_settings, split_stages
 from vtlmm.train.stages import module_of
 
 
@@ -19,20 +19,20 @@ README = (FOLDER / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block.splitlines() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)]
 
 
-def training_settings(command: str) -> dict | None:
-    """The settings of a command that trains."""
+def training_runs(command: str) -> list[dict]:
+    """The settings of each run of a command; none for one that does not train."""
     words = shlex.split(command)
     if "train" not in words:
-        return None
+        return []
     config = words.index("--config")
-    return read_settings(FOLDER.parent / words[config + 1], words[config + 2 :])
-
-
-COMMANDS = [command for block in BLOCKS for command in block if training_settings(command)]
+    return split_stages(read_settings(FOLDER.parent / words[config + 1], words[config + 2 :]))
 
 
 def recipe_of(command: str) -> str:
     return re.search(r"--config recipes/(\w+)\.yaml", command).group(1)
+
+
+RUNS = [(recipe_of(command), run) for block in BLOCKS for command in block for run in training_runs(command)]
 
 
 def on_a_cpu(settings: dict) -> dict:
@@ -45,20 +45,19 @@ def on_a_cpu(settings: dict) -> dict:
 
 
 def test_every_recipe_has_its_commands():
-    assert {recipe_of(command) for command in COMMANDS} == {path.stem for path in FOLDER.glob("*.yaml")}
+    assert {recipe for recipe, _ in RUNS} == {path.stem for path in FOLDER.glob("*.yaml")}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: recipe_of(block[1]))
 def test_commands_follow_each_other_through_their_folders(block):
     made = set()
     for command in block:
-        settings, words = training_settings(command), shlex.split(command)
-        if settings:
-            start, output = settings["model"], settings["output_dir"]
-        else:
-            start, output = words[2] if words[1] == "merge" else None, words[words.index("--output") + 1]
-        assert start is None or start in made, command
-        made.add(output)
+        words = shlex.split(command)
+        steps = [(run["model"], run["output_dir"]) for run in training_runs(command)]
+        steps = steps or [(words[2] if words[1] == "merge" else None, words[words.index("--output") + 1])]
+        for start, output in steps:
+            assert start is None or start in made, command
+            made.add(output)
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +68,12 @@ def tiny(tmp_path_factory):
     return {"large": large, "small": small}
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda text: f"{recipe_of(text)}-{training_settings(text)['stage']}")
-def test_two_steps(tiny, tmp_path, command):
+@pytest.mark.parametrize(("recipe", "settings"), RUNS, ids=[f"{recipe}-{run['stage']}" for recipe, run in RUNS])
+def test_two_steps(tiny, tmp_path, recipe, settings):
     """Exactly the modules of the stage move, in float32."""
-    settings = training_settings(command)
     if settings.get("quantization"):
         pytest.importorskip("bitsandbytes")
-    start = tiny["small" if recipe_of(command) == "small_decoder" else "large"]
+    start = tiny["small" if recipe == "small_decoder" else "large"]
     data = {name: start[name] for name in ("model", "dataset", "image_folder")}
     quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no"}
     changes = {**data, **quiet, "output_dir": str(tmp_path), "max_steps": 2, "warmup_steps": 0}
