@@ -40,6 +40,15 @@ def test_training_is_the_same_without_the_tower(tmp_path, settings):
     assert pictures == [] and (tmp_path / "cache" / "image_features").is_dir()
 
 
+def test_features_of_a_convolutional_tower(tmp_path):
+    """Its map lies in memory channel by channel, and safetensors stores no such tensor."""
+    cache, rows = VisionFeatureCache(str(tmp_path), "tower"), build_rows((2, 1))
+    maps = torch.randn(3, 6, 4)
+    assert cache.fill(rows, lambda pictures: maps[: len(pictures)].transpose(1, 2)) == 3
+    images = [image for row in undecoded(rows) for image in row["images"]]
+    assert torch.equal(cache[images], maps.transpose(1, 2))
+
+
 def test_a_picture_is_encoded_once_for_all_runs(tmp_path, monkeypatch):
     """Its copies in other rows too; the losses of an evaluation are those with pixels."""
     encoded = []

@@ -122,7 +122,12 @@ class VisionFeatureCache:
                 batch = of_file[i : i + batch_size]
                 pictures = [dataset[index]["images"][number] for index, number in map(missing.get, batch)]
                 found = encode([Image().decode_example(picture) for picture in pictures])
-                features.update({key: tensor.clone() for key, tensor in zip(batch, found.cpu(), strict=True)})
+                features.update(
+                    {
+                        key: tensor.clone(memory_format=torch.contiguous_format)
+                        for key, tensor in zip(batch, found.cpu(), strict=True)
+                    }
+                )
             self._write(of_file[0], features)
         self.refresh()
         return len(keys)
