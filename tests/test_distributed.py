@@ -26,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, str(Path(__file__).with_name("distributed_run.py")), str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
 
