@@ -141,6 +141,31 @@ def test_parquet(tmp_path, streaming, typed):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_one_question_per_row(tmp_path, streaming):
+    """With the picture and the system message of the conversation; context is not asked, and what is broken stays."""
+    picture(tmp_path / "a.png")
+    system = [{"role": "system", "content": "be good"}]
+    rows = [
+        {"questions": ["what ?", "who ?"], "answers": ["yes", "no"], "image": "a.png"},
+        {"messages": [*system, *TURNS, *TURNS], "images": ["a.png"]},
+        {"prompt": [*TURNS, TURNS[0]], "completion": [TURNS[1]]},
+        {"messages": [TURNS[0]], "images": ["a.png"]},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = DataConfig(dataset=str(tmp_path / "rows.json"), one_question_per_row=True, streaming=streaming)
+    found = [(short(row), len(row["images"]), row["num_context_messages"]) for row in load_rows(config)]
+    asked = answered("■|what ?")
+    assert found == [
+        (asked, 1, 0),
+        (answered("■|who ?", "no"), 1, 0),
+        *[(["system: be good", *asked], 1, 0)] * 2,
+        (answered("what ?"), 0, 0),
+        (asked[:1], 1, 0),
+    ]
+    assert next(iter(load_rows(config)))["images"][0].size == (8, 6)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_list_of_pictures_in_a_table(tmp_path, streaming):
     content = picture(tmp_path / "a.png").read_bytes()
     features = Features({"images": List(Image()), "prompt": Value("string"), "completion": Value("string")})

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, IterableDataset, List, ReadInstruction, Value, load_dataset
@@ -48,6 +48,8 @@ class DataConfig:
         image_folder (`str`, *optional*): where the pictures' paths start, by default beside the file that names them.
         streaming (`bool`, *optional*, defaults to `False`): read while training, keep nothing on the disk.
         max_rows (`int`, *optional*): only the first so many rows of each split.
+        one_question_per_row (`bool`, *optional*, defaults to `False`): make a row of each question of a conversation,
+            without those before it. In one row a small model finds answers in earlier ones instead of the picture.
         check_data (`bool`, *optional*, defaults to `True`): look at every row and picture before training.
         bad_rows (`str`, *optional*, defaults to `"raise"`): what the check does with broken rows, or `"skip"`.
 
@@ -63,6 +65,7 @@ class DataConfig:
     image_folder: str | None = field(default=None, metadata={"help": "Folder where the pictures' paths start."})
     streaming: bool = field(default=False, metadata={"help": "Read while training, keep nothing on the disk."})
     max_rows: int | None = field(default=None, metadata={"help": "Only the first so many rows of each split."})
+    one_question_per_row: bool = field(default=False, metadata={"help": "Split conversations into their questions."})
     check_data: bool = field(default=True, metadata={"help": "Look at all rows and pictures before training."})
     bad_rows: str = field(default="raise", metadata={"help": "What to do with broken rows: raise or skip."})
 
@@ -107,12 +110,12 @@ def load_rows(
     folder = config.image_folder or (path.parent if is_file else path if path.is_dir() else None)
     folder = None if folder is None else os.path.abspath(folder)
     if path.suffix in (".json", ".jsonl"):
-        return _first_rows(_load_json(path, part, folder, config.streaming, columns), config.max_rows)
-    if is_file:
-        dataset = load_dataset("parquet", data_files=name, split=part, streaming=config.streaming)
+        rows = _first_rows(_load_json(path, part, folder, config.streaming, columns), config.max_rows)
     else:
-        dataset = load_dataset(name, config.dataset_config, split=part, streaming=config.streaming)
-    return _convert_table(_first_rows(dataset, config.max_rows), name, folder, columns)
+        source = {"path": "parquet", "data_files": name} if is_file else {"path": name, "name": config.dataset_config}
+        dataset = load_dataset(**source, split=part, streaming=config.streaming)
+        rows = _convert_table(_first_rows(dataset, config.max_rows), name, folder, columns)
+    return _one_question_per_row(rows) if config.one_question_per_row else rows
 
 
 def _row_features(columns: tuple[str, ...]) -> Features:
@@ -204,6 +207,46 @@ def _convert_table(dataset, source: str, folder: str | None, columns: tuple[str,
         new_fingerprint=_fingerprint(dataset._fingerprint, source, folder, columns),
         desc=f"Reading {source}",
     )
+
+
+# ---- Conversations as questions ----
+
+
+def _one_question_per_row(dataset):
+    if isinstance(dataset, IterableDataset):
+        return dataset.decode(False).map(_split_questions, batched=True).cast(dataset.features)
+    return dataset.cast_column("images", List(Image(decode=False))).map(
+        _split_questions,
+        batched=True,
+        features=dataset.features,
+        new_fingerprint=_fingerprint(dataset._fingerprint),
+        desc="One question per row",
+    )
+
+
+def _split_questions(batch: dict) -> dict:
+    """The rows of each conversation's answered questions, all of them with its system message and its pictures."""
+    found = {name: [] for name in batch}
+    for row in (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)):
+        messages, context = row["messages"], row["num_context_messages"]
+        system = [message for message in messages if message["role"] == "system"]
+        pictures = [part for message in messages for part in message["content"] if part["type"] == "image"]
+        turns = [
+            [
+                *system,
+                {**question, "content": pictures + [p for p in question["content"] if p["type"] != "image"]},
+                answer,
+            ]
+            for number, (question, answer) in enumerate(pairwise(messages), 1)
+            if (question["role"], answer["role"]) == ("user", "assistant") and number >= context
+        ]
+        # what has no answered question stays, for the check to find
+        for turn in turns or [messages]:
+            for name in batch:
+                found[name].append(turn if name == "messages" else row[name])
+        if turns:
+            found["num_context_messages"][-len(turns) :] = [0] * len(turns)
+    return found
 
 
 # ---- One row ----
