@@ -22,25 +22,29 @@ def run(args) -> int:
     from vtlmm.train.config import VTLMMTrainingConfig
     from vtlmm.train.data import DataConfig, load_rows
     from vtlmm.train.data_check import check_rows
-    from vtlmm.train.run import read_settings
+    from vtlmm.train.run import read_settings, split_stages
 
     settings = read_settings(args.config) if args.config else {}
     given = {key: getattr(args, key) for key in ("dataset", "model", "image_folder", "max_length")}
     settings.update({key: value for key, value in given.items() if value is not None})
     if "model" not in settings:
         raise ValueError("`model` is not set: its processor counts the tokens. Pass --model or a recipe.")
-    config = DataConfig(**{f.name: settings[f.name] for f in fields(DataConfig) if f.name in settings})
     processor = AutoProcessor.from_pretrained(
         settings["model"],
         revision=settings.get("revision"),
         trust_remote_code=settings.get("trust_remote_code", False),
     )
-    max_length = settings.get("max_length", VTLMMTrainingConfig.max_length)
-    num_problems = 0
-    for split in ("train", "eval"):
-        rows = load_rows(config, split)
-        if rows is not None:
-            report = check_rows(rows, processor, max_length)
-            num_problems += len(report.problems)
-            print(f"{split}\n{report.format()}")
+    num_problems, checked = 0, []
+    for run in split_stages(settings):  # stages may have data of their own
+        config = DataConfig(**{f.name: run[f.name] for f in fields(DataConfig) if f.name in run})
+        max_length = run.get("max_length", VTLMMTrainingConfig.max_length)
+        if (config, max_length) in checked:
+            continue
+        checked.append((config, max_length))
+        for split in ("train", "eval"):
+            rows = load_rows(config, split)
+            if rows is not None:
+                report = check_rows(rows, processor, max_length)
+                num_problems += len(report.problems)
+                print(f"{split}\n{report.format()}")
     return 1 if num_problems else 0

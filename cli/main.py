@@ -11,9 +11,9 @@ from . import compose, convert, data, demo, eval, merge, train
 COMMANDS = {
     "demo": (demo, "train a tiny VT-LMM through all four stages and show what its patches say"),
     "compose": (compose, "make an untrained VT-LMM from a vision tower and a decoder"),
-    "convert": (convert, "read a released VW-LMM checkpoint"),
+    "convert": (convert, "make a VT-LMM from a VW-LMM or LLaVA-1.5 checkpoint, or a stock LLaVA from it"),
     "data": (data, "check training data before anything is trained"),
-    "train": (train, "train one stage from a recipe"),
+    "train": (train, "train one stage, or several, from a recipe"),
     "eval": (eval, "answer and score one's own questions, with a blind control"),
     "merge": (merge, "put an adapter into its base: a whole VT-LMM"),
 }

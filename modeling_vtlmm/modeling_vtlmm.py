@@ -217,9 +217,9 @@ class VTLMMModel(VTLMMPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(words)
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
+        if sum(given is not None for given in (pixel_values, vision_features, image_outputs)) > 1:
+            raise ValueError("Pass only one of `pixel_values`, `vision_features` and `mm_encoder_outputs`.")
         if pixel_values is not None or vision_features is not None:
-            if image_outputs is not None:
-                raise ValueError("Pass only one of `pixel_values` and `mm_encoder_outputs`.")
             image_outputs = self.get_image_features(pixel_values, vision_features)
 
         image_features = image_token_mask = None
@@ -394,18 +394,23 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
             )
             sums["num_lm_targets"] = supervised.sum()
         if visual_student is not None:
-            arguments = outputs, attention_mask, position_ids, visual_student, detach_visual_teacher
-            sums.update(self._visual_loss_sums(self.model.vm_head, *arguments))
-            candidates = getattr(self.model, "vm_head_candidates", ())  # further heads that a run compares
-            if candidates:
-                others = [self._visual_loss_sums(head, *arguments)["visual_loss"] for head in candidates]
-                sums["vm_head_losses"] = torch.stack([sums["visual_loss"], *others])
+            if visual_student not in ("vm_head", "lm_head"):
+                raise ValueError(f"`visual_student` is {visual_student!r}; it must be 'vm_head' or 'lm_head'.")
+            vm_heads = [self.model.vm_head, *getattr(self.model, "vm_head_candidates", ())]  # that a run compares
+            sides = [self._visual_sides(head, outputs, attention_mask, position_ids) for head in vm_heads]
+            student = ("vm_head", "lm_head").index(visual_student)
+            visual_loss = fused_visual_loss_sum if detach_visual_teacher else visual_loss_sum
+            losses = [visual_loss(*pair[student], *pair[1 - student]) for pair in sides]
+            if len(losses) > 1:
+                sums["vm_head_losses"] = torch.stack(losses)
+            image_side, text_side = sides[0]
+            sums["visual_loss"] = losses[0]
+            sums["num_visual_targets"] = torch.tensor(image_side[0].shape[0], device=hidden_states.device)
+            sums["visual_tokens"] = visual_token_statistics(*image_side, *text_side)
         return sums
 
-    def _visual_loss_sums(self, vm_head, outputs, attention_mask, position_ids, visual_student, detach_visual_teacher):
-        """The visual part of [`~loss_sums`]: the hidden state left of a patch against the patch's visual token."""
-        if visual_student not in ("vm_head", "lm_head"):
-            raise ValueError(f"`visual_student` is {visual_student!r}; it must be 'vm_head' or 'lm_head'.")
+    def _visual_sides(self, vm_head, outputs, attention_mask, position_ids):
+        """What the visual loss compares, each with its head: features of patches, hidden states left of them."""
         vm_weight = gathered_weight(vm_head)
         lm_weight = gathered_weight(self.lm_head)[: vm_weight.shape[0]]
         hidden_states = outputs.last_hidden_state
@@ -416,15 +421,7 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
             predicted = predicted_positions(outputs.image_token_mask, attention_mask, position_ids)
             image_features = image_features[predicted[outputs.image_token_mask]]
             hidden_states = hidden_states[:, :-1][predicted[:, 1:]]
-
-        image_side, text_side = (image_features, vm_weight), (hidden_states, lm_weight)
-        student, teacher = (image_side, text_side) if visual_student == "vm_head" else (text_side, image_side)
-        visual_loss = fused_visual_loss_sum if detach_visual_teacher else visual_loss_sum
-        return {
-            "visual_loss": visual_loss(*student, *teacher),
-            "num_visual_targets": torch.tensor(image_features.shape[0], device=image_features.device),
-            "visual_tokens": visual_token_statistics(image_features, vm_weight, hidden_states, lm_weight),
-        }
+        return (image_features, vm_weight), (hidden_states, lm_weight)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """For beams and several samples: the pictures of a row are repeated as a group, not one by one. Newer

@@ -22,6 +22,7 @@ from vtlmm.train.config import VTLMMTrainingConfig
 from vtlmm.train.merge import round_weights
 from vtlmm.train.qlora import DECODER_PROJECTIONS
 from vtlmm.train.run import build_trainer, run_training
+from vtlmm.train.stages import describe
 
 
 pytest.importorskip("bitsandbytes")
@@ -70,6 +71,10 @@ def test_layer_by_layer(settings, tmp_path, quantization, layer, storage):
         elif isinstance(module, torch.nn.Linear) and ".base_layer" not in name and ".lora_" not in name:
             assert type(module).__module__.split(".")[0] in ("torch", "modeling_vtlmm"), name
     assert quantised == DECODER_LINEARS
+    plain = VTLMMForConditionalGeneration.from_pretrained(settings["model"]).model.language_model
+    adapter = sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" in name)
+    count = sum(parameter.numel() for parameter in plain.parameters()) + adapter
+    assert f" {count:,} parameters" in describe(trainer.model, trainer.stage)
     for name, parameter in model.named_parameters():
         if name.removesuffix(".base_layer.weight") not in quantised:
             assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name

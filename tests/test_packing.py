@@ -85,8 +85,10 @@ def test_a_packed_step_is_the_padded_step(tmp_path):
     assert_same_update(update(packed), expected)
     logged = next(entry for entry in packed.state.log_history if "lm_loss" in entry)
     assert logged["samples_per_second"] > 0
+    assert packed.args.packing  # TRL is not told, but whoever reads the settings is
 
 
-def test_packing_a_stream_is_refused(tmp_path):
+@pytest.mark.parametrize("settings", [{"packing": True}, {"train_sampling_strategy": "group_by_length"}])
+def test_a_stream_has_no_lengths(tmp_path, settings):
     with pytest.raises(ValueError, match="not streamed"):
-        build_trainer(tmp_path, rows=build_rows().to_iterable_dataset(), packing=True)
+        build_trainer(tmp_path, rows=build_rows().to_iterable_dataset(), **settings)

@@ -2,6 +2,7 @@
 """From a recipe to a trained folder, through the command line."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from PIL import Image as PILImage
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
-from vtlmm.train.run import RUN_RECORD, read_settings
+from vtlmm.train.run import RUN_RECORD, read_settings, split_stages
 
 
 def test_settings(tmp_path):
@@ -69,11 +70,15 @@ def test_train_writes_a_model_and_what_it_did(recipe, tmp_path, capsys):
     assert [entry["stage"] for entry in history] == ["joint", "visual_head"]
 
 
+def with_stages(recipe, stages: str):
+    lines = [line for line in recipe.read_text().splitlines() if not line.startswith("stage:")]
+    recipe.write_text("\n".join([*lines, "stages:", stages]) + "\n")
+    return recipe
+
+
 def test_a_recipe_of_several_stages(recipe, tmp_path, capsys):
     """Each begins with what the one before it saved; a second start passes over what is finished."""
-    lines = [line for line in recipe.read_text().splitlines() if not line.startswith("stage:")]
-    stages = "stages:\n  visual_head: {learning_rate: 1e-2}\n  joint: {visual_loss_coef: 0.5}\n"
-    recipe.write_text("\n".join(lines) + "\n" + stages)
+    with_stages(recipe, "  visual_head: {learning_rate: 1e-2}\n  joint: {visual_loss_coef: 0.5}")
     command = ["train", "--config", str(recipe), "learning_rate=1e-4", "stages.joint.learning_rate=1e-3"]
     with pytest.warns(UserWarning, match="1 of 6 rows are left out"):
         assert main(command) == 0
@@ -90,11 +95,41 @@ def test_a_recipe_of_several_stages(recipe, tmp_path, capsys):
     assert text.count("is finished") == 2 and "Resuming" not in text
 
 
-def test_a_later_stage_s_mistakes_stop_the_first(recipe, capsys):
-    recipe.write_text(recipe.read_text() + "stages:\n  visual_head:\n  joint: {visual_student: decoder}\n")
-    assert main(["train", "--config", str(recipe)]) == 1
-    out, error = capsys.readouterr()
-    assert "must be 'vm_head' or 'lm_head'" in error and "Stage visual_head" not in out
+@pytest.mark.parametrize(
+    ("stages", "override", "message"),
+    [
+        ("  visual_head:\n  joint: {visual_student: decoder}", [], "must be 'vm_head' or 'lm_head'"),
+        ("  visual_head: {adapter: lora}\n  joint: {adapter: lora}", [], "Stage visual_head would leave an adapter"),
+        ("  visual_head: {model: here}\n  joint:", [], "stages.visual_head.model follows from their order"),
+        ("  visual_head:\n  joint:", ["stage=joint"], "stage follows from their order"),
+    ],
+)
+def test_a_later_stage_s_mistakes_stop_the_first(recipe, tmp_path, capsys, stages, override, message):
+    assert main(["train", "--config", str(with_stages(recipe, stages)), *override]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_recipe_of_stages_needs_its_folders():
+    with pytest.raises(ValueError, match="needs `output_dir`"):
+        split_stages({"model": "here", "stages": {"joint": {}}})
+
+
+def test_the_check_looks_at_the_data_of_every_stage(recipe, tmp_path, capsys):
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps(rows[:2]))
+    with_stages(recipe, f"  visual_head:\n  joint: {{dataset: {tmp_path}/other.json, eval_dataset: null}}")
+    assert main(["data", "check", "--config", str(recipe)]) == 1
+    text = capsys.readouterr().out
+    assert re.findall(r"^rows +(\d+)", text, re.MULTILINE) == ["6", "6", "2"]
+
+
+def test_packs_of_a_recipe_that_groups_by_length(recipe, tmp_path, monkeypatch):
+    """And without an `output_dir`, which TRL chooses then."""
+    monkeypatch.chdir(tmp_path)
+    recipe.write_text(recipe.read_text().replace(f"output_dir: {tmp_path}/out\n", ""))
+    settings = ["packing=true", "train_sampling_strategy=group_by_length", "max_length=40", "max_steps=1"]
+    assert main(["train", "--config", str(recipe), *settings]) == 0
+    assert (tmp_path / "trainer_output" / RUN_RECORD).is_file()
 
 
 def test_bad_recipes_stop_before_anything_is_loaded(recipe, capsys):

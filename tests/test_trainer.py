@@ -320,3 +320,16 @@ def test_the_losses_see_the_copy_of_a_head_that_peft_trains(build_model):
     for wrapper in (model.lm_head, model.model.vm_head):
         assert wrapper.modules_to_save["default"].weight.grad.abs().max() > 0
         assert wrapper.original_module.weight.grad is None
+
+
+def test_a_model_by_its_folder_learns_in_float32(build_model, tmp_path):
+    """Whatever the folder is in; and a model by itself needs its processor."""
+    from vtlmm.train.trainer import VTLMMTrainer
+
+    build_model().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    build_processor().save_pretrained(tmp_path / "model")
+    args = VTLMMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = VTLMMTrainer(model=str(tmp_path / "model"), args=args, train_dataset=build_rows())
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    with pytest.raises(ValueError, match="Pass the model's processor"):
+        VTLMMTrainer(model=build_model(), args=args, train_dataset=build_rows())

@@ -18,6 +18,7 @@ from training_setup import build_rows, build_trainer, weights
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.train.config import VTLMMTrainingConfig
 from vtlmm.train.run import RUN_RECORD, write_record
+from vtlmm.train.stages import describe
 from vtlmm.train.vm_heads import vm_heads
 
 
@@ -166,3 +167,21 @@ def test_candidates_need_stage_iii_and_held_out_rows(tmp_path):
         VTLMMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, stage="joint", vm_head_candidates=CANDIDATES)
     with pytest.raises(ValueError, match="one `eval_dataset`"):
         build_trainer(tmp_path, stage="visual_head", vm_head_candidates=CANDIDATES)
+
+
+def test_settings_of_candidates(tmp_path):
+    """A rate that YAML reads as text; a start that the run names for all; a second training without candidates."""
+    candidates = [{"learning_rate": "1e-3"}, {"vm_head_init": "input_embeddings"}]
+    settings = {**SETTINGS, "max_steps": 1, "vm_head_init": "random"}
+    rows = build_rows((1, 1, 0, 2), seed=1)
+    trainer = build_trainer(tmp_path, eval_dataset=rows, vm_head_candidates=candidates, **settings)
+    assert [c["vm_head_init"] for c in trainer.vm_head_candidates] == ["random", "input_embeddings"]
+    first, second = (head.weight.detach().clone() for head in vm_heads(trainer.model))
+    model, size = trainer.model, first.shape[0]
+    assert not torch.equal(first, model.lm_head.weight[:size])
+    assert torch.equal(second, model.get_input_embeddings().weight[:size])
+    text = describe(model, trainer.stage)
+    assert f"{2 * first.numel():,} learn" in text
+    trainer.train()
+    assert len(trainer.vm_head_table) == 2
+    trainer.train()

@@ -33,7 +33,7 @@ class VTLMMTrainingConfig(SFTConfig):
             `"lm_head"` in stage III (the decoder has learnt since the checkpoint was composed), else to `"keep"`.
         vm_head_candidates (`list[dict]`, *optional*):
             VM heads that stage III trains side by side, each as if alone: `vm_head_type`, `vm_head_init`
-            (`"lm_head"` by default) and `learning_rate` of each. The best on `eval_dataset` is kept.
+            and `learning_rate` of each. The best on `eval_dataset` is kept; `loss` is the sum over all of them.
         projector_learning_rate (`float`, *optional*):
             Learning rate of the projector where it differs.
         adapter_learning_rate (`float`, *optional*):

@@ -49,11 +49,16 @@ def merge(
         when the base was not quantised in training or is not found.
     """
     record = Path(adapter, RUN_RECORD)
+    if not record.is_file():  # of a checkpoint: the finished run's, if it was finished
+        record = Path(adapter).resolve().parent / RUN_RECORD
     history = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else [{"settings": {}}]
     settings = history[-1]["settings"]
     quantization = settings.get("quantization", "none")
     if dequantize and quantization == "none":
-        raise ValueError(f"{record} does not say that the base was quantised in training: leave out `--dequantize`.")
+        raise ValueError(
+            f"No {RUN_RECORD} of {adapter} says that the base was quantised in training: leave out `--dequantize`, or "
+            "merge the folder that the finished run wrote."
+        )
     if quantization != "none" and not dequantize:
         logger.info("The adapter was trained on a base in %s: outputs shift a little; --dequantize.", quantization)
 

@@ -2,6 +2,7 @@
 """One training run from its settings: load, check the data, train, save, and write down what was done."""
 
 import difflib
+import gc
 import json
 import re
 import time
@@ -97,12 +98,26 @@ def split_stages(settings: dict) -> list[dict]:
     if "stages" not in settings:
         return [settings]
     shared = {key: value for key, value in settings.items() if key != "stages"}
+    for key in ("model", "output_dir"):
+        if key not in shared:
+            raise ValueError(
+                f"A recipe with `stages` needs `{key}`: the first begins with `model`, each writes below it."
+            )
     runs, model = [], shared["model"]
     for stage, own in settings["stages"].items():
+        wrong = [f"stages.{stage}.{key}" for key in ("model", "output_dir", "stage") if key in own]
+        wrong += ["stage"] if "stage" in shared else []
+        if wrong:
+            raise ValueError(f"In a recipe with `stages` {', '.join(wrong)} follows from their order: leave it out.")
         output_dir = str(Path(shared["output_dir"], stage))
         runs.append({**shared, **own, "stage": stage, "model": model, "output_dir": output_dir})
-        parse_settings(runs[-1])
         model = output_dir
+    for number, run in enumerate(runs, 1):
+        if parse_settings(run)[2].adapter != "none" and number < len(runs):
+            raise ValueError(
+                f"Stage {run['stage']} would leave an adapter, and the next begins with a whole model: run the stages "
+                "one by one, with `vtlmm merge` between."
+            )
     return runs
 
 
@@ -199,17 +214,21 @@ def run_training(settings: dict, **kwargs) -> VTLMMTrainer:
     trainer.save_state()
     if trainer.is_world_process_zero():
         write_record(trainer, settings, metrics, time.time() - started)
+    trainer.accelerator.wait_for_everyone()  # a next stage reads what the main process writes
     return trainer
 
 
 def run_stages(settings: dict) -> None:
     """[`run_training`] for each of [`split_stages`]; with `resume_from_checkpoint` finished stages are passed over."""
     for run in split_stages(settings):
-        record = Path(run["output_dir"], RUN_RECORD)
-        if "stages" in settings and run.get("resume_from_checkpoint") and record.is_file():
-            print(f"Stage {run['stage']} is finished: {record}")
-        else:
-            run_training(run)
+        if "stages" in settings and run.get("resume_from_checkpoint"):
+            record = Path(run["output_dir"], RUN_RECORD)
+            if record.is_file():
+                print(f"Stage {run['stage']} is finished: {record}")
+                continue
+        run_training(run)
+        gc.collect()  # a trainer is full of cycles, and its model need not stay beside the next one's
+        torch.cuda.empty_cache()
 
 
 def write_record(trainer: VTLMMTrainer, settings: dict, metrics: dict, seconds: float) -> None:

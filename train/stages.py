@@ -98,7 +98,7 @@ def resolve_stage(
 
 def module_of(parameter_name: str) -> str | None:
     """Which of `MODULES` a parameter belongs to, by its name (also inside PEFT's or DDP's wrappers)."""
-    parts = parameter_name.split(".")
+    parts = parameter_name.replace(".vm_head_candidates.", ".vm_head.").split(".")
     return next((module for module in MODULES if module in parts), None)
 
 
@@ -130,8 +130,10 @@ def describe(model: nn.Module, stage: Stage) -> str:
     for name, parameter in model.named_parameters():
         module = module_of(name)
         if module is not None and "original_module" not in name:  # PEFT's copy of what is saved in full
-            counts[module][0] += parameter.numel()
-            counts[module][1] += parameter.numel() if parameter.requires_grad else 0
+            packed = getattr(parameter, "quant_state", None)  # of a 4-bit weight, which holds two numbers a byte
+            number = parameter.numel() if packed is None else packed.shape.numel()
+            counts[module][0] += number
+            counts[module][1] += number if parameter.requires_grad else 0
     changed = [] if stage == STAGES[stage.name] else ["  (changed from the paper's row)"]
     rows = [f"  {module:<22}{total:>15,} parameters{learn:>15,} learn" for module, (total, learn) in counts.items()]
     return "\n".join([f"Stage {stage.name}: loss = {' + '.join(losses)}", *changed, *rows])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, set_seed
 from trl import SFTTrainer
@@ -48,7 +48,7 @@ class VTLMMTrainer(SFTTrainer):
         model (`str` or [`PreTrainedModel`]): a VT-LMM, or a folder or id of one.
         args ([`VTLMMTrainingConfig`])
         train_dataset, eval_dataset ([`~datasets.Dataset`]): rows with `messages` and `images` (see `load_rows`).
-        processing_class ([`ProcessorMixin`], *optional*): the model's processor; loaded beside a model given as `str`.
+        processing_class ([`ProcessorMixin`]): the model's processor; of a model given as `str` loaded beside it.
         data_collator (*optional*, defaults to [`VTLMMCollator`])
         kwargs: further arguments of [`~trl.SFTTrainer`], e.g. `callbacks` or `peft_config`.
 
@@ -84,15 +84,19 @@ class VTLMMTrainer(SFTTrainer):
         if isinstance(model, str):
             options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             processing_class = processing_class or AutoProcessor.from_pretrained(model, **options)
-            model, args.model_init_kwargs = AutoModelForImageTextToText.from_pretrained(model, **options), None
+            # float32 as in TRL, whatever the checkpoint is in: AdamW loses small steps in bfloat16
+            model = AutoModelForImageTextToText.from_pretrained(model, **{"dtype": "float32", **options})
+            args.model_init_kwargs = None
         if model.config.model_type != "vtlmm":
             raise ValueError(
                 f"This trainer needs a VT-LMM, not a {model.config.model_type!r}: make one with `vtlmm compose` or "
                 "`vtlmm convert`."
             )
+        if processing_class is None:
+            raise ValueError("Pass the model's processor as `processing_class`: it writes and reads the rows.")
         self.stage = args.resolved_stage()
         set_seed(args.seed)  # the base class's comes after LoRA's and the VM head's first values
-        if args.vm_head_init != "keep":
+        if args.vm_head_init != "keep" and not args.vm_head_candidates:
             model.initialize_vm_head(args.vm_head_init)
         adapter = kwargs.pop("peft_config", None)
         if adapter is None:
@@ -106,7 +110,9 @@ class VTLMMTrainer(SFTTrainer):
         if args.vm_head_candidates:
             if eval_dataset is None or isinstance(eval_dataset, dict) or adapter is not None:
                 raise ValueError("`vm_head_candidates` need one `eval_dataset`, to choose by, and no adapter.")
-            self.vm_head_candidates = add_candidates(model, args.vm_head_candidates, args.learning_rate, args.seed)
+            source = "lm_head" if args.vm_head_init == "keep" else args.vm_head_init
+            arguments = args.vm_head_candidates, args.learning_rate, source, args.seed
+            self.vm_head_candidates = add_candidates(model, *arguments)
         learner = model if adapter is None else add_adapter(model, adapter)
         # TRL rounds what learns on a quantised base to bfloat16, where small steps are lost; so they are in what is
         # saved in full of a base loaded in bfloat16
@@ -116,9 +122,10 @@ class VTLMMTrainer(SFTTrainer):
         datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         if args.cache_image_features:
             train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
-        if args.packing:
+        packing, args.packing = args.packing, False  # TRL packs texts only and refuses pictures: it is not told
+        if packing:
             train_dataset = self._packed(model, args, train_dataset, processing_class)
-        elif args.train_sampling_strategy == "group_by_length" and isinstance(train_dataset, Dataset):
+        elif args.train_sampling_strategy == "group_by_length":
             train_dataset = self._with_lengths(train_dataset, processing_class, args.max_length)
         super().__init__(
             model=learner,
@@ -129,6 +136,7 @@ class VTLMMTrainer(SFTTrainer):
             data_collator=data_collator,
             **kwargs,
         )
+        args.packing = packing
         for parameter, values in learning.items():
             parameter.data = values.to(parameter.device)
         if self.is_fsdp_enabled:
@@ -145,9 +153,9 @@ class VTLMMTrainer(SFTTrainer):
 
     @staticmethod
     def _packed(model, args, dataset, processor):
-        """Packs of up to `max_length` tokens. TRL packs texts only and refuses pictures, so it is not told."""
-        if isinstance(dataset, IterableDataset) or args.max_length is None:
-            raise ValueError("Packing needs `max_length` and a dataset that is not streamed: lengths must be known.")
+        """Packs of up to `max_length` tokens."""
+        if args.max_length is None:
+            raise ValueError("Packing needs `max_length`: the length of a pack.")
         attention = model.config.text_config._attn_implementation or ""
         if attention.startswith("flash") and args.per_device_train_batch_size > 1:
             raise ValueError(
@@ -156,12 +164,17 @@ class VTLMMTrainer(SFTTrainer):
             )
         if attention == "sdpa" and getattr(model.config.text_config, "sliding_window", None) is None:
             model.model.language_model.set_attn_implementation(ROW_BY_ROW)
-        args.packing = False
+        if args.train_sampling_strategy == "group_by_length":
+            args.train_sampling_strategy = "random"  # packs are about equally long
         return pack_dataset(VTLMMTrainer._with_lengths(dataset, processor, args.max_length), args.max_length)
 
     @staticmethod
     def _with_lengths(dataset, processor, max_length):
         """`dataset` with its column `length` in tokens, which checking the data before has made already."""
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                "Packing and grouping by length need a dataset that is not streamed: lengths must be known."
+            )
         if "length" in dataset.column_names:
             return dataset
         return dataset.add_column("length", check_rows(dataset, processor, max_length).lengths)
@@ -177,6 +190,11 @@ class VTLMMTrainer(SFTTrainer):
 
         @torch.no_grad()
         def encode(images):
+            if self.is_fsdp_enabled:
+                raise ValueError(
+                    "Under FSDP the tower is not on a GPU yet: fill `cache_image_features` by the same command on one "
+                    "process (`max_steps=1`), then start again."
+                )
             images = [image.convert("RGB") for image in images]
             pixel_values = image_processor(images, return_tensors="pt")["pixel_values"].float()
             with self.accelerator.autocast():
@@ -241,6 +259,7 @@ class VTLMMTrainer(SFTTrainer):
             for i, (candidate, loss) in enumerate(zip(candidates, losses, strict=True))
         ]
         keep_candidate(self.model, candidates, best)
+        self.vm_head_candidates = []
         if self.is_world_process_zero():
             print(format_table(self.vm_head_table))
 
@@ -371,9 +390,9 @@ class VTLMMTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def train(self, *args, **kwargs):
-        self._log_time = time.perf_counter()
+        self._log_time, self._sums["train"] = time.perf_counter(), {}
         output = super().train(*args, **kwargs)
-        if self.vm_head_candidates and self.vm_head_table is None:
+        if self.vm_head_candidates:
             self._keep_best_candidate()
         return output
 
@@ -382,7 +401,8 @@ class VTLMMTrainer(SFTTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self._drain("eval")
         loss = self.stage.lm_loss_coef * metrics.get("lm_loss", 0.0)
-        loss += self.stage.visual_loss_coef * metrics.get("visual_loss", 0.0)
+        of_heads = [metrics[f"vm_head_{i}_loss"] for i in range(len(self.vm_head_candidates))]
+        loss += self.stage.visual_loss_coef * sum(of_heads or [metrics.get("visual_loss", 0.0)])
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         output.metrics[f"{metric_key_prefix}_loss"] = loss
         return output

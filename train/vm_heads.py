@@ -30,7 +30,9 @@ def check_candidates(candidates: list[dict]) -> None:
                     f"Candidate {number} of `vm_head_candidates` has the key {key!r}; there are "
                     f"{', '.join(CHOICES)} and learning_rate."
                 )
-            if value not in CHOICES.get(key, [value]):
+            if key == "learning_rate":
+                candidate[key] = float(value)  # YAML reads 1e-3 as text
+            elif value not in CHOICES[key]:
                 raise ValueError(f"{key} of candidate {number} is {value!r}; it must be {', '.join(CHOICES[key])}.")
 
 
@@ -39,14 +41,13 @@ def vm_heads(model) -> list[VTLMMVisualHead]:
     return [model.model.vm_head, *getattr(model.model, "vm_head_candidates", ())]
 
 
-def add_candidates(model, candidates: list[dict], learning_rate: float, seed: int) -> list[dict]:
+def add_candidates(model, candidates: list[dict], learning_rate: float, vm_head_init: str, seed: int) -> list[dict]:
     r"""
     Gives the model one new VM head for each of `candidates`, which learns.
 
     Args:
-        candidates (`list[dict]`): `vm_head_type` (by default the model's), `vm_head_init` (`"lm_head"`) and
-            `learning_rate`.
-        learning_rate (`float`): of those that do not say theirs.
+        candidates (`list[dict]`): `vm_head_type` (by default the model's), `vm_head_init` and `learning_rate`.
+        learning_rate (`float`), vm_head_init (`str`): of those that do not say theirs.
         seed (`int`): of what starts at random; every process must have the same.
 
     Returns:
@@ -54,7 +55,7 @@ def add_candidates(model, candidates: list[dict], learning_rate: float, seed: in
     """
     defaults = {
         "vm_head_type": model.config.vm_head_type,
-        "vm_head_init": "lm_head",
+        "vm_head_init": vm_head_init,
         "learning_rate": learning_rate,
     }
     candidates = [{**defaults, **candidate} for candidate in candidates]
