@@ -416,7 +416,7 @@ def test_a_merge_that_merges_nothing_is_refused(settings, tmp_path, capsys):
     assert main(command) == 1
     assert "15 leave the base" in capsys.readouterr().err
     assert main([*command, "--dequantize"]) == 1
-    assert "does not say that the base was quantised" in capsys.readouterr().err
+    assert "says that the base was quantised" in capsys.readouterr().err
     assert main([*command, "--base", str(tmp_path / "gone")]) == 1
     assert "say where it is with `--base`" in capsys.readouterr().err
     # names of another decoder: PEFT alone would warn, and merge nothing

@@ -19,22 +19,11 @@ from .collator import VTLMMCollator
 from .config import VTLMMTrainingConfig
 from .data_check import check_rows
 from .feature_cache import VisionFeatureCache, tower_key, undecoded
+from .loss_sums import LossSums, blank_words
 from .packing import ROW_BY_ROW, pack_dataset
 from .qlora import add_adapter, require_fit
 from .stages import describe, set_trainable
 from .vm_heads import add_candidates, format_table, keep_candidate, vm_heads
-
-
-def is_punctuation_or_blank(word: str) -> bool:
-    """Whether a word of the vocabulary says nothing by itself: no letter and no digit in it."""
-    return not any(character.isalnum() for character in word)
-
-
-def blank_words(tokenizer, vocab_size: int) -> torch.BoolTensor:
-    """Which of the first `vocab_size` words are punctuation, blank, special or a lone byte: `(vocab_size,)`."""
-    special = set(tokenizer.all_special_ids)
-    words = (tokenizer.decode([i]) for i in range(vocab_size))
-    return torch.tensor([i in special or is_punctuation_or_blank(word) for i, word in enumerate(words)])
 
 
 class VTLMMTrainer(SFTTrainer):
@@ -96,23 +85,8 @@ class VTLMMTrainer(SFTTrainer):
             raise ValueError("Pass the model's processor as `processing_class`: it writes and reads the rows.")
         self.stage = args.resolved_stage()
         set_seed(args.seed)  # the base class's comes after LoRA's and the VM head's first values
-        if args.vm_head_init != "keep" and not args.vm_head_candidates:
-            model.initialize_vm_head(args.vm_head_init)
         adapter = kwargs.pop("peft_config", None)
-        if adapter is None:
-            set_trainable(model, self.stage)
-        elif args.vm_head_init != "keep" and "vm_head" not in self.stage.trains:
-            raise ValueError(
-                f"`vm_head_init: {args.vm_head_init}` changes the VM head, which an adapter of stage {args.stage} "
-                "does not carry: leave it at keep, or add vm_head to `trainable_modules`."
-            )
-        self.vm_head_candidates, self.vm_head_table = [], None
-        if args.vm_head_candidates:
-            if eval_dataset is None or isinstance(eval_dataset, dict) or adapter is not None:
-                raise ValueError("`vm_head_candidates` need one `eval_dataset`, to choose by, and no adapter.")
-            source = "lm_head" if args.vm_head_init == "keep" else args.vm_head_init
-            arguments = args.vm_head_candidates, args.learning_rate, source, args.seed
-            self.vm_head_candidates = add_candidates(model, *arguments)
+        self.vm_head_candidates, self.vm_head_table = self._prepare_model(model, args, adapter, eval_dataset), None
         learner = model if adapter is None else add_adapter(model, adapter)
         # TRL rounds what learns on a quantised base to bfloat16, where small steps are lost; so they are in what is
         # saved in full of a base loaded in bfloat16
@@ -143,13 +117,32 @@ class VTLMMTrainer(SFTTrainer):
             self._keep_exact_when_sharded(model)
         if args.cache_image_features:
             self.data_collator.feature_cache = self._cache_vision_features(model, datasets)
-        self._sums = {"train": {}, "eval": {}}
-        self._log_time = time.perf_counter()
-        self._blank_words = None
+        words = None
         if self.stage.visual_student is not None:
-            self._blank_words = blank_words(self._tokenizer, model.config.visual_vocab_size)
+            words = blank_words(self._tokenizer, model.config.visual_vocab_size)
+        self._sums = {mode: LossSums(self.accelerator, words) for mode in ("train", "eval")}
+        self._log_time = time.perf_counter()
         if self.is_world_process_zero():
             print(describe(self.model, self.stage))
+
+    def _prepare_model(self, model, args, adapter, eval_dataset) -> list[dict]:
+        """What learns and what the VM head starts from; gives the candidates for it, if there are several."""
+        if args.vm_head_candidates:
+            if eval_dataset is None or isinstance(eval_dataset, dict) or adapter is not None:
+                raise ValueError("`vm_head_candidates` need one `eval_dataset`, to choose by, and no adapter.")
+        elif args.vm_head_init != "keep":
+            model.initialize_vm_head(args.vm_head_init)
+        if adapter is None:
+            set_trainable(model, self.stage)
+        elif args.vm_head_init != "keep" and "vm_head" not in self.stage.trains:
+            raise ValueError(
+                f"`vm_head_init: {args.vm_head_init}` changes the VM head, which an adapter of stage {args.stage} "
+                "does not carry: leave it at keep, or add vm_head to `trainable_modules`."
+            )
+        if not args.vm_head_candidates:
+            return []
+        source = "lm_head" if args.vm_head_init == "keep" else args.vm_head_init
+        return add_candidates(model, args.vm_head_candidates, args.learning_rate, source, args.seed)
 
     @staticmethod
     def _packed(model, args, dataset, processor):
@@ -306,7 +299,7 @@ class VTLMMTrainer(SFTTrainer):
             detach_visual_teacher=self.stage.detach_visual_teacher,
         )
         sums = outputs.loss_sums
-        self._accumulate("train" if training else "eval", sums, num_rows)
+        self._sums["train" if training else "eval"].add(sums, num_rows)
         if training:
             num_lm_targets, num_visual_targets = num_items_in_batch
         else:
@@ -342,45 +335,15 @@ class VTLMMTrainer(SFTTrainer):
 
     # ---- What is logged ----
 
-    def _accumulate(self, mode: str, sums: dict, num_rows: int | torch.Tensor):
-        """Adds one micro-batch to what the next log says; stays on the device."""
-        sums = {**sums, **sums.get("visual_tokens", {})}
-        sums.pop("visual_tokens", None)
-        device = self.accelerator.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        totals = self._sums[mode]
-        for name, value in {**sums, "num_rows": torch.as_tensor(num_rows)}.items():
-            totals[name] = totals.get(name, 0) + value.detach().to(device, dtype)
-
     def _drain(self, mode: str) -> dict[str, float]:
-        """Exact means since the last call, over all processes; one reduction."""
-        totals, self._sums[mode] = self._sums[mode], {}
-        if not totals:
-            return {}
-        names = sorted(totals)
-        flat = self.accelerator.reduce(torch.cat([totals[name].reshape(-1) for name in names]), reduction="sum")
-        sizes = [totals[name].numel() for name in names]
-        totals = dict(zip(names, flat.split(sizes), strict=True))
-        metrics = {}
-        if totals.get("num_lm_targets", 0) > 0:
-            metrics["lm_loss"] = (totals["lm_loss"] / totals["num_lm_targets"]).item()
-        if totals.get("num_visual_targets", 0) > 0:
-            num_patches = totals["num_patches"]
-            mean_probability = totals["probability"] / num_patches
-            blank = self._blank_words.to(flat.device)
-            metrics["visual_loss"] = (totals["visual_loss"] / totals["num_visual_targets"]).item()
-            for i, loss in enumerate(totals.get("vm_head_losses", ())):
-                metrics[f"vm_head_{i}_loss"] = (loss / totals["num_visual_targets"]).item()
-            metrics["visual_token_entropy"] = (totals["entropy"] / num_patches).item()
-            metrics["mean_visual_token_entropy"] = torch.special.entr(mean_probability).sum().item()
-            metrics["blank_top_words"] = (totals["top_word"][blank].sum() / num_patches).item()
-            metrics["head_agreement"] = (totals["agreement"] / num_patches).item()
-        if mode == "train":
+        """Exact means since the last call, in training with how fast it went."""
+        metrics, num_rows, num_patches = self._sums[mode].drain()
+        if mode == "train" and num_rows:
             now = time.perf_counter()
             seconds, self._log_time = now - self._log_time, now
-            metrics["samples_per_second"] = totals["num_rows"].item() / seconds
-            if "num_visual_targets" in totals:
-                metrics["image_tokens_per_second"] = totals["num_visual_targets"].item() / seconds
+            metrics["samples_per_second"] = num_rows / seconds
+            if num_patches is not None:
+                metrics["image_tokens_per_second"] = num_patches / seconds
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -390,7 +353,8 @@ class VTLMMTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def train(self, *args, **kwargs):
-        self._log_time, self._sums["train"] = time.perf_counter(), {}
+        self._sums["train"].forget()
+        self._log_time = time.perf_counter()
         output = super().train(*args, **kwargs)
         if self.vm_head_candidates:
             self._keep_best_candidate()
