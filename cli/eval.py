@@ -47,7 +47,7 @@ def evaluate(args) -> int:
         raise ValueError(f"--submission {args.submission} needs --id: the column {JSON_SUBMISSIONS[args.submission]}.")
     if args.prompt:
         build_prompt(args.prompt, "")
-    rows, subset = read_rows(args)
+    rows, subset = read_rows(args, (args.kind, args.references, args.id))
     questions, places = read_questions(rows, args.kind, args.references, args.id)
     for check in (score_answers, summarize):  # a scorer that does not fit the rows: now, not after hours
         check(questions, [""] * len(questions), args.scorer)
@@ -76,12 +76,12 @@ def evaluate(args) -> int:
     return 0
 
 
-def read_rows(args):
-    """Rows with the columns that the options name, and what part of the data they are if not all."""
+def read_rows(args, columns):
+    """Rows with the columns that are named, and what part of the data they are if not all."""
     from vtlmm.train.data import DataConfig, load_rows
 
     config = DataConfig(dataset=args.data, dataset_split=args.split, image_folder=args.image_folder)
-    rows = load_rows(config, columns=tuple(name for name in (args.kind, args.references, args.id) if name))
+    rows = load_rows(config, columns=tuple(name for name in columns if name))
     if args.limit is None or args.limit >= len(rows):
         return rows, None
     return rows.select(range(args.limit)), f"the first {args.limit} of {len(rows)} rows"

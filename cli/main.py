@@ -5,7 +5,7 @@ import argparse
 import logging
 import sys
 
-from . import compose, convert, data, demo, eval, merge, train
+from . import analyse, compose, convert, data, demo, eval, merge, tokens, train
 
 
 COMMANDS = {
@@ -15,6 +15,8 @@ COMMANDS = {
     "data": (data, "check training data before anything is trained"),
     "train": (train, "train one stage, or several, from a recipe"),
     "eval": (eval, "answer and score one's own questions, with a blind control"),
+    "tokens": (tokens, "show the words of every patch of pictures: PNG, page and JSON"),
+    "analyse": (analyse, "measure what the visual tokens of a data set mean"),
     "merge": (merge, "put an adapter into its base: a whole VT-LMM"),
 }
 

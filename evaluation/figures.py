@@ -9,6 +9,9 @@ from matplotlib import patheffects
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .patches import grid_side
+from .visual_tokens import VOICES
+
 
 def patch_words(model, processor, images: list) -> tuple[list, torch.Tensor]:
     """The likeliest word of every patch, a list of lists of strings, and its probability (num_images, num_patches)."""
@@ -27,9 +30,7 @@ def shown_image(processor, image) -> np.ndarray:
 
 def draw_patch_words(axes, image: np.ndarray, words: list[str], probabilities: torch.Tensor) -> None:
     """Writes each patch's word over it; the fainter, the less likely."""
-    side = round(len(words) ** 0.5)
-    if side * side != len(words):
-        raise ValueError(f"{len(words)} patches are no square grid: only square pictures can be drawn.")
+    side = grid_side(len(words))
     height, width = image.shape[:2]
     axes.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
     outline = [patheffects.withStroke(linewidth=1.6, foreground="white")]
@@ -57,6 +58,31 @@ def save_patch_words(path: Path, model, processor, images: list, titles: list[st
     for axes, image, word, probability, title in zip(grid.flat, images, words, probabilities, titles, strict=False):
         draw_patch_words(axes, shown_image(processor, image), word, probability)
         axes.set_title(title, fontsize=8, wrap=True)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def save_tokens_figure(path: Path, image: np.ndarray, tokens: dict, title: str) -> None:
+    r"""
+    One PNG: the words of a picture's patches by the VM head, by the decoder and by their pseudo image features, and
+    the entropy of the visual tokens.
+
+    Args:
+        image (`np.ndarray`): of [`shown_image`].
+        tokens (`dict`): of one picture, of `visual_tokens.patch_tokens`.
+    """
+    figure = Figure(figsize=(11, 11.4), layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    for voice, (name, _) in VOICES.items():
+        axes, leading = next(panels), [words[0] for words in tokens[voice]]
+        strength = torch.tensor([value for _, value in leading]).clamp(0, 1)
+        draw_patch_words(axes, image, [word for word, _ in leading], strength)
+        axes.set_title(name, fontsize=10)
+    axes, side = next(panels), grid_side(len(tokens["entropy"]))
+    drawn = axes.imshow(np.reshape(tokens["entropy"], (side, side)), cmap="viridis", vmin=0)
+    axes.set_title("entropy of the visual token (nats)", fontsize=10)
+    axes.set_axis_off()
+    figure.colorbar(drawn, ax=axes, shrink=0.8)
+    figure.suptitle(title, fontsize=11)
     FigureCanvasAgg(figure).print_png(str(path))
 
 

@@ -157,7 +157,7 @@ def samples_page(questions, answers, blind_answers, scores, results: dict, load_
         parts = {"question": question["question"], "answer": answers[i], "truth": truth}
         if blind_answers is not None:
             parts["with another picture"] = blind_answers[i]
-        pictures = "".join(f'<img alt="" src="{_data_uri(load_picture(key))}">' for key in question["images"])
+        pictures = "".join(f'<img alt="" src="{data_uri(load_picture(key))}">' for key in question["images"])
         text = "".join(f"<pre><b>{name}</b> {html.escape(part)}</pre>" for name, part in parts.items())
         title = html.escape(f"{i} · {question['kind']} · {scores[i]:.2f}")
         samples.append(f'<div class="{"right" if scores[i] >= 0.5 else "wrong"}">{title}{pictures}{text}</div>')
@@ -173,7 +173,8 @@ def _cell(value) -> str:
     return "–" if value is None else f"{value:.1%}" if isinstance(value, float) else str(value)
 
 
-def _data_uri(image) -> str:
+def data_uri(image) -> str:
+    """A picture from PIL inside a page."""
     image = image.convert("RGB")
     image.thumbnail((SAMPLE_PIXELS, SAMPLE_PIXELS))
     file = io.BytesIO()

@@ -1,0 +1,224 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""What a visual token means, in numbers: pure functions over the patches of one picture or a sample of patches.
+
+Shapes: N patches, V words, D hidden size, K words of a top-k. p_n = softmax(W_vm v_n) is the visual token of patch n.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+NUM_PERMUTATIONS = 199
+TILE_ROWS = 256  # patches whose distributions over the vocabulary exist at one time
+
+
+def word_probabilities(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """softmax(W x) in float32, (N, V), for features (N, D) and the weight (V, D) of a head."""
+    return F.linear(features, weight).float().softmax(-1)
+
+
+def cosine_scores(features: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    """Cosine of features (N, D) to every row of the embeddings (V, D), in float32, (N, V)."""
+    return F.linear(F.normalize(features.float(), dim=-1), F.normalize(embeddings.float(), dim=-1))
+
+
+def entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """H(p) = −Σ p log p over the last dimension, in nats."""
+    return torch.special.entr(probabilities).sum(-1)
+
+
+# ---- Agreement with labels, and of two lists of words ----
+
+
+def best_ranks(top_words: torch.Tensor, word_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    r"""
+    The best place of each of `word_ids` in any patch's list of words: 0 where it leads one, K where it is in none.
+
+    Args:
+        top_words (`torch.LongTensor` of shape `(N, K)`): best first.
+        word_ids (`torch.LongTensor` of shape `(num_words,)`), vocab_size (`int`)
+
+    Returns:
+        `torch.LongTensor` of shape `(num_words,)`
+    """
+    num_patches, k = top_words.shape
+    places = torch.arange(k, device=top_words.device).expand(num_patches, k)
+    best = torch.full((vocab_size,), k, dtype=torch.long, device=top_words.device)
+    return best.scatter_reduce_(0, top_words.flatten(), places.flatten(), "amin")[word_ids]
+
+
+def label_hits(ranks: torch.Tensor, labels: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    hit@k: whether a word of a picture's labels is among the top k of any of its patches, and the same with the labels
+    of another picture, on average over all others: the control by shuffling, without the noise of one shuffle.
+
+    Args:
+        ranks (`torch.Tensor` of shape `(num_pictures, num_words)`): see [`best_ranks`], a row a picture.
+        labels (`torch.BoolTensor` of shape `(num_pictures, num_words)`): the words of each picture's labels.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: both of shape `(num_pictures,)`.
+    """
+    reached, wanted = (ranks < k).float(), labels.float().T
+    own = ((ranks < k) & labels).any(1).float()
+    with_all = torch.cat([(part @ wanted > 0).sum(1) for part in reached.split(TILE_ROWS)])
+    return own, (with_all - own) / (len(own) - 1)
+
+
+def label_mass(mass: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As [`label_hits`] for the probability of the labels' words, from that of every word in each picture."""
+    own = (mass * labels).sum(1)
+    return own, (mass @ labels.to(mass.dtype).sum(0) - own) / (len(own) - 1)
+
+
+def top_word_overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Share of the words of one list (N, K) that are in the other, patch by patch, (N,); order does not count."""
+    return (first[:, :, None] == second[:, None, :]).any(-1).float().mean(-1)
+
+
+def auroc(scores: torch.Tensor, inside: torch.Tensor) -> float:
+    r"""
+    Probability that a patch inside has a higher score than one outside; ties count half. Chance is 0.5.
+
+    Args:
+        scores (`torch.Tensor` of shape `(N,)`), inside (`torch.BoolTensor` of shape `(N,)`): both kinds are needed.
+    """
+    difference = scores[inside][:, None] - scores[~inside][None, :]
+    return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean().item()
+
+
+# ---- Neighbourhoods, from the inner products of a sample of patches ----
+
+
+def gram(features: torch.Tensor) -> torch.Tensor:
+    """Inner products (N, N) of features (N, D), in float32."""
+    features = features.float()
+    return features @ features.T
+
+
+def visual_token_gram(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    r"""
+    Σ_k √(p_n[k] p_m[k]) of all pairs of visual tokens (the Bhattacharyya coefficient), (N, N).
+
+    It is the inner product of √p, which has length 1. Tile by tile, so that no more than two tiles of distributions
+    exist; they are computed anew for every pair.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, D)`): as the head's matrix gets them, behind its mixer.
+        weight (`torch.Tensor` of shape `(V, D)`)
+    """
+    products = torch.empty(len(features), len(features), device=features.device)
+    tiles = range(0, len(features), TILE_ROWS)
+    for i in tiles:
+        left = word_probabilities(features[i : i + TILE_ROWS], weight).sqrt_()
+        for j in (j for j in tiles if j >= i):
+            right = left if i == j else word_probabilities(features[j : j + TILE_ROWS], weight).sqrt_()
+            products[i : i + TILE_ROWS, j : j + TILE_ROWS] = left @ right.T
+            products[j : j + TILE_ROWS, i : i + TILE_ROWS] = (left @ right.T).T
+    return products
+
+
+def neighbours(products: torch.Tensor, k: int) -> torch.Tensor:
+    """Which k others are nearest to each by cosine: (N, N), true or false, from inner products (N, N)."""
+    lengths = products.diagonal().clamp_min(torch.finfo(products.dtype).tiny).sqrt()
+    cosine = (products / lengths[:, None] / lengths[None, :]).fill_diagonal_(-math.inf)
+    return torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, cosine.topk(k, dim=1).indices, True)
+
+
+def mutual_neighbours(first: torch.Tensor, second: torch.Tensor, k: int, seed: int = 0) -> dict:
+    r"""
+    Share of the k nearest neighbours of a patch in one space that are so in another (Huh et al. 2024,
+    https://arxiv.org/abs/2405.07987); chance is k / (N − 1).
+
+    Args:
+        first, second (`torch.Tensor` of shape `(N, N)`): inner products in the two spaces.
+        seed (`int`, *optional*, defaults to 0): of the permutations.
+
+    Returns:
+        `dict`: `overlap` (N,), one a patch; `chance`; `p_value` that the two spaces are unrelated, by permuting the
+        patches of one.
+    """
+    a, b = neighbours(first, k), neighbours(second, k)
+    found = (a & b).sum(1).float() / k
+    generator = torch.Generator().manual_seed(seed)
+    as_large = 0
+    for _ in range(NUM_PERMUTATIONS):
+        order = torch.randperm(len(b), generator=generator).to(b.device)
+        as_large += int((a & b[order][:, order]).sum() >= (a & b).sum())
+    p_value = (1 + as_large) / (1 + NUM_PERMUTATIONS)
+    return {"overlap": found, "chance": k / (len(a) - 1), "p_value": p_value}
+
+
+def unbiased_cka(first: torch.Tensor, second: torch.Tensor) -> float:
+    r"""
+    Linear CKA (Kornblith et al. 2019, https://arxiv.org/abs/1905.00414) from the unbiased HSIC of Song et al. 2012:
+    1 for spaces that differ by a rotation and a scale, about 0 for unrelated ones, whatever their dimension; not a
+    number where all patches of one space are alike.
+
+    Args:
+        first, second (`torch.Tensor` of shape `(N, N)`): inner products of four patches or more.
+    """
+    number = len(first)
+    a, b = (products.double().clone().fill_diagonal_(0) for products in (first, second))
+
+    def hsic(x, y):
+        inner = (x * y).sum() + x.sum() * y.sum() / ((number - 1) * (number - 2))
+        return inner - 2 / (number - 2) * (x.sum(0) @ y.sum(0))
+
+    own = [hsic(x, x) / (x * x).sum() for x in (a, b)]
+    if min(own) < 1e-9:  # all patches alike, or rounding
+        return math.nan
+    return (hsic(a, b) / (hsic(a, a) * hsic(b, b)).sqrt()).item()
+
+
+def jackknife_interval(estimate: float, without: list[float]) -> tuple[float, float]:
+    r"""
+    95 % interval of an estimate from what it is without each of several groups of pictures (Tukey's jackknife).
+
+    For what a bootstrap gets wrong: a picture drawn twice is its own neighbour, and a mutual information.
+    """
+    values = torch.tensor(without, dtype=torch.float64)
+    variance = (len(values) - 1) / len(values) * (values - values.mean()).square().sum()
+    return estimate - 1.96 * variance.sqrt().item(), estimate + 1.96 * variance.sqrt().item()
+
+
+# ---- Sharpness and diversity ----
+
+
+def mutual_information(mean_probabilities: torch.Tensor, mean_entropy: float) -> float:
+    r"""
+    I(picture; word) = H(mean p) − mean H(p) in nats: how much a word tells of where it comes from. 0 where all say the
+    same, however sharply.
+
+    Args:
+        mean_probabilities (`torch.Tensor` of shape `(V,)`): mean of the distributions.
+        mean_entropy (`float`): mean of their entropies.
+    """
+    return max(0.0, entropy(mean_probabilities.double()).item() - mean_entropy)
+
+
+# ---- Image features as mixes of words ----
+
+
+def reconstruction(features: torch.Tensor, mixes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine of mixes to features, both (N, D), and their relative error ‖mix − f‖ / ‖f‖, each (N,)."""
+    features, mixes = features.float(), mixes.float()
+    return F.cosine_similarity(features, mixes, dim=-1), (mixes - features).norm(dim=-1) / features.norm(dim=-1)
+
+
+def best_mix(features: torch.Tensor, embeddings: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    r"""
+    The linear mix of a patch's own K words that is nearest to its features (least squares), (N, D).
+
+    Of all V words the best mix would be no measure: with V ≥ D they span everything.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, D)`), embeddings (`torch.Tensor` of shape `(V, D)`)
+        words (`torch.LongTensor` of shape `(N, K)`)
+    """
+    bases = embeddings[words].double()  # (N, K, D)
+    products = (bases @ features.double().unsqueeze(-1)).squeeze(-1)
+    weights = torch.linalg.pinv(bases @ bases.mT, hermitian=True) @ products.unsqueeze(-1)
+    return (weights.mT @ bases).squeeze(1).float()
