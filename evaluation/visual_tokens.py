@@ -24,8 +24,8 @@ STYLE = """
 body { font: 15px/1.4 sans-serif; margin: 2em; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1em; margin-bottom: 3em; }
 .picture { position: relative; width: 30em; height: 30em; background-size: 100% 100%; image-rendering: pixelated; }
-.patch { position: absolute; box-sizing: border-box; outline: 1px solid #fff6; overflow: visible; }
-.patch > b { font-size: 0.6em; font-weight: normal; text-shadow: 0 0 3px #fff, 0 0 3px #fff; }
+.patch { position: absolute; display: flex; align-items: center; justify-content: center; outline: 1px solid #8886; }
+.patch > b { font-size: 0.7em; font-weight: normal; background: #fffb; padding: 0 0.2em; }
 .patch:hover { outline: 2px solid #c33; z-index: 2; }
 .patch > div { display: none; position: absolute; top: 100%; left: 0; z-index: 3; background: #fff; padding: 0.5em;
   border: 1px solid #999; white-space: nowrap; font-size: 0.85em; }
