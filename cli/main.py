@@ -5,7 +5,7 @@ import argparse
 import logging
 import sys
 
-from . import compose, convert, data, demo, eval, merge, train
+from . import compose, convert, data, demo, eval, merge, push, train, verify
 
 
 COMMANDS = {
@@ -16,6 +16,8 @@ COMMANDS = {
     "train": (train, "train one stage from a recipe"),
     "eval": (eval, "answer and score one's own questions, with a blind control"),
     "merge": (merge, "put an adapter into its base: a whole VT-LMM"),
+    "verify": (verify, "look at a folder or Hub repository and load it in a process without this package"),
+    "push": (push, "verify a folder and push it to the Hub in one commit, with a card that writes itself"),
 }
 
 
