@@ -75,8 +75,8 @@ def differences(found: dict, recorded: dict, dtype: torch.dtype) -> list[str]:
         difference, size = (values - expected).abs().max().item(), expected.abs().max().item()
         if not difference <= TOLERANCE.get(dtype, 5e-2) * size:  # not a number differs too
             problems.append(
-                f"{name} differ from the recorded ones by up to {difference:.2g}, of {size:.2g}: a weight, the code or "
-                "the picture's preprocessing was changed"
+                f"{name} differ from the recorded ones by up to {difference:.2g} of {size:.2g}: a weight, the code or "
+                "what is done to a picture was changed"
             )
     return problems
 

@@ -14,7 +14,7 @@ from .verify import ADAPTER, CARD_FILE, is_hub_id, kind_of
 TEMPLATE = Path(__file__).with_name("model_card.jinja")
 RUN_RECORD = "vtlmm_run.json"
 RESULTS_FOLDER = "results"
-# In a card that may be written anew; UNFILLED is in the Hub's own template as long as nobody filled it in.
+# In a card that may be written anew, the trainer's too. UNFILLED is in the Hub's own template till it is filled in.
 CARD_MARK = "<!-- Written by vtlmm, anew at every push. Take this line out to keep your own changes. -->"
 UNFILLED = "[More Information Needed]"
 # Settings that stand in the table of stages, or say where things are and not what is learnt.

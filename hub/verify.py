@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Whether a folder is what a Hub repository should be: looked at here, then loaded in a process without this package."""
+"""Whether a folder is what a Hub repository should be: looked at, then loaded in a process without this package."""
 
 import json
 import os
@@ -122,6 +122,9 @@ def hub_errors(repo_id: str, revision: str | None = None):
             raise ValueError(f"Your token may not write to {repo_id}.") from error
         said = error.server_message or str(error).splitlines()[0]
         raise ValueError(f"{repo_id}: the Hub answered {status}: {said}") from error
+    except RuntimeError as error:  # of a file's upload
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"{repo_id}: {str(error).splitlines()[0]} {reason} Push again to complete it.") from error
     except (HTTPError, ConnectionError) as error:
         raise ValueError(f"{repo_id}: the Hub cannot be reached: {str(error).splitlines()[0]}") from error
 
