@@ -59,6 +59,9 @@ def push(
             _make_twin(folder, Path(place, "twin"))
             options = {"private": private, "revision": revision, "tag": tag, "dry_run": dry_run}
             return push(Path(place, "twin"), repo_id, **options, **card)
+    if not dry_run:
+        with hub_errors(repo_id):
+            HfApi().whoami()  # a wrong token now, not after minutes; and told apart from a repository it may not see
     write_card(folder, repo_id, **card)
     if kind_of(folder)[0] == VTLMM and not (folder / CHECK_FILE).is_file():
         record_logits(folder)
@@ -97,7 +100,6 @@ def _make_twin(folder: Path, output: Path) -> None:
 def _upload(folder: Path, repo_id: str, private: bool | None, revision: str | None, tag: str | None) -> str:
     """Where the commit is."""
     api = HfApi()
-    api.whoami()  # a wrong token is told apart from a repository that it may not see
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
