@@ -5,7 +5,7 @@ import argparse
 import logging
 import sys
 
-from . import analyse, compose, convert, data, demo, eval, merge, tokens, train
+from . import analyse, compose, convert, data, demo, eval, merge, push, tokens, train, verify
 
 
 COMMANDS = {
@@ -18,6 +18,8 @@ COMMANDS = {
     "tokens": (tokens, "show the words of every patch of pictures: PNG, page and JSON"),
     "analyse": (analyse, "measure what the visual tokens of a data set mean"),
     "merge": (merge, "put an adapter into its base: a whole VT-LMM"),
+    "verify": (verify, "look at a folder or Hub repository and load it in a process without this package"),
+    "push": (push, "verify a folder and push it to the Hub in one commit, with a card that writes itself"),
 }
 
 

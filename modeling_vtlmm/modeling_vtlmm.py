@@ -2,6 +2,7 @@
 """VT-LMM (arXiv 2403.07720): a LLaVA-like model whose VM head maps each image feature to a distribution over words."""
 
 from dataclasses import fields
+from functools import partialmethod
 
 import torch
 from torch import nn
@@ -48,6 +49,9 @@ class VTLMMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # The library's own default is ten times what the Hub asks for.
+    save_pretrained = partialmethod(PreTrainedModel.save_pretrained, max_shard_size="5GB")
+    push_to_hub = partialmethod(PreTrainedModel.push_to_hub, max_shard_size="5GB")
 
     @torch.no_grad()
     def _init_weights(self, module):

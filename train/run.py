@@ -5,6 +5,7 @@ import difflib
 import gc
 import json
 import re
+import subprocess
 import time
 import warnings
 from dataclasses import dataclass, field, fields
@@ -251,7 +252,21 @@ def write_record(trainer: VTLMMTrainer, settings: dict, metrics: dict, seconds: 
             "metrics": metrics,
             **({"vm_heads": trainer.vm_head_table} if trainer.vm_head_table else {}),
             "versions": {name: version(name) for name in packages},
+            "commit": commit_of_code(),
         }
     )
     path = Path(trainer.args.output_dir, RUN_RECORD)
     path.write_text(json.dumps(history, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def commit_of_code() -> str | None:
+    """The commit of the repository that this file is tracked in, `-dirty` with changes; None for an installed copy."""
+
+    def git(*command):
+        found = subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True)
+        return found.stdout.strip() if found.returncode == 0 else None
+
+    try:
+        return git("describe", "--always", "--dirty") if git("ls-files", "--error-unmatch", "run.py") else None
+    except FileNotFoundError:  # no git here
+        return None

@@ -407,6 +407,8 @@ class VTLMMTrainer(SFTTrainer):
             library = "peft" if Path(base).is_dir() else f"peft\nbase_model: {base}"
         card = (
             f"---\nlibrary_name: {library}\npipeline_tag: image-text-to-text\ntags:\n- vt-lmm\n- trl\n---\n\n"
+            # the line by which `vtlmm push` knows that nobody wrote this card
+            "<!-- Written by vtlmm, anew at every push. Take this line out to keep your own changes. -->\n\n"
             f"# {model_name}\n\nA VT-LMM (arXiv {self._paper['id']}) during or after training.\n\n"
             f"```\n{describe(self.model, self.stage)}\n```\n\n```bibtex\n{self._paper['citation']}\n```\n"
         )

@@ -1,0 +1,24 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""`vtlmm push FOLDER user/name`"""
+
+
+def add_arguments(parser):
+    parser.add_argument("folder", help="VT-LMM, native twin or adapter")
+    parser.add_argument("repo_id", metavar="user/name", help="repository; made if it does not exist")
+    parser.add_argument("--twin", action="store_true", help="push the native twin of the folder instead")
+    parser.add_argument("--private", action="store_true", default=None, help="of a repository that is made")
+    parser.add_argument("--revision", help="branch; made if it does not exist")
+    parser.add_argument("--tag", help="name for the commit")
+    parser.add_argument("--dry-run", action="store_true", help="all but the push; lists the files")
+    parser.add_argument("--license", help="licence of the weights by the Hub's name, such as apache-2.0 or llama2")
+    parser.add_argument(
+        "--base-model", dest="base_models", nargs="+", default=[], metavar="ID", help="if the folder names none"
+    )
+    parser.add_argument("--results", nargs="+", default=[], metavar="FILE", help="results.json of `vtlmm eval`")
+
+
+def run(args) -> int:
+    from vtlmm.hub.push import push
+
+    report = push(**{key: value for key, value in vars(args).items() if key != "command"})
+    return 1 if report.problems else 0

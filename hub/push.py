@@ -1,0 +1,130 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""A folder to the Hub: its card and recorded logits, then `vtlmm verify`, then one commit with everything."""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
+
+from .load_alone import probe
+from .model_card import CARD_MARK, is_generated, write_card
+from .twin import write_twin
+from .verify import CARD_FILE, CHECK_FILE, LEFT_OUT, VTLMM, Report, hub_errors, kind_of, published_files, verify
+
+
+logger = logging.getLogger(__name__)
+
+# What an earlier push left of these and this one does not have would be taken for a part of the model.
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    twin: bool = False,
+    private: bool | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    dry_run: bool = False,
+    **card,
+) -> Report:
+    r"""
+    Write what `folder` lacks of a repository (the card, recorded logits), [`verify`] it, and push it in one commit:
+    what does not verify is not pushed, and what is on the Hub stays as it was until all files are there. Nothing
+    happens when nothing changed.
+
+    Args:
+        folder (`str` or `Path`): a VT-LMM, a native twin, or an adapter.
+        repo_id (`str`): `user/name`; made if it does not exist.
+        twin (`bool`, *optional*, defaults to `False`): push the native twin of `folder` instead.
+        private (`bool`, *optional*): whether a repository that is made is private; by default what the account says.
+        revision (`str`, *optional*): branch; made if it does not exist.
+        tag (`str`, *optional*): name for the commit.
+        dry_run (`bool`, *optional*, defaults to `False`): all but the push.
+        card: see [`write_card`].
+
+    Raises:
+        `ValueError`: when the Hub refuses, in one line.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
+    if twin:
+        with tempfile.TemporaryDirectory() as place:
+            _make_twin(folder, Path(place, "twin"))
+            options = {"private": private, "revision": revision, "tag": tag, "dry_run": dry_run}
+            return push(Path(place, "twin"), repo_id, **options, **card)
+    if not dry_run:
+        with hub_errors(repo_id):
+            HfApi().whoami()  # a wrong token now, not after minutes; and told apart from a repository it may not see
+    write_card(folder, repo_id, **card)
+    if kind_of(folder)[0] == VTLMM and not (folder / CHECK_FILE).is_file():
+        record_logits(folder)
+    report = verify(folder)
+    print(report.format())
+    if report.problems:
+        print("Nothing was pushed.")
+    elif dry_run:
+        for file in published_files(folder):
+            print(f"{(folder / file).stat().st_size:>15,}  {file}")
+        print(f"Not pushed to {repo_id}: dry run.")
+    else:
+        with hub_errors(repo_id, revision):
+            print(_upload(folder, repo_id, private, revision, tag))
+    return report
+
+
+def record_logits(folder: Path) -> None:
+    """Write what the model says to one question, by this package's code; [`verify`] compares the folder's own with it.
+    A record that is there is kept: the weights may have been damaged since."""
+    model = VTLMMForConditionalGeneration.from_pretrained(folder, dtype="auto")
+    found = probe(model, VTLMMProcessor.from_pretrained(folder))
+    (folder / CHECK_FILE).write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def _make_twin(folder: Path, output: Path) -> None:
+    """The twin with its part of the recorded logits: it has to give the same."""
+    if not (folder / CHECK_FILE).is_file():
+        record_logits(folder)
+    write_twin(folder, output)
+    record = json.loads((folder / CHECK_FILE).read_text(encoding="utf-8"))
+    record.pop("visual_logits")
+    (output / CHECK_FILE).write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def _upload(folder: Path, repo_id: str, private: bool | None, revision: str | None, tag: str | None) -> str:
+    """Where the commit is."""
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    files = published_files(folder)
+    if _keeps_card(api, folder, repo_id, revision):
+        logger.info("The card on the Hub was written by hand and stays.")
+        files.remove(CARD_FILE)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        commit_message="Upload with vtlmm push",
+        allow_patterns=files,
+        ignore_patterns=LEFT_OUT,
+        delete_patterns=REPLACED,
+    )
+    if tag is not None:
+        api.create_tag(repo_id, tag=tag, revision=commit.oid)
+    return commit.commit_url
+
+
+def _keeps_card(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> bool:
+    """Whether the card on the Hub is somebody's own and that of `folder` is not."""
+    if CARD_MARK not in (folder / CARD_FILE).read_text(encoding="utf-8"):
+        return False
+    if not api.file_exists(repo_id, CARD_FILE, revision=revision):
+        return False
+    return not is_generated(Path(api.hf_hub_download(repo_id, CARD_FILE, revision=revision)).read_text("utf-8"))

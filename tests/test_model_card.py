@@ -1,0 +1,97 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""The card that a folder writes itself."""
+
+import json
+
+import pytest
+import yaml
+from conftest import build_config
+from huggingface_hub import ModelCard, parse_eval_result_entries
+
+from vtlmm.hub.model_card import write_card
+
+
+LINE = {"n": 40, "pictures": 9, "score": 0.75, "low": 0.6, "high": 0.9, "blind": 0.25, "blind_low": 0.1}
+LINE |= {"blind_high": 0.4}
+RUN = {
+    "stage": "joint",
+    "plan": ["Stage joint: loss = 1 · L_lm + 1 · L_vm", "  vm_head  1,000 parameters  0 learn"],
+    "settings": {"model": "/home/me/start", "dataset": "someone/pictures", "image_folder": "/home/me/p", "seed": 3},
+    "learning_rate": 2e-5,
+    "steps": 100,
+    "epochs": 1.0,
+    "rows": 800,
+    "processes": 8,
+    "device": "a GPU",
+    "seconds": 7200.0,
+    "metrics": {"eval_lm_loss": 1.25, "eval_visual_loss": 0.5, "eval_runtime": 9},
+    "versions": {"torch": "2.8", "vtlmm": "0.1.0"},
+    "commit": "abc1234",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = build_config()
+    config.text_config._name_or_path, config.vision_config._name_or_path = "someone/decoder", "someone/tower"
+    config.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/vtlmm_run.json").write_text(json.dumps([{**RUN, "stage": "decoder"}, RUN]))
+    return tmp_path / "model"
+
+
+def write_results(path, data: str, subset: str | None = None):
+    values = {"model": "/home/me/model", "data": data, "split": "test", "subset": subset, "scorer": "exact"}
+    path.write_text(json.dumps({**values, "kinds": [{"kind": "count", **LINE}, {"kind": "all", **LINE}]}))
+    return path
+
+
+def test_a_card_says_what_was_done_and_measured(folder, tmp_path):
+    results = [
+        write_results(tmp_path / "a.json", "someone/questions"),
+        write_results(tmp_path / "b.json", "/home/me/rows.json", "the first 40 of 90 rows"),
+    ]
+    (folder / "patches.png").write_bytes(b"")
+    write_card(folder, "me/model", license="llama2", results=results)
+    card = ModelCard.load(folder / "README.md")
+    data = card.data.to_dict()
+    index = data.pop("model-index")
+    assert data == {
+        "license": "llama2",
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["vt-lmm", "conversational", "visual-tokens", "trl"],
+        "base_model": ["someone/decoder", "someone/tower"],
+        "base_model_relation": "finetune",
+        "datasets": ["someone/pictures"],
+    }
+    (result,) = index[0]["results"]  # that of the subset is no result on the data set
+    assert result["dataset"] == {"name": "someone/questions", "type": "someone/questions", "split": "test"}
+    assert [metric["value"] for metric in result["metrics"]] == [0.75, 0.25]
+    assert "| joint | start | someone/pictures | 800 | 100 | 1 | 2e-05 | 8 × a GPU | 2 |" in card.text
+    assert "lm_loss 1.25, visual_loss 0.5 |" in card.text and "commit abc1234" in card.text
+    assert "| count | 40 | 75.0% | 60.0% – 90.0% | 25.0% | 10.0% – 40.0% |" in card.text
+    assert "SUBSET: the first 40 of 90 rows" in card.text and "![patches.png](patches.png)" in card.text
+    assert '"revision": "…"' in card.text and "inproceedings{peng2024multimodal" in card.text
+    published = [card.text, *(file.read_text() for file in (folder / "results").iterdir())]
+    assert len(published) == 3 and not any("/home/me" in text for text in published)
+    (file,) = (folder / ".eval_results").iterdir()
+    (entry,) = parse_eval_result_entries(yaml.safe_load(file.read_text()))
+    assert (entry.dataset_id, entry.value) == ("someone/questions", 0.75) and "0.25" in entry.notes
+
+
+def test_a_card_is_written_again_as_it_was_and_one_by_hand_stays(folder, tmp_path):
+    results = [write_results(tmp_path / "a.json", "someone/questions")]
+    write_card(folder, "me/model", license="mit", base_models=["someone/else"], results=results)
+    first = (folder / "README.md").read_text()
+    write_card(folder, "me/model")
+    assert (folder / "README.md").read_text() == first and "- someone/else" in first
+    by_hand = "---\nlicense: mit\n---\nMine.\n"
+    (folder / "README.md").write_text(by_hand)
+    write_card(folder, "me/model", license="apache-2.0")
+    assert (folder / "README.md").read_text() == by_hand
+
+
+def test_results_that_are_none_are_refused(folder, tmp_path):
+    (tmp_path / "a.json").write_text('{"accuracy": 1}')
+    with pytest.raises(ValueError, match="a.json holds no results: pass a results.json"):
+        write_card(folder, "me/model", results=[tmp_path / "a.json"])
