@@ -143,7 +143,10 @@ def test_bad_recipes_stop_before_anything_is_loaded(recipe, capsys):
 
 def test_help_does_not_wait_for_torch():
     code = "import sys; from vtlmm.cli.main import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
-    started = time.perf_counter()
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "compose" in result.stdout and result.stdout.strip().endswith("False")
-    assert time.perf_counter() - started < 5  # 0.1 s on an idle machine
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+        assert "compose" in result.stdout and result.stdout.strip().endswith("False")
+    assert min(seconds) < 0.5  # the fastest: other work on the machine is not the command's
