@@ -91,12 +91,14 @@ def run(name: str, folder: Path):
     trainer.train(resume_from_checkpoint=checkpoint)
     if what == "evaluated":
         metrics = trainer.evaluate(build_rows(TEXT_ON_ONE[:7]))
-        Path(folder, f"{name}.json").write_text(json.dumps(metrics))
+        if trainer.is_world_process_zero():  # two processes writing one file would leave a mixture
+            Path(folder, f"{name}.json").write_text(json.dumps(metrics))
     elif what == "bf16":
         batch = trainer._prepare_inputs(trainer.data_collator(list(build_rows())))
         sums = trainer.model(**batch, return_loss_sums=True, visual_student="lm_head").loss_sums
         dtypes = {key: str(value.dtype) for key, value in (sums | sums.pop("visual_tokens")).items()}
-        Path(folder, f"{name}.json").write_text(json.dumps(dtypes))
+        if trainer.is_world_process_zero():  # two processes writing one file would leave a mixture
+            Path(folder, f"{name}.json").write_text(json.dumps(dtypes))
     else:
         save(trainer, folder / f"{name}.safetensors")
 
