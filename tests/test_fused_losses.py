@@ -20,7 +20,7 @@ FUNCTIONS = (*LOSSES, "pseudo image features")
 
 @pytest.fixture(autouse=True)
 def several_blocks_per_chunk(monkeypatch):
-    monkeypatch.setattr(fused, "LOGITS_PER_BLOCK_CPU", 8 * VOCAB_SIZE)
+    monkeypatch.setattr(fused, "LOGITS_PER_BLOCK_AND_THREAD_CPU", 8 * VOCAB_SIZE)
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
