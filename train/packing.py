@@ -9,12 +9,24 @@ from bisect import bisect_left, insort
 
 import torch
 from datasets import Dataset
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 
 ROW_BY_ROW = "sdpa_row_by_row"
+
+# Of the positions of a forward: each layer gets the same tensor, and each look into it would wait for the GPU.
+_lengths = WeakTensorKeyDictionary()
+
+
+def row_lengths(position_ids: torch.Tensor) -> list[list[int]]:
+    """Tokens of each row in each sequence of `position_ids` (`(B, S)`); a row starts where the positions do."""
+    if position_ids not in _lengths:
+        starts = [[0, *row[1:].eq(0).nonzero().flatten().add(1).tolist(), len(row)] for row in position_ids]
+        _lengths[position_ids] = [[b - a for a, b in zip(row, row[1:], strict=False)] for row in starts]
+    return _lengths[position_ids]
 
 
 def row_by_row_attention(module, query, key, value, attention_mask, position_ids=None, **kwargs):
@@ -30,11 +42,12 @@ def row_by_row_attention(module, query, key, value, attention_mask, position_ids
             "`attn_implementation: eager`, or do not pack."
         )
     outputs = []
-    for i, positions in enumerate(position_ids.expand(query.shape[0], -1)):
-        edges = [0, *(positions[1:] == 0).nonzero().flatten().add(1).tolist(), len(positions)]
-        lengths = [end - start for start, end in zip(edges, edges[1:], strict=False)]
-        rows = zip(*(states[i : i + 1].split(lengths, dim=2) for states in (query, key, value)), strict=True)
-        outputs.append(torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], dim=1))
+    lengths = row_lengths(position_ids)
+    for i in range(query.shape[0]):
+        row = lengths[i if len(lengths) > 1 else 0]  # one for all, where the positions are those of a whole batch
+        rows = zip(*(states[i : i + 1].split(row, dim=2) for states in (query, key, value)), strict=True)
+        attended = [sdpa_attention_forward(module, *states, None, **kwargs)[0] for states in rows]
+        outputs.append(torch.cat(attended, dim=1))
     return torch.cat(outputs), None
 
 
