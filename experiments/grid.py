@@ -4,6 +4,7 @@
 import copy
 import functools
 import hashlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,8 +118,9 @@ class Grid:
 
 def read_grid(path: str | Path, overrides: list[str] = ()) -> Grid:
     r"""
-    A grid file with `key=value` pairs on top: of `evaluate.…`, `arms.…`, `seeds` and `reference`; any other is a
-    setting of all arms.
+    A grid file with `key=value` pairs on top: of `evaluate.…`, `arms.…`, `seeds`, `reference` and `base`; any other is
+    a setting of all arms. `base` may be a file beside the grid: settings as in a recipe, and `evaluate`, what grids
+    with it measure if they do not say otherwise.
 
     Every setting of every arm is checked, so that a mistake in the last does not stop a grid after hours.
 
@@ -126,10 +128,12 @@ def read_grid(path: str | Path, overrides: list[str] = ()) -> Grid:
         `ValueError`: for a part, setting or value that there is not.
     """
     grid = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    grid.setdefault("base", {})
-    for override in overrides:
-        own = override.partition("=")[0].partition(".")[0] in set(PARTS) - {"base"}
-        change_settings(grid if own else grid["base"], [override])
+    own = [override for override in overrides if re.split(r"[.=]", override)[0] in PARTS]
+    change_settings(grid, own)
+    base = grid.setdefault("base", {})
+    if isinstance(base, str):
+        base = yaml.safe_load(Path(path).with_name(base).read_text(encoding="utf-8"))
+    change_settings(base, [override for override in overrides if override not in own])
     wrong = set(grid) ^ set(PARTS)
     if wrong:
         raise ValueError(f"{path}: a grid has {', '.join(PARTS)}; unknown or missing: {', '.join(sorted(wrong))}.")
@@ -141,8 +145,8 @@ def read_grid(path: str | Path, overrides: list[str] = ()) -> Grid:
             arms[arm]["evaluate"] = stages["evaluate"]
     if grid["reference"] not in arms:
         raise ValueError(f"{path}: the reference {grid['reference']!r} is no arm; there are {', '.join(arms)}.")
-    base = check_settings(grid["base"], path)
-    found = Grid(str(path), base, arms, grid["evaluate"], list(grid["seeds"]), grid["reference"])
+    evaluate = {**base.pop("evaluate", {}), **grid["evaluate"]}
+    found = Grid(str(path), check_settings(base, path), arms, evaluate, list(grid["seeds"]), grid["reference"])
     for arm in arms:
         found.measures(arm)
         for seed in found.seeds:

@@ -86,7 +86,9 @@ def run_once(grid: Grid, arm: str, seed: int, output: Path, folder: Path, held_o
     asked = (str(measures.data()), measures.kind, str(measures.kinds))
     if asked not in held_out:
         held_out[asked] = read_held_out(measures)
-    figures, details = measure(model, measures, held_out[asked], output / "stages" / "image_features")
+    features = chain[-1].get("cache_image_features")
+    features = features if isinstance(features, str) else output / "stages" / "image_features"
+    figures, details = measure(model, measures, held_out[asked], features)
     save_details(folder / "answers" / f"{key}.json", held_out[asked], details)
     return {
         "arm": arm,
