@@ -29,7 +29,7 @@ def save_differences(path: Path, lines: list[dict], reference: str, title: str) 
         axes.set_title(f"{name} − {reference}", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.set_yticks(range(len(arms)), arms)
-        axes.set_ylim(len(arms) - 0.5, -0.5)
+        axes.set_ylim(max(1, len(arms)) - 0.5, -0.5)
         for line in lines:
             if line["figure"] != name or line["arm"] == reference:
                 continue

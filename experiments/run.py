@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shlex
+import sys
 import time
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -71,7 +72,11 @@ def run_grid(
             print(f"\n== {arm}, seed {seed} ==")
             command = ["vtlmm", "ablate", str(path), *overrides, "--output", str(output)]
             command += ["--only", arm, "--seeds", str(seed)]
-            row = run_once(grid, arm, seed, output, folder, held_out)
+            try:
+                row = run_once(grid, arm, seed, output, folder, held_out)
+            except Exception:
+                print(f"The run of arm {arm}, seed {seed} failed.", file=sys.stderr)
+                raise
             append_row(folder / ROWS_FILE, {**row, "command": shlex.join(command)})
             write_results(folder, grid)
     return write_results(folder, grid)
@@ -80,12 +85,12 @@ def run_grid(
 def run_once(grid: Grid, arm: str, seed: int, output: Path, folder: Path, held_out: dict) -> dict:
     """Trains what is not trained of one run, and measures it: a line of `rows.jsonl`."""
     chain, measures, key = grid.chain(arm, seed), grid.measures(arm), grid.run_key(arm, seed)
+    asked = (str(measures.data()), measures.kind, str(measures.kinds))
+    if asked not in held_out:  # before anything is trained
+        held_out[asked] = read_held_out(measures)
     started = time.time()
     model = train_chain(chain, output / "stages")
     trained = time.time()
-    asked = (str(measures.data()), measures.kind, str(measures.kinds))
-    if asked not in held_out:
-        held_out[asked] = read_held_out(measures)
     features = chain[-1].get("cache_image_features")
     features = features if isinstance(features, str) else output / "stages" / "image_features"
     figures, details = measure(model, measures, held_out[asked], features)
