@@ -37,7 +37,7 @@ class EvaluateConfig:
         scorer (`str`, *optional*, defaults to `"exact"`): see `vtlmm eval`.
         text (`str`, *optional*): file of held-out texts, one a line.
         use_pseudo_image_features (`bool`, *optional*): what the decoder reads in the place of pictures, if not as
-            the model says. For one arm: `evaluate` beside its stages.
+            the model says. An arm may set it alone: `evaluate` beside its stages.
         batch_size (`int`, *optional*, defaults to 64), max_new_tokens (`int`, *optional*, defaults to 16)
     """
 
@@ -144,7 +144,9 @@ def read_grid(path: str | Path, overrides: list[str] = ()) -> Grid:
     for arm, stages in grid["arms"].items():
         settings = {stage: changes or {} for stage, changes in stages.items() if stage != "evaluate"}
         arms[arm] = check_settings({"stages": settings}, f"{path}, arm {arm}")["stages"]
-        if "evaluate" in stages:
+        if "evaluate" in stages:  # all arms are asked the same questions, or they could not be paired
+            if list(stages["evaluate"]) != ["use_pseudo_image_features"]:
+                raise ValueError(f"{path}, arm {arm}: an arm's evaluate may set use_pseudo_image_features only.")
             arms[arm]["evaluate"] = stages["evaluate"]
     if grid["reference"] not in arms:
         raise ValueError(f"{path}: the reference {grid['reference']!r} is no arm; there are {', '.join(arms)}.")

@@ -23,7 +23,7 @@ from filelock import FileLock
 from vtlmm.train.run import commit_of_code, run_training
 
 from .grid import Grid, read_grid
-from .measure import measure, read_held_out, save_details
+from .measure import HeldOut, measure, read_held_out, save_details
 from .paired import compare_arms, format_table
 
 
@@ -63,7 +63,7 @@ def run_grid(
     folder = output / Path(path).stem
     folder.mkdir(parents=True, exist_ok=True)
     read_rows(folder, grid)
-    held_out = {}  # by what is asked: arms may differ in it
+    held_out = read_held_out(grid.measures(grid.reference))
     for seed in grid.seeds:
         for arm in only or grid.arms:
             if any((row["arm"], row["seed"]) == (arm, seed) for row in read_rows(folder, grid)):
@@ -82,26 +82,23 @@ def run_grid(
     return write_results(folder, grid)
 
 
-def run_once(grid: Grid, arm: str, seed: int, output: Path, folder: Path, held_out: dict) -> dict:
+def run_once(grid: Grid, arm: str, seed: int, output: Path, folder: Path, held_out: HeldOut) -> dict:
     """Trains what is not trained of one run, and measures it: a line of `rows.jsonl`."""
     chain, measures, key = grid.chain(arm, seed), grid.measures(arm), grid.run_key(arm, seed)
-    asked = (str(measures.data()), measures.kind, str(measures.kinds))
-    if asked not in held_out:  # before anything is trained
-        held_out[asked] = read_held_out(measures)
     started = time.time()
     model = train_chain(chain, output / "stages")
     trained = time.time()
     features = chain[-1].get("cache_image_features")
     features = features if isinstance(features, str) else output / "stages" / "image_features"
-    figures, details = measure(model, measures, held_out[asked], features)
-    save_details(folder / "answers" / f"{key}.json", held_out[asked], details)
+    figures, details = measure(model, measures, held_out, features)
+    save_details(folder / "answers" / f"{key}.json", held_out, details)
     return {
         "arm": arm,
         "seed": seed,
         "key": key,
         "figures": figures,
-        "num_questions": len(held_out[asked].questions),
-        "num_pictures": len(held_out[asked].places),
+        "num_questions": len(held_out.questions),
+        "num_pictures": len(held_out.places),
         "subset": measures.max_rows is not None,
         "model": str(model),
         "seconds": {"training": round(trained - started, 1), "evaluation": round(time.time() - trained, 1)},
@@ -157,9 +154,8 @@ def read_rows(folder: Path, grid: Grid) -> list[dict]:
 
 def append_row(path: Path, row: dict) -> None:
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-    whole = path.read_bytes().rpartition(b"\n") if path.is_file() else (b"", b"", b"")
-    with open(path, "ab") as file:
-        file.truncate(len(whole[0]) + len(whole[1]))  # half a line of a kill goes
+    with FileLock(f"{path}.lock"), open(path, "ab") as file:
+        file.truncate(path.read_bytes().rfind(b"\n") + 1)  # half a line of a kill goes
         file.write(line)
 
 
