@@ -64,6 +64,8 @@ def run_grid(
     folder.mkdir(parents=True, exist_ok=True)
     read_rows(folder, grid)
     held_out = read_held_out(grid.measures(grid.reference))
+    versions = {package: version(package) for package in PACKAGES}
+    about = {"machine": machine(), "versions": versions, "commit": commit_of_code()}  # now: files may change below
     for seed in grid.seeds:
         for arm in only or grid.arms:
             if any((row["arm"], row["seed"]) == (arm, seed) for row in read_rows(folder, grid)):
@@ -77,7 +79,7 @@ def run_grid(
             except Exception:
                 print(f"The run of arm {arm}, seed {seed} failed.", file=sys.stderr)
                 raise
-            append_row(folder / ROWS_FILE, {**row, "command": shlex.join(command)})
+            append_row(folder / ROWS_FILE, {**row, **about, "command": shlex.join(command)})
             write_results(folder, grid)
     return write_results(folder, grid)
 
@@ -104,9 +106,6 @@ def run_once(grid: Grid, arm: str, seed: int, output: Path, folder: Path, held_o
         "seconds": {"training": round(trained - started, 1), "evaluation": round(time.time() - trained, 1)},
         "stages": chain,
         "evaluate": vars(measures),
-        "machine": machine(),
-        "versions": {package: version(package) for package in PACKAGES},
-        "commit": commit_of_code(),
     }
 
 
