@@ -5,7 +5,7 @@ import argparse
 import logging
 import sys
 
-from . import analyse, compose, convert, data, demo, eval, merge, push, tokens, train, verify
+from . import ablate, analyse, compose, convert, data, demo, eval, merge, push, tokens, train, verify
 
 
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "data": (data, "check training data before anything is trained"),
     "train": (train, "train one stage, or several, from a recipe"),
     "eval": (eval, "answer and score one's own questions, with a blind control"),
+    "ablate": (ablate, "train the arms of a grid with several seeds and compare them, seed by seed"),
     "tokens": (tokens, "show the words of every patch of pictures: PNG, page and JSON"),
     "analyse": (analyse, "measure what the visual tokens of a data set mean"),
     "merge": (merge, "put an adapter into its base: a whole VT-LMM"),

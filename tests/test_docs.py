@@ -9,7 +9,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("modeling_vtlmm", "train", "hub", "evaluation", "cli", "demo", "tests", "benchmarks")
+FOLDERS = ("modeling_vtlmm", "train", "hub", "evaluation", "cli", "demo", "experiments", "tests", "benchmarks")
 # A test without its file belongs to the file named last
 NAMED = re.compile(r"`(?:[\w/]*/)?(?P<file>\w+\.py)?(?P<colons>::?)(?P<symbol>[A-Za-z_][\w.]*)")
 

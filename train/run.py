@@ -27,6 +27,7 @@ from .data_check import check_rows, checked_stream
 from .qlora import AdapterConfig, keep_differentiable_on_cpu, peft_config, quantization_config
 from .stages import describe
 from .trainer import VTLMMTrainer
+from .vm_heads import replace_vm_head
 
 
 RUN_RECORD = "vtlmm_run.json"
@@ -44,6 +45,12 @@ class ModelConfig:
         default="float32", metadata={"help": "Type of the weights. AdamW loses small steps in bfloat16."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, …"})
+    use_pseudo_image_features: bool | None = field(
+        default=None, metadata={"help": "Whether the decoder reads pseudo image features, if not as the model says."}
+    )
+    vm_head_type: str | None = field(
+        default=None, metadata={"help": "Begin with a new VM head: linear, mlp or attention; for stage III."}
+    )
 
 
 CONFIGS = (ModelConfig, DataConfig, AdapterConfig, VTLMMTrainingConfig)
@@ -60,6 +67,12 @@ def read_settings(path: str | Path, overrides: list[str] = ()) -> dict:
         `ValueError`: for a key that no configuration has, with the nearest one that exists.
     """
     settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    change_settings(settings, overrides)
+    return check_settings(settings, path)
+
+
+def change_settings(settings: dict, overrides: list[str]) -> None:
+    """Puts `key=value` pairs (the value in YAML) into nested `settings`; `a.b=value` into the `b` of `a`."""
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign:
@@ -69,6 +82,10 @@ def read_settings(path: str | Path, overrides: list[str] = ()) -> dict:
         for parent in parents:
             place[parent] = place = place.get(parent) or {}
         place[key] = yaml.safe_load(value)
+
+
+def check_settings(settings: dict, path: str | Path) -> dict:
+    """Settings of `path`, of one stage or several, with known keys only and numbers that YAML reads as text."""
     if "stages" not in settings:
         return _checked(settings, path)
     stages = {stage: _checked(own or {}, path) for stage, own in settings["stages"].items()}
@@ -177,6 +194,10 @@ def build_trainer(settings: dict, **kwargs) -> VTLMMTrainer:
         quantization_config=quantization_config(adapter, torch.bfloat16 if args.bf16 else torch.float32),
         **load,
     )
+    if model_config.use_pseudo_image_features is not None:
+        model.config.use_pseudo_image_features = model_config.use_pseudo_image_features
+    if model_config.vm_head_type is not None:
+        replace_vm_head(model, model_config.vm_head_type, args.seed)
     keep_differentiable_on_cpu(model)
     lora = peft_config(adapter, args.resolved_stage())
     # the base as PEFT writes it into the adapter's folder

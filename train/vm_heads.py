@@ -5,8 +5,6 @@ The first candidate is the model's `vm_head`, the others are `vm_head_candidates
 data parallelism averages only what its forward used, and in its checkpoints. The model that is saved has the best one.
 """
 
-import copy
-
 import torch
 from torch import nn
 
@@ -41,6 +39,24 @@ def vm_heads(model) -> list[VTLMMVisualHead]:
     return [model.model.vm_head, *getattr(model.model, "vm_head_candidates", ())]
 
 
+def replace_vm_head(model, vm_head_type: str, seed: int, vm_head_init: str = "lm_head") -> None:
+    """
+    Gives the model a new VM head of `vm_head_type`; what starts at random is drawn with `seed`.
+
+    Raises:
+        `ValueError`: for a type that there is not.
+    """
+    if vm_head_type not in CHOICES["vm_head_type"]:
+        types = ", ".join(CHOICES["vm_head_type"])
+        raise ValueError(f"`vm_head_type` is {vm_head_type!r}; it must be one of {types}.")
+    old, model.config.vm_head_type = model.model.vm_head, vm_head_type
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.model.vm_head = VTLMMVisualHead(model.config).to(old.weight.device, old.weight.dtype)
+        model.model.vm_head.apply(model._init_weights)
+        model.initialize_vm_head(vm_head_init)
+
+
 def add_candidates(model, candidates: list[dict], learning_rate: float, vm_head_init: str, seed: int) -> list[dict]:
     r"""
     Gives the model one new VM head for each of `candidates`, which learns.
@@ -59,14 +75,9 @@ def add_candidates(model, candidates: list[dict], learning_rate: float, vm_head_
         "learning_rate": learning_rate,
     }
     candidates = [{**defaults, **candidate} for candidate in candidates]
-    old, heads, config = model.model.vm_head, nn.ModuleList(), copy.deepcopy(model.config)
+    heads = nn.ModuleList()
     for number, candidate in enumerate(candidates):
-        config.vm_head_type = candidate["vm_head_type"]
-        with torch.random.fork_rng():
-            torch.manual_seed(seed + number)
-            model.model.vm_head = VTLMMVisualHead(config).to(old.weight.device, old.weight.dtype)
-            model.model.vm_head.apply(model._init_weights)
-            model.initialize_vm_head(candidate["vm_head_init"])
+        replace_vm_head(model, candidate["vm_head_type"], seed + number, candidate["vm_head_init"])
         heads.append(model.model.vm_head)
     model.model.vm_head, model.model.vm_head_candidates = heads[0], heads[1:]
     model.config.vm_head_type = candidates[0]["vm_head_type"]
