@@ -115,7 +115,7 @@ def tokens_page(names: list[str], shown: list, tokens: list[dict]) -> str:
     HTML with each picture: hover over a patch to see its words. Beside it the entropy of its visual tokens.
 
     Args:
-        names (`list[str]`), shown (`list[numpy.ndarray]`): pictures as `figures.shown_image` gives them.
+        names (`list[str]`), shown (`list[numpy.ndarray]`): pictures as `patches.shown_image` gives them.
         tokens (`list[dict]`): of [`patch_tokens`].
     """
     parts = []
