@@ -25,5 +25,7 @@ def run(args) -> int:
     model, processor = load_model(args)
     if model.config.model_type != "vtlmm":
         raise ValueError(f"{args.model} is a {model.config.model_type}, whose patches say nothing: name a VT-LMM.")
-    launch(build_page(model, processor, args.model, args.max_new_tokens), args.host, args.port)
+    page = build_page(model, processor, args.model, args.max_new_tokens)
+    print(f"{args.model} has its page at http://{args.host}:{args.port}", flush=True)
+    launch(page, args.host, args.port)
     return 0

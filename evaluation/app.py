@@ -72,7 +72,7 @@ def build_page(model, processor, name: str, max_new_tokens: int = 512):
 
     # one model with one kind of features at a time
     alone = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
-    with gradio.Blocks(title=f"VT-LMM: {name}", analytics_enabled=False) as page:
+    with gradio.Blocks(title=f"VT-LMM: {name}", analytics_enabled=False, fill_width=True) as page:
         turns = gradio.State([])
         gradio.Markdown(f"## {name}")
         with gradio.Row():
@@ -84,14 +84,13 @@ def build_page(model, processor, name: str, max_new_tokens: int = 512):
                     label="what the decoder reads",
                 )
             with gradio.Column():
-                chat = gradio.Chatbot(label="conversation", height=320)
+                chat = gradio.Chatbot(label="conversation", height=320, buttons=["copy"])
                 question = gradio.Textbox(label="question", placeholder="What is in the picture?", submit_btn=True)
-                reset = gradio.Button("New conversation")
         words = gradio.HTML(label="words of the patches")
         question.submit(ask, [picture, features, turns, question], [turns, chat, question], **alone)
         for change in (picture.change, features.change):
             change(begin, [picture, features], [turns, chat, words], **alone)
-        reset.click(lambda: ([], []), outputs=[turns, chat], **alone)
+        chat.clear(lambda: [], outputs=turns, **alone)
     return page
 
 
@@ -99,10 +98,9 @@ def launch(page, host: str, port: int, **options):
     """Serves the page; its visitors' browsers ask only this server for anything."""
     from starlette.middleware import Middleware
 
-    middleware = [Middleware(_PolicyHeader)]
-    return page.launch(
-        server_name=host, server_port=port, share=False, ssr_mode=False, app_kwargs={"middleware": middleware}, **options
-    )
+    own = {"share": False, "ssr_mode": False, "quiet": True, "footer_links": []}
+    own["app_kwargs"] = {"middleware": [Middleware(_PolicyHeader)]}
+    return page.launch(server_name=host, server_port=port, **own, **options)
 
 
 class _PolicyHeader:
