@@ -73,7 +73,11 @@ def _read_table(path: Path):
         return rows
     text = path.read_text(encoding="utf-8")
     try:
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
+        rows = (
+            json.loads(text)
+            if path.suffix == ".json"
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
+        )
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}. With one record a line, name it .jsonl.") from error
     if not isinstance(rows, list):
@@ -82,7 +86,14 @@ def _read_table(path: Path):
 
 
 def answer_rows(
-    output: Path, model, processor, questions: list[dict], load_picture, batch_size: int, max_new_tokens: int, name: str
+    output: Path,
+    model,
+    processor,
+    questions: list[dict],
+    load_picture,
+    batch_size: int,
+    max_new_tokens: int,
+    name: str,
 ) -> list[str]:
     r"""
     Greedy answers in the order of `questions`, appended to the file `output` batch by batch, shortest question first;

@@ -62,7 +62,7 @@ class AdapterConfig:
 
 
 def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How a model is loaded as `"none"`, `"nf4"` or `"int8"`; the tower, the projector and both heads stay as they are."""
+    """How a model is loaded as none, nf4 or int8; the tower, the projector and both heads are never quantised."""
     if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
