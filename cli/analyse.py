@@ -1,6 +1,8 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`vtlmm analyse MODEL --data …`"""
 
+from .load import add_model_arguments, load_model
+
 
 def add_arguments(parser):
     parser.add_argument("model", help="VT-LMM: folder or Hub id")
@@ -18,9 +20,7 @@ def add_arguments(parser):
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0, help="of the random head, sampled patches and permutations")
     parser.add_argument("--output", help="folder; by default outputs/analysis/ and the model's name")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16; default: the model's")
-    parser.add_argument("--revision", help="commit, tag or branch of a Hub id")
-    parser.add_argument("--trust-remote-code", action="store_true", help="allow code of the model's folder to run")
+    add_model_arguments(parser)
 
 
 def run(args) -> int:
@@ -33,7 +33,7 @@ def run(args) -> int:
     from vtlmm.evaluation.run import picture_loader, read_questions
     from vtlmm.evaluation.signatures import evenly, failure_signatures
 
-    from .eval import load_model, read_rows
+    from .eval import read_rows
 
     if args.batch_size < 1 or args.questions < 0 or (args.limit is not None and args.limit < 1):
         raise ValueError("--batch-size and --limit must be 1 or more, --questions 0 or more.")

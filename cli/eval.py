@@ -1,6 +1,8 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`vtlmm eval MODEL --data …` and `vtlmm eval --compare RUN RUN`"""
 
+from .load import add_model_arguments, load_model
+
 
 def add_arguments(parser):
     parser.add_argument("model", nargs="?", help="VT-LMM: folder or Hub id")
@@ -18,9 +20,7 @@ def add_arguments(parser):
     parser.add_argument("--seed", type=int, default=0, help="of the shuffled pictures")
     parser.add_argument("--output", help="folder of the run; by default outputs/eval/ and a name that says which run")
     parser.add_argument("--submission", choices=["vqav2", "vizwiz"], help="also write the file that its server wants")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16; default: the model's")
-    parser.add_argument("--revision", help="commit, tag or branch of a Hub id")
-    parser.add_argument("--trust-remote-code", action="store_true", help="allow code of the model's folder to run")
+    add_model_arguments(parser)
     parser.add_argument("--compare", nargs=2, metavar="RUN", help="the second of two finished runs against the first")
 
 
@@ -85,19 +85,6 @@ def read_rows(args, columns):
     if args.limit is None or args.limit >= len(rows):
         return rows, None
     return rows.select(range(args.limit)), f"the first {args.limit} of {len(rows)} rows"
-
-
-def load_model(args):
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    import modeling_vtlmm  # noqa: F401 - registers the model
-
-    load = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    processor = AutoProcessor.from_pretrained(args.model, **load)
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype, **load)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return model.to(device), processor
 
 
 def compare(args) -> int:

@@ -5,7 +5,24 @@ import argparse
 import logging
 import sys
 
-from . import ablate, analyse, compose, convert, data, demo, eval, merge, push, tokens, train, verify
+from . import (
+    ablate,
+    analyse,
+    app,
+    ask,
+    chat,
+    compose,
+    convert,
+    data,
+    demo,
+    eval,
+    merge,
+    push,
+    serve,
+    tokens,
+    train,
+    verify,
+)
 
 
 COMMANDS = {
@@ -14,6 +31,10 @@ COMMANDS = {
     "convert": (convert, "make a VT-LMM from a VW-LMM or LLaVA-1.5 checkpoint, or a stock LLaVA from it"),
     "data": (data, "check training data before anything is trained"),
     "train": (train, "train one stage, or several, from a recipe"),
+    "ask": (ask, "answer one question on stdout, or the questions of a file into a file"),
+    "chat": (chat, "talk with a model about pictures in the terminal"),
+    "serve": (serve, "answer OpenAI's client: chat with pictures over HTTP"),
+    "app": (app, "a page to chat about a picture and see what its patches say"),
     "eval": (eval, "answer and score one's own questions, with a blind control"),
     "ablate": (ablate, "train the arms of a grid with several seeds and compare them, seed by seed"),
     "tokens": (tokens, "show the words of every patch of pictures: PNG, page and JSON"),

@@ -1,34 +1,27 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`vtlmm tokens MODEL IMAGE …`"""
 
+from .load import add_model_arguments, load_model
+
 
 def add_arguments(parser):
     parser.add_argument("model", help="VT-LMM: folder or Hub id")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures")
     parser.add_argument("--output", help="folder; by default outputs/tokens/ and the model's name")
     parser.add_argument("--top-k", type=int, default=5, help="words of a patch (default: 5)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16; default: the model's")
-    parser.add_argument("--revision", help="commit, tag or branch of a Hub id")
-    parser.add_argument("--trust-remote-code", action="store_true", help="allow code of the model's folder to run")
+    add_model_arguments(parser)
 
 
 def run(args) -> int:
     from pathlib import Path
 
-    from PIL import Image, UnidentifiedImageError
-
+    from vtlmm.evaluation.answers import open_picture
+    from vtlmm.evaluation.patches import shown_image
     from vtlmm.evaluation.visual_tokens import TOKENS_PAGE, patch_tokens, save_tokens
 
-    from .eval import load_model
-
-    images = []
-    for path in args.images:
-        try:
-            images.append(Image.open(path).convert("RGB"))
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{path} is no picture that can be read.") from error
+    images = [open_picture(path) for path in args.images]
     try:
-        from vtlmm.evaluation.figures import save_tokens_figure, shown_image
+        from vtlmm.evaluation.figures import save_tokens_figure
     except ModuleNotFoundError as error:
         raise ValueError("Drawing needs matplotlib: pip install 'vtlmm[figures]'.") from error
     model, processor = load_model(args)

@@ -3,11 +3,16 @@
 
 import hashlib
 import random
+import threading
 from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
+from transformers import StoppingCriteria, TextIteratorStreamer
 
 
 def split_turns(rows) -> list[dict]:
@@ -84,6 +89,23 @@ def asking_order(questions: list[dict]) -> list[int]:
     return sorted(range(len(questions)), key=lambda i: (len(questions[i]["images"]), len(questions[i]["question"])))
 
 
+def open_picture(source) -> Image.Image:
+    r"""
+    A picture in RGB from a path or a binary file.
+
+    Raises:
+        `FileNotFoundError`: without the file.
+        `ValueError`: naming what is no picture, or a broken one.
+    """
+    try:
+        with Image.open(source) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{source} is no picture that can be read: {error}.") from error
+
+
 def conversation(question: dict) -> list[dict]:
     """The user's turn of a question: its pictures, then its text."""
     content = [{"type": "image", "image": image} for image in question["images"]]
@@ -105,6 +127,37 @@ def answer_batch(model, processor, questions: list[dict], max_new_tokens: int = 
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+class _StopWhen(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+def stream_answer(model, processor, messages: list[dict], max_new_tokens: int = 512) -> Iterator[str]:
+    r"""
+    The greedy answer to a conversation in pieces, as they are generated. Whoever stops listening stops it.
+
+    Args:
+        messages (`list[dict]`): turns as [`conversation`] makes them, the last one the user's.
+    """
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stopped = threading.Event()
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "stopping_criteria": [_StopWhen(stopped)]}
+    with ThreadPoolExecutor(1) as executor:
+        generation = executor.submit(model.generate, **inputs, **settings, streamer=streamer)
+        generation.add_done_callback(lambda _: streamer.end())  # after an error nobody else would end it
+        try:
+            yield from streamer
+        finally:
+            stopped.set()
+        generation.result()
 
 
 def answer(model, processor, questions: list[dict], batch_size: int = 32, max_new_tokens: int = 16) -> list[str]:

@@ -98,6 +98,21 @@ def grid_side(num_patches: int) -> int:
     return side
 
 
+def patch_words(model, processor, images: list) -> tuple[list, torch.Tensor]:
+    """The likeliest word of every patch, a list of lists of strings, and its probability (num_images, num_patches)."""
+    pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(model.device)
+    tokens = model.get_visual_tokens(pixel_values, top_k=1)
+    return processor.visual_words(tokens.token_ids[..., 0]), tokens.probabilities[..., 0].float().cpu()
+
+
+def shown_image(processor, image) -> np.ndarray:
+    """The picture as the vision tower sees it (padded, cropped, resized), (height, width, 3) in 0..1."""
+    pixels = np.asarray(processor.image_processor([image.convert("RGB")])["pixel_values"][0])
+    mean = np.reshape(getattr(processor.image_processor, "image_mean", None) or [0.5] * 3, (3, 1, 1))
+    std = np.reshape(getattr(processor.image_processor, "image_std", None) or [0.5] * 3, (3, 1, 1))
+    return np.clip(pixels * std + mean, 0, 1).transpose(1, 2, 0)
+
+
 def patches_inside(processor, image, boxes: list, num_patches: int) -> torch.Tensor:
     r"""
     Which patches are covered by boxes by a half or more, `(num_patches,)`.

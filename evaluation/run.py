@@ -148,26 +148,25 @@ def with_prompt(questions: list[dict], prompt: str | None) -> list[dict]:
     return [{**question, "question": build_prompt(prompt, question["question"])} for question in questions]
 
 
-def open_run(folder: Path, key: dict, about: dict) -> None:
+def open_run(path: Path, answers: list[Path], key: dict, about: dict) -> None:
     r"""
-    Makes the folder of a run, or finds it as it was left.
+    Writes the file `path`, which says whose the `answers` beside it are, or finds it as it was left.
 
     Raises:
-        `ValueError`: when the folder holds another run; it says what differs.
+        `ValueError`: when they are of another run; it says what differs.
     """
-    path = folder / RUN_FILE
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))["key"]
         differing = [name for name in key if found.get(name) != key[name]]
         if differing:
             raise ValueError(
-                f"{folder} holds answers of another run ({', '.join(differing)} differ): choose another --output, or "
-                "delete it. Answers of two runs are never mixed."
+                f"{answers[0]} holds answers of another run ({', '.join(differing)} differ): choose another --output, "
+                f"or delete it and {path.name}. Answers of two runs are never mixed."
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    if any((folder / name).exists() for name in (ANSWERS_FILE, BLIND_FILE)):
-        raise ValueError(f"{folder} has answers, but no {RUN_FILE} that says whose: choose another --output.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if any(file.exists() for file in answers):
+        raise ValueError(f"{answers[0]} is there, but no {path.name} that says whose: choose another --output.")
     draft = path.with_suffix(".part")  # a kill while it is written leaves no half of it
     draft.write_text(json.dumps({"key": key, **about}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(draft, path)
@@ -218,7 +217,8 @@ def answer_all(path: Path, model, processor, questions: list[dict], load_picture
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text
                 question = questions[i]
-                record = {"index": i, **question, "truth": question["answer"], "answer": text}
+                truth = {"truth": question["answer"]} if "answer" in question else {}
+                record = {"index": i, **question, **truth, "answer": text}
                 lines.append(json.dumps(record, ensure_ascii=False) + "\n")
             file.write("".join(lines).encode())
             file.flush()
@@ -263,7 +263,8 @@ def run_questions(
         `ValueError`: when `output` holds another run.
     """
     output, settings = Path(output), key["settings"]
-    open_run(output, key, {**(about or {}), "num_questions": len(questions)})
+    about = {**(about or {}), "num_questions": len(questions)}
+    open_run(output / RUN_FILE, [output / ANSWERS_FILE, output / BLIND_FILE], key, about)
     asked = with_prompt(questions, settings["prompt"])
     arguments = (picture_loader(rows, places), batch_size, settings["max_new_tokens"])
     answers = answer_all(output / ANSWERS_FILE, model, processor, asked, *arguments)

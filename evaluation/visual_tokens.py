@@ -28,7 +28,7 @@ body { font: 15px/1.4 sans-serif; margin: 2em; }
 .patch > b { font-size: 0.7em; font-weight: normal; background: #fffb; padding: 0 0.2em; }
 .patch:hover { outline: 2px solid #c33; z-index: 2; }
 .patch > div { display: none; position: absolute; top: 100%; left: 0; z-index: 3; background: #fff; padding: 0.5em;
-  border: 1px solid #999; white-space: nowrap; font-size: 0.85em; }
+  border: 1px solid #999; white-space: nowrap; font-size: 0.85em; pointer-events: none; }
 .patch.right > div { left: auto; right: 0; }
 .patch:hover > div { display: flex; gap: 1em; }
 th { text-align: left; }
@@ -103,7 +103,8 @@ def _grid(tokens: dict, background: str, of_entropy: bool, most: float) -> str:
         label = f'<b style="opacity:{1 if of_entropy else 0.3 + 0.7 * probability:.2f}">{label}</b>'
         if side > 16:  # no room for words
             label = ""
-        kind = "patch right" if column >= side / 2 else "patch"
+        # to where there is room: beside the words stands the other grid, and beside that one perhaps nothing
+        kind = "patch right" if of_entropy and column >= side / 2 else "patch"
         words = _tables(tokens, i)
         cells.append(f'<div class="{kind}" style="{place}{shade}">{label}<div>{words}</div></div>')
     picture = "" if of_entropy else f"background-image:url({background})"
@@ -115,7 +116,7 @@ def tokens_page(names: list[str], shown: list, tokens: list[dict]) -> str:
     HTML with each picture: hover over a patch to see its words. Beside it the entropy of its visual tokens.
 
     Args:
-        names (`list[str]`), shown (`list[numpy.ndarray]`): pictures as `figures.shown_image` gives them.
+        names (`list[str]`), shown (`list[numpy.ndarray]`): pictures as `patches.shown_image` gives them.
         tokens (`list[dict]`): of [`patch_tokens`].
     """
     parts = []

@@ -167,6 +167,24 @@ def test_the_twin_s_processor_is_stock(vtlmm, processor, tmp_path):
     assert back.to_dict() == VTLMMProcessor.from_pretrained(tmp_path / "vtlmm").to_dict()
 
 
+def test_what_an_engine_reads(vtlmm, tmp_path):
+    """A class that it knows by name, no code, and tensors under the names of llava-hf."""
+    write_twin(vtlmm()[0], tmp_path / "twin")
+    config = json.loads((tmp_path / "twin" / "config.json").read_text())
+    assert config["architectures"] == ["LlavaForConditionalGeneration"] and config["model_type"] == "llava"
+    assert "auto_map" not in json.dumps(config) and config["image_token_index"] < config["text_config"]["vocab_size"]
+    processor = json.loads((tmp_path / "twin" / "processor_config.json").read_text())
+    assert processor["processor_class"] == "LlavaProcessor" and processor["patch_size"] == 14
+    assert "{%" in (tmp_path / "twin" / "chat_template.jinja").read_text()
+    parts = (
+        "vision_tower.vision_model.",
+        "multi_modal_projector.",
+        "language_model.model.",
+        "language_model.lm_head.",
+    )
+    assert all(name.startswith(parts) for name in all_tensors(tmp_path / "twin"))
+
+
 @pytest.mark.parametrize(
     ("vision", "values", "said"),
     [

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 
-from .qlora import AdapterConfig, quantization_config, require_fit
+from .qlora import quantization_config, require_fit
 from .run import RUN_RECORD
 from .stages import module_of
 
@@ -84,7 +84,7 @@ def merge(
 @torch.no_grad()
 def round_weights(model: PreTrainedModel, base: str, revision: str | None, quantization: str, dtype: str) -> None:
     """The decoder's weights of `model` as they are when `base` is loaded in `dtype` and `quantization`."""
-    config = quantization_config(AdapterConfig(quantization=quantization, adapter="lora"), torch.float32)
+    config = quantization_config(quantization, torch.float32)
     quantised = type(model).from_pretrained(base, revision=revision, dtype=dtype, quantization_config=config)
     for name, module in quantised.named_modules():
         weight = getattr(module, "weight", None)

@@ -61,9 +61,9 @@ class AdapterConfig:
             raise ValueError("DoRA does not work on an int8 base: set `adapter: lora`, or `quantization: nf4`.")
 
 
-def quantization_config(config: AdapterConfig, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How the base is loaded; the tower, the projector and both heads are never quantised."""
-    if config.quantization == "nf4":
+def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How a model is loaded as none, nf4 or int8; the tower, the projector and both heads are never quantised."""
+    if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -71,7 +71,7 @@ def quantization_config(config: AdapterConfig, compute_dtype: torch.dtype) -> Bi
             bnb_4bit_compute_dtype=compute_dtype,
             llm_int8_skip_modules=NOT_QUANTISED,
         )
-    if config.quantization == "int8":
+    if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTISED)
     return None
 

@@ -191,7 +191,7 @@ def build_trainer(settings: dict, **kwargs) -> VTLMMTrainer:
         model_config.model,
         dtype=model_config.dtype,
         attn_implementation=model_config.attn_implementation,
-        quantization_config=quantization_config(adapter, torch.bfloat16 if args.bf16 else torch.float32),
+        quantization_config=quantization_config(adapter.quantization, torch.bfloat16 if args.bf16 else torch.float32),
         **load,
     )
     if model_config.use_pseudo_image_features is not None:

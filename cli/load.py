@@ -1,0 +1,54 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""How every command that uses a model loads it."""
+
+
+def add_model_arguments(parser):
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16; default: the model's")
+    parser.add_argument(
+        "--quantization", default="none", choices=["none", "nf4", "int8"], help="of the decoder; default: none"
+    )
+    parser.add_argument(
+        "--device-map",
+        metavar="WHERE",
+        help="cpu, cuda:1, …, or auto: over all GPUs, and what they cannot hold in memory; default: the first GPU",
+    )
+    parser.add_argument("--pseudo", action="store_true", help="pseudo image features in place of image features")
+    parser.add_argument("--revision", help="commit, tag or branch of a Hub id")
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow code of the model's folder to run")
+
+
+def load_model(args):
+    """
+    Model, in evaluation mode, and processor.
+
+    Raises:
+        `ValueError`: for pseudo image features of a model without a VM head.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    import modeling_vtlmm  # noqa: F401 - registers the model
+
+    load = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    processor = AutoProcessor.from_pretrained(args.model, **load)
+    config = AutoConfig.from_pretrained(args.model, **load)
+    if args.pseudo:
+        if config.model_type != "vtlmm":
+            raise ValueError(f"{args.model} is a {config.model_type}: only a VT-LMM has pseudo image features.")
+        config.use_pseudo_image_features = True
+    quantization = None
+    if args.quantization != "none":
+        from vtlmm.train.qlora import quantization_config
+
+        dtype = config.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+        quantization = quantization_config(args.quantization, dtype or torch.float32)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = AutoModelForImageTextToText.from_pretrained(
+        args.model,
+        config=config,
+        dtype=args.dtype,
+        device_map=args.device_map or {"": device},
+        quantization_config=quantization,
+        **load,
+    )
+    return model.eval(), processor

@@ -1,0 +1,179 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""`vtlmm serve`, asked by OpenAI's own client over loopback."""
+
+import base64
+import io
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import build_processor
+from PIL import Image
+
+from vtlmm.cli.main import build_parser
+from vtlmm.evaluation.answers import answer_batch
+
+
+openai = pytest.importorskip("openai", reason="the extra `serve` is not installed")
+pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+QUESTION = "what is in the picture ?"
+
+
+@pytest.fixture(scope="module")
+def model():
+    from test_use import build_config
+    from transformers import GenerationConfig
+
+    from modeling_vtlmm import VTLMMForConditionalGeneration
+
+    torch.manual_seed(0)
+    model = VTLMMForConditionalGeneration(build_config()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(10)
+    model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=3)
+    model.generation_config.suppress_tokens = [0, 1, 2, 3, model.config.image_token_id, *range(45, 64)]
+    return model
+
+
+@pytest.fixture(scope="module")
+def address(model):
+    """A server in a thread, at a free port of loopback."""
+    import uvicorn
+
+    from vtlmm.hub.serve import build_app
+
+    app = build_app("user/name", model, build_processor())
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    deadline = time.monotonic() + 60
+    while not server.started:
+        assert thread.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def ask(address):
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+    def create(messages, **options):
+        return client.chat.completions.create(
+            **{"model": "user/name", "max_tokens": 6, "messages": messages, **options}
+        )
+
+    create.client = client
+    return create
+
+
+def picture(colour: str) -> Image.Image:
+    return Image.new("RGB", (28, 28), colour)
+
+
+def uri(colour: str) -> str:
+    file = io.BytesIO()
+    picture(colour).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def about(url: str) -> list[dict]:
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+    return [{"role": "user", "content": parts}]
+
+
+TEXT = [{"role": "user", "content": "hello"}]
+
+
+def expected(model, question: str, *colours: str) -> str:
+    asked = {"images": [picture(colour) for colour in colours], "question": question}
+    return answer_batch(model, build_processor(), [asked], 6)[0]
+
+
+def test_text_and_pictures(model, ask):
+    reply = ask(TEXT)
+    assert reply.choices[0].message.content == expected(model, "hello") and reply.usage.completion_tokens == 6
+    answers = [ask(about(uri(colour))).choices[0].message.content for colour in ("red", "blue")]
+    assert answers == [expected(model, QUESTION, colour) for colour in ("red", "blue")] and len(set(answers)) == 2
+    assert [entry.id for entry in ask.client.models.list().data] == ["user/name"]
+
+
+def test_streaming(model, ask):
+    pieces = [chunk.choices[0].delta.content for chunk in ask(about(uri("red")), stream=True)]
+    assert "".join(filter(None, pieces)).strip() == expected(model, QUESTION, "red")
+    assert len([piece for piece in pieces if piece]) > 1
+
+
+def test_two_at_once(model, ask):
+    with ThreadPoolExecutor(2) as executor:
+        replies = [executor.submit(ask, about(uri(colour))) for colour in ("red", "blue")]
+        answers = [reply.result().choices[0].message.content for reply in replies]
+    assert answers == [expected(model, QUESTION, colour) for colour in ("red", "blue")]
+
+
+def test_the_responses_route_reads_pictures_of_requests_only(model, ask, tmp_path):
+    parts = [{"type": "input_image", "image_url": uri("red")}, {"type": "input_text", "text": QUESTION}]
+    message = {"role": "user", "content": parts}
+    options = {"model": "user/name", "max_output_tokens": 6, "stream": False}
+    reply = ask.client.responses.create(input=[message], **options)
+    assert reply.output_text == expected(model, QUESTION, "red")
+    picture("red").save(tmp_path / "red.png")
+    parts[0]["image_url"] = str(tmp_path / "red.png")
+    with pytest.raises(openai.BadRequestError, match="opens no files"):
+        ask.client.responses.create(input=[message], **options)
+
+
+BAD = {
+    "no messages": ({"messages": []}, 400, "no messages"),
+    "an address": ({"messages": about("http://127.0.0.1:1/a.png")}, 400, "opens no files and no addresses"),
+    "a file": ({"messages": about(__file__)}, 400, "opens no files and no addresses"),
+    "a broken picture": ({"messages": about("data:image/png;base64,AAAA")}, 400, "cannot identify image"),
+    "no picture": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "not in the request"),
+    "sound": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "of type 'input_audio'"),
+    "part": ({"messages": [{"role": "user", "content": ["hello"]}]}, 400, "of type None"),
+    "number": ({"messages": [{"role": "user", "content": 1}]}, 400, "of type None"),
+    "no role": ({"messages": [{"content": "hello"}]}, 400, "Message 0 has no role"),
+    "a role that the template refuses": ({"messages": [{"role": "robot", "content": "x"}]}, 400, "unknown role robot"),
+    "length": ({"messages": TEXT, "max_tokens": -1}, 400, "must be greater than 0"),
+    "temperature": ({"messages": TEXT, "extra_body": {"temperature": "hot"}}, 400, "hot"),
+    "field": ({"messages": TEXT, "extra_body": {"nonsense": 1}}, 422, "nonsense"),
+    "model": ({"messages": TEXT, "model": "another"}, 400, "another"),
+}
+
+
+@pytest.mark.parametrize(("request_", "status", "said"), BAD.values(), ids=BAD)
+def test_bad_requests(ask, request_, status, said):
+    with pytest.raises(openai.APIStatusError) as error:
+        ask(**request_)
+    assert error.value.status_code == status and said in json.dumps(error.value.body)
+
+
+def post(url: str, body: bytes) -> tuple[int, str]:
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_what_is_no_request(address, model, ask):
+    assert post(f"{address}/v1/chat/completions", b"{")[0] == 422
+    assert post(f"{address}/v1/chat/completions", b'{"model": "user/name"}')[0] == 400
+    # no client makes it load or forget a model
+    assert "has user/name only" in post(f"{address}/load_model", b'{"model": "user/other"}')[1]
+    assert post(f"{address}/reset", b"")[0] == 200
+    assert ask(TEXT).choices[0].message.content == expected(model, "hello")
+
+
+def test_only_this_machine_is_served_by_default():
+    for command in ("serve", "app"):
+        assert build_parser().parse_args([command, "model"]).host == "127.0.0.1"
