@@ -4,7 +4,7 @@
 import json
 import re
 import shutil
-from importlib.metadata import distribution
+from importlib.metadata import distributions
 from pathlib import Path
 
 import yaml
@@ -151,9 +151,15 @@ def _no_twin(folder: Path) -> str | None:
     return obstacle(config, embeddings_name(model_without_weights(config)))
 
 
+def license_text() -> str | None:
+    """The text of this package's licence, from where it is installed; what a build left in a checkout lacks it."""
+    texts = (installed.read_text(f"licenses/{LICENSE_FILE}") for installed in distributions(name="vtlmm"))
+    return next(filter(None, texts), None)
+
+
 def _write_license(folder: Path, license: str | None) -> None:
     """The text of the licence if it is this package's own; another one's is its owner's to add."""
-    file, text = folder / LICENSE_FILE, distribution("vtlmm").read_text(f"licenses/{LICENSE_FILE}")
+    file, text = folder / LICENSE_FILE, license_text()
     if license == OUR_LICENSE and text and not file.is_file():
         file.write_text(text, encoding="utf-8")
     elif license != OUR_LICENSE and file.is_file() and file.read_text(encoding="utf-8") == text:

@@ -13,7 +13,15 @@ from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 
 from .errors import hub_errors
 from .load_alone import probe
-from .model_card import CARD_MARK, RESULTS_FOLDER, RUN_RECORD, is_generated, write_card
+from .model_card import (
+    CARD_MARK,
+    LICENSE_FILE,
+    RESULTS_FOLDER,
+    RUN_RECORD,
+    is_generated,
+    license_text,
+    write_card,
+)
 from .quantize import QUANTIZATIONS, write_quantized
 from .twin import write_twin
 from .verify import ADAPTER, CARD_FILE, CHECK_FILE, LEFT_OUT, VTLMM, Report, kind_of, published_files, verify
@@ -133,10 +141,14 @@ def _upload(folder: Path, repo_id: str, private: bool | None, revision: str | No
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    files = published_files(folder)
-    if _keeps_card(api, folder, repo_id, revision):
+    files, replaced = published_files(folder), list(REPLACED)
+    there = {file: _read_on_hub(api, repo_id, file, revision) for file in (CARD_FILE, LICENSE_FILE)}
+    written = CARD_MARK in (folder / CARD_FILE).read_text(encoding="utf-8")
+    if written and there[CARD_FILE] is not None and not is_generated(there[CARD_FILE]):
         logger.info("The card on the Hub was written by hand and stays.")
         files.remove(CARD_FILE)
+    if there[LICENSE_FILE] == license_text():  # of an earlier push; these weights may be under another
+        replaced.append(LICENSE_FILE)
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
@@ -144,17 +156,15 @@ def _upload(folder: Path, repo_id: str, private: bool | None, revision: str | No
         commit_message="Upload with vtlmm push",
         allow_patterns=files,
         ignore_patterns=LEFT_OUT,
-        delete_patterns=REPLACED,
+        delete_patterns=replaced,
     )
     if tag is not None:
         api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit.commit_url
 
 
-def _keeps_card(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> bool:
-    """Whether the card on the Hub is somebody's own and that of `folder` is not."""
-    if CARD_MARK not in (folder / CARD_FILE).read_text(encoding="utf-8"):
-        return False
-    if not api.file_exists(repo_id, CARD_FILE, revision=revision):
-        return False
-    return not is_generated(Path(api.hf_hub_download(repo_id, CARD_FILE, revision=revision)).read_text("utf-8"))
+def _read_on_hub(api: HfApi, repo_id: str, file: str, revision: str | None) -> str | None:
+    """The text of `file`, if it is there."""
+    if not api.file_exists(repo_id, file, revision=revision):
+        return None
+    return Path(api.hf_hub_download(repo_id, file, revision=revision)).read_text(encoding="utf-8")

@@ -37,7 +37,7 @@ def write_card(
         tags=["vt-lmm", "conversational", "trl", *([tags] if isinstance(tags, str) else tags or [])],
         base_model=base if known else None,
         base_model_relation=("adapter" if adapter else "finetune") if known else None,
-        datasets=dataset_name,
+        datasets=[dataset_name] if dataset_name else None,
     )
     text = _TEXT.format(
         data=data.to_yaml(),
@@ -57,7 +57,8 @@ def write_card(
 def _settings(trainer) -> dict:
     args = trainer.args
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return {"rows a step": rows, **{name: getattr(args, name) for name in SETTINGS}}
+    values = {name: getattr(args, name) for name in SETTINGS}
+    return {"rows a step": rows, **{name: getattr(value, "value", value) for name, value in values.items()}}
 
 
 def _losses(log_history: list[dict]) -> str:
