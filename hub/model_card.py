@@ -66,10 +66,7 @@ def write_card(
     """
     folder = Path(folder)
     path = folder / CARD_FILE
-    for file in pictures:
-        if Path(file).suffix != ".png":
-            raise ValueError(f"{file} is no PNG: pass one, such as `vtlmm tokens` writes.")
-        shutil.copy(file, folder)
+    _add_pictures(folder, pictures)
     for file in results:
         _add_results(folder, _read_results(Path(file)))
     tables = [_read_results(file) for file in sorted(folder.glob(f"{RESULTS_FOLDER}/*.json"))]
@@ -84,7 +81,6 @@ def write_card(
     base_models = list(base_models) or earlier.get("base_model") or find_base_models(kind, config, runs)
     base_models = [base_models] if isinstance(base_models, str) else base_models
     _write_license(folder, license)
-    has_curves = draw_curves(runs, folder / CURVES_FILE)
     form = "quantized" if quantization_of(config) else kind
     data = front_matter(form, repo_id, license, base_models, runs, tables)
     card = ModelCard.from_template(
@@ -101,7 +97,7 @@ def write_card(
         parts=describe_parts(config, base_models),
         tokens=f" ({config['image_seq_length']} image tokens)" if "image_seq_length" in config else "",
         pictures=sorted(file.name for file in folder.glob("*.png") if file.name != CURVES_FILE),
-        curves=CURVES_FILE if has_curves else None,
+        curves=CURVES_FILE if draw_curves(runs, folder / CURVES_FILE) else None,
         runs=[describe_run(run) for run in runs],
         results=[{"title": _title(table), "rows": _rows(table)} for table in tables],
     )
@@ -155,6 +151,14 @@ def license_text() -> str | None:
     """The text of this package's licence, from where it is installed; what a build left in a checkout lacks it."""
     texts = (installed.read_text(f"licenses/{LICENSE_FILE}") for installed in distributions(name="vtlmm"))
     return next(filter(None, texts), None)
+
+
+def _add_pictures(folder: Path, pictures: list[str | Path]) -> None:
+    for file in map(Path, pictures):
+        if file.suffix != ".png":
+            raise ValueError(f"{file} is no PNG: pass one, such as `vtlmm tokens` writes.")
+        if file.resolve().parent != folder.resolve():
+            shutil.copy(file, folder)
 
 
 def _write_license(folder: Path, license: str | None) -> None:

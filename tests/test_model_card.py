@@ -89,8 +89,10 @@ def test_a_card_is_written_again_as_it_was_and_one_by_hand_stays(folder, tmp_pat
     results = [write_results(tmp_path / "a.json", "someone/questions")]
     write_card(folder, "me/model", license="mit", base_models=["someone/else"], results=results)
     first = (folder / "README.md").read_text()
-    write_card(folder, "me/model")
-    assert (folder / "README.md").read_text() == first and "- someone/else" in first
+    (folder / "patches.png").write_bytes(b"")
+    write_card(folder, "me/model", pictures=[folder / "patches.png"])
+    assert (folder / "README.md").read_text().replace("\n![patches.png](patches.png)\n", "") == first
+    assert "- someone/else" in first
     by_hand = "---\nlicense: mit\n---\nMine.\n"
     (folder / "README.md").write_text(by_hand)
     write_card(folder, "me/model", license="apache-2.0")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from vtlmm.hub.model_card import CARD_MARK
 from vtlmm.hub.quantize import KEPT
 from vtlmm.train.qlora import NOT_QUANTISED
 
@@ -83,6 +84,7 @@ def test_the_push_of_a_trainer(facts):
     """Everything but the recorded logits, no pickle, and a card from the run, which `vtlmm push` completes."""
     assert set(facts["files of trained"]) == CODE | REST | {"model.safetensors"}
     card = ModelCard(facts["card of trained"])
+    assert CARD_MARK in card.text
     assert card.data.license == "mit" and card.data.datasets == ["somebody/pictures"]
     assert card.data.pipeline_tag == "image-text-to-text" and "| `learning_rate` | 0.01 |" in card.text
     assert "after 1 optimizer steps" in card.text and "lm_loss" in card.text and "vm_head teaches" in card.text
@@ -92,6 +94,7 @@ def test_the_push_of_a_trainer(facts):
 def test_the_decoder_in_4_bits(facts):
     """By id and tag out of a private repository, in a process without this package: by every Auto class and the
     pipeline, with the recorded logits. Only what training rounds too is rounded."""
+    pytest.importorskip("bitsandbytes")
     assert facts["nf4"]["code"] == 0 and facts["nf4"]["commits"]["somebody/nf4"] == 1
     assert facts["second nf4"]["code"] == 0 and facts["second nf4"]["commits"]["somebody/nf4"] == 0
     assert set(facts["files of nf4"]) == CODE | REST | {"model.safetensors"} | (ADDED - {"LICENSE"})
@@ -103,6 +106,7 @@ def test_the_decoder_in_4_bits(facts):
     data = ModelCard(facts["card of nf4"]).data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == (["somebody/whole"], "quantized")
     assert "pip install bitsandbytes" in facts["card of nf4"] and "convert" not in facts["card of nf4"]
+    assert facts["int8"]["code"] == 0 and "108,128 parameters: complete" in facts["int8"]["out"]
     assert_refused(facts["verify without trust"], "runs the code in it", "--trust-remote-code")
     assert facts["verify"]["code"] == 0 and "16 files, 0.000224 GB, 108,128 parameters" in facts["verify"]["out"]
 
