@@ -61,8 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     logger.handlers = [logging.StreamHandler(sys.stdout)]
     try:
         return COMMANDS[args.command][0].run(args) or 0
-    except (ValueError, FileNotFoundError) as error:
-        print(f"vtlmm {args.command}: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        # what is not on the Hub or cannot be reached is an OSError, whose first line says so: the rest is advice
+        said = error if isinstance(error, ValueError) else (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"vtlmm {args.command}: {said}", file=sys.stderr)
         return 1
 
 

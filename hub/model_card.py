@@ -3,17 +3,25 @@
 
 import json
 import re
+import shutil
+from importlib.metadata import distributions
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from .verify import ADAPTER, CARD_FILE, is_hub_id, kind_of
+from modeling_vtlmm import VTLMMConfig
+
+from .curves import CURVES_FILE, draw_curves
+from .tensors import embeddings_name, model_without_weights
+from .twin import obstacle
+from .verify import ADAPTER, CARD_FILE, VTLMM, is_hub_id, kind_of
 
 
 TEMPLATE = Path(__file__).with_name("model_card.jinja")
 RUN_RECORD = "vtlmm_run.json"
 RESULTS_FOLDER = "results"
+LICENSE_FILE, OUR_LICENSE = "LICENSE", "apache-2.0"
 # In a card that may be written anew, the trainer's too. UNFILLED is in the Hub's own template till it is filled in.
 CARD_MARK = "<!-- Written by vtlmm, anew at every push. Take this line out to keep your own changes. -->"
 UNFILLED = "[More Information Needed]"
@@ -23,6 +31,7 @@ NOT_LISTED += ("resume_from_checkpoint", "cache_image_features", "disable_tqdm",
 RESULT_KEYS = ("split", "subset", "scorer", "num_questions", "empty_answers", "kinds", "summary", "versions")
 SIZES = {"hidden_size": "channels", "num_hidden_layers": "layers", "image_size": "pixels", "vocab_size": "words"}
 TASK = "image-text-to-text"
+RELATIONS = {ADAPTER: "adapter", VTLMM: "finetune", "quantized": "quantized"}
 
 
 def is_generated(card: str) -> bool:
@@ -37,23 +46,27 @@ def write_card(
     license: str | None = None,
     base_models: list[str] = (),
     results: list[str | Path] = (),
+    pictures: list[str | Path] = (),
 ) -> None:
     r"""
-    Write README.md into `folder`, the results into `results/`, and of those on data sets of the Hub
-    `.eval_results/*.yaml`. A card that somebody wrote, or took the mark out of, stays; of one that was written here
-    licence, base models and results are kept.
+    Write README.md into `folder`, with the curves of the training where matplotlib is installed, the results into
+    `results/`, of those on data sets of the Hub `.eval_results/*.yaml`, and the text of the Apache licence if that is
+    the weights'. A card that somebody wrote, or took the mark out of, stays; of one that was written here licence,
+    base models, results and pictures are kept.
 
     Args:
         repo_id (`str`): where the folder is going to be.
         license (`str`, *optional*): the Hub's name for the licence of the weights.
         base_models (`list[str]`, *optional*): Hub ids, when the folder does not name them or names others.
         results (`list`, *optional*): files `results.json` that `vtlmm eval` wrote.
+        pictures (`list`, *optional*): PNG files to show first, such as `vtlmm tokens` writes.
 
     Raises:
-        `ValueError`: when a file of results is none.
+        `ValueError`: when a file of results or a picture is none.
     """
     folder = Path(folder)
     path = folder / CARD_FILE
+    _add_pictures(folder, pictures)
     for file in results:
         _add_results(folder, _read_results(Path(file)))
     tables = [_read_results(file) for file in sorted(folder.glob(f"{RESULTS_FOLDER}/*.json"))]
@@ -67,7 +80,9 @@ def write_card(
     license = license or earlier.get("license")
     base_models = list(base_models) or earlier.get("base_model") or find_base_models(kind, config, runs)
     base_models = [base_models] if isinstance(base_models, str) else base_models
-    data = front_matter(kind, repo_id, license, base_models, runs, tables)
+    _write_license(folder, license)
+    form = "quantized" if quantization_of(config) else kind
+    data = front_matter(form, repo_id, license, base_models, runs, tables)
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -75,30 +90,32 @@ def write_card(
         repo_id=repo_id,
         kind=kind,
         license=license,
-        twin=not config.get("use_pseudo_image_features"),
+        no_twin=_no_twin(folder) if kind == VTLMM else None,
+        quantization=quantization_of(config),
         base=config.get("base_model_name_or_path"),
         base_revision=config.get("revision"),
         parts=describe_parts(config, base_models),
         tokens=f" ({config['image_seq_length']} image tokens)" if "image_seq_length" in config else "",
-        pictures=sorted(file.name for file in folder.glob("*.png")),
+        pictures=sorted(file.name for file in folder.glob("*.png") if file.name != CURVES_FILE),
+        curves=CURVES_FILE if draw_curves(runs, folder / CURVES_FILE) else None,
         runs=[describe_run(run) for run in runs],
         results=[{"title": _title(table), "rows": _rows(table)} for table in tables],
     )
     card.save(path)
 
 
-def front_matter(kind, repo_id, license, base_models, runs, tables) -> ModelCardData:
+def front_matter(form, repo_id, license, base_models, runs, tables) -> ModelCardData:
     """What the Hub reads: see [`ModelCardData`]. A subset of a data set gives no result there, only in the text."""
     datasets = dict.fromkeys(run["settings"].get("dataset") for run in runs)
     whole = [table for table in tables if not table.get("subset")]
     return ModelCardData(
         license=license,
-        library_name="peft" if kind == ADAPTER else "transformers",
+        library_name="peft" if form == ADAPTER else "transformers",
         pipeline_tag=TASK,
         tags=["vt-lmm", "conversational", "visual-tokens", *(["trl"] if runs else [])],
         base_model=base_models or None,
         # a twin has the very weights: the Hub has no word for that
-        base_model_relation={ADAPTER: "adapter", "vtlmm": "finetune"}.get(kind) if base_models else None,
+        base_model_relation=RELATIONS.get(form) if base_models else None,
         datasets=[name for name in datasets if is_hub_id(name)] or None,
         model_name=repo_id.split("/")[-1],
         eval_results=[result for table in whole for result in _eval_results(table)] or None,
@@ -106,13 +123,51 @@ def front_matter(kind, repo_id, license, base_models, runs, tables) -> ModelCard
 
 
 def find_base_models(kind: str, config: dict, runs: list[dict]) -> list[str]:
-    """Hub ids that the folder names: of an adapter its base, else the start of the training or both parts."""
+    """Hub ids that the folder names: of an adapter its base, else the start of the training or both parts. A quantised
+    model is made of the whole one, whose id is nowhere in it."""
     if kind == ADAPTER:
         names = [config.get("base_model_name_or_path")]
+    elif quantization_of(config):
+        names = []
     else:
         names = [config.get(part, {}).get("_name_or_path") for part in ("text_config", "vision_config")]
         names += [run["settings"].get("model") for run in runs[:1]]
     return list(dict.fromkeys(name for name in names if is_hub_id(name)))
+
+
+def quantization_of(config: dict) -> str | None:
+    """`"nf4"` or `"int8"` of a quantised model."""
+    values = config.get("quantization_config")
+    return None if not values else values["bnb_4bit_quant_type"] if values.get("load_in_4bit") else "int8"
+
+
+def _no_twin(folder: Path) -> str | None:
+    """Why there is no native twin of the VT-LMM in `folder`."""
+    config = VTLMMConfig.from_pretrained(folder)
+    return obstacle(config, embeddings_name(model_without_weights(config)))
+
+
+def license_text() -> str | None:
+    """The text of this package's licence, from where it is installed; what a build left in a checkout lacks it."""
+    texts = (installed.read_text(f"licenses/{LICENSE_FILE}") for installed in distributions(name="vtlmm"))
+    return next(filter(None, texts), None)
+
+
+def _add_pictures(folder: Path, pictures: list[str | Path]) -> None:
+    for file in map(Path, pictures):
+        if file.suffix != ".png":
+            raise ValueError(f"{file} is no PNG: pass one, such as `vtlmm tokens` writes.")
+        if file.resolve().parent != folder.resolve():
+            shutil.copy(file, folder)
+
+
+def _write_license(folder: Path, license: str | None) -> None:
+    """The text of the licence if it is this package's own; another one's is its owner's to add."""
+    file, text = folder / LICENSE_FILE, license_text()
+    if license == OUR_LICENSE and text and not file.is_file():
+        file.write_text(text, encoding="utf-8")
+    elif license != OUR_LICENSE and file.is_file() and file.read_text(encoding="utf-8") == text:
+        file.unlink()
 
 
 def describe_parts(config: dict, base_models: list[str]) -> list[tuple[str, str]]:
@@ -129,6 +184,8 @@ def describe_parts(config: dict, base_models: list[str]) -> list[tuple[str, str]
         words, pseudo = f"{config['visual_vocab_size']:,}", config.get("use_pseudo_image_features")
         parts.append(("VM head", f"{config['vm_head_type']}, {words} words of a visual token"))
         parts.append(("decoder reads", "pseudo image features" if pseudo else "image features"))
+    if quantization_of(config):
+        parts.append(("decoder's projections", f"{quantization_of(config)}, the rest bfloat16"))
     for key in ("peft_type", "r", "lora_alpha", "use_dora"):
         if key in config:
             parts.append((f"`{key}`", str(config[key])))

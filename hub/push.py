@@ -3,17 +3,28 @@
 
 import json
 import logging
+import shutil
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 
+from .errors import hub_errors
 from .load_alone import probe
-from .model_card import CARD_MARK, is_generated, write_card
+from .model_card import (
+    CARD_MARK,
+    LICENSE_FILE,
+    RESULTS_FOLDER,
+    RUN_RECORD,
+    is_generated,
+    license_text,
+    write_card,
+)
+from .quantize import QUANTIZATIONS, write_quantized
 from .twin import write_twin
-from .verify import CARD_FILE, CHECK_FILE, LEFT_OUT, VTLMM, Report, hub_errors, kind_of, published_files, verify
+from .verify import ADAPTER, CARD_FILE, CHECK_FILE, LEFT_OUT, VTLMM, Report, kind_of, published_files, verify
 
 
 logger = logging.getLogger(__name__)
@@ -26,7 +37,7 @@ def push(
     folder: str | Path,
     repo_id: str,
     *,
-    twin: bool = False,
+    form: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
     tag: str | None = None,
@@ -41,7 +52,8 @@ def push(
     Args:
         folder (`str` or `Path`): a VT-LMM, a native twin, or an adapter.
         repo_id (`str`): `user/name`; made if it does not exist.
-        twin (`bool`, *optional*, defaults to `False`): push the native twin of `folder` instead.
+        form (`str`, *optional*): push another form of the VT-LMM in `folder` instead: its native `"twin"`, or one with
+            the decoder in `"nf4"` or `"int8"`. With `"adapter"` the folder itself, and nothing but an adapter.
         private (`bool`, *optional*): whether a repository that is made is private; by default what the account says.
         revision (`str`, *optional*): branch; made if it does not exist.
         tag (`str`, *optional*): name for the commit.
@@ -49,19 +61,24 @@ def push(
         card: see [`write_card`].
 
     Raises:
-        `ValueError`: when the Hub refuses, in one line.
+        `ValueError`: when `folder` is not what `form` needs, and when the Hub refuses, in one line.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
-    if twin:
-        with tempfile.TemporaryDirectory() as place:
-            _make_twin(folder, Path(place, "twin"))
-            options = {"private": private, "revision": revision, "tag": tag, "dry_run": dry_run}
-            return push(Path(place, "twin"), repo_id, **options, **card)
+    if form not in (None, "adapter", "twin", *QUANTIZATIONS):
+        raise ValueError(f"`form` is {form!r}; it must be adapter, twin, {' or '.join(QUANTIZATIONS)}.")
+    if form == "adapter" and kind_of(folder)[0] != ADAPTER:
+        raise ValueError(f"{folder} is no adapter (it has no adapter_config.json): push it without `--adapter`.")
     if not dry_run:
         with hub_errors(repo_id):
             HfApi().whoami()  # a wrong token now, not after minutes; and told apart from a repository it may not see
+    if form not in (None, "adapter"):
+        with tempfile.TemporaryDirectory() as place:
+            _make_form(form, folder, Path(place, form))
+            options = {"private": private, "revision": revision, "tag": tag, "dry_run": dry_run}
+            card["license"] = card.get("license") or _license_of(folder)
+            return push(Path(place, form), repo_id, **options, **card)
     write_card(folder, repo_id, **card)
     if kind_of(folder)[0] == VTLMM and not (folder / CHECK_FILE).is_file():
         record_logits(folder)
@@ -87,6 +104,21 @@ def record_logits(folder: Path) -> None:
     (folder / CHECK_FILE).write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
+def _make_form(form: str, folder: Path, output: Path) -> None:
+    """The native twin or the quantised model of `folder`, with what its card tells about."""
+    if form in QUANTIZATIONS:
+        write_quantized(folder, output, form)
+    else:
+        _make_twin(folder, output)
+    # What was measured is true of a twin; of a quantised model it is to be measured again.
+    taken = [RUN_RECORD, *(file.name for file in folder.glob("*.png"))]
+    for name in taken:
+        if (folder / name).is_file():
+            shutil.copy(folder / name, output)
+    if form not in QUANTIZATIONS and (folder / RESULTS_FOLDER).is_dir():
+        shutil.copytree(folder / RESULTS_FOLDER, output / RESULTS_FOLDER)
+
+
 def _make_twin(folder: Path, output: Path) -> None:
     """The twin with its part of the recorded logits: it has to give the same."""
     if not (folder / CHECK_FILE).is_file():
@@ -97,16 +129,26 @@ def _make_twin(folder: Path, output: Path) -> None:
     (output / CHECK_FILE).write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
+def _license_of(folder: Path) -> str | None:
+    """What the card in `folder` says."""
+    card = folder / CARD_FILE
+    return ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+
+
 def _upload(folder: Path, repo_id: str, private: bool | None, revision: str | None, tag: str | None) -> str:
     """Where the commit is."""
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    files = published_files(folder)
-    if _keeps_card(api, folder, repo_id, revision):
+    files, replaced = published_files(folder), list(REPLACED)
+    there = {file: _read_on_hub(api, repo_id, file, revision) for file in (CARD_FILE, LICENSE_FILE)}
+    written = CARD_MARK in (folder / CARD_FILE).read_text(encoding="utf-8")
+    if written and there[CARD_FILE] is not None and not is_generated(there[CARD_FILE]):
         logger.info("The card on the Hub was written by hand and stays.")
         files.remove(CARD_FILE)
+    if there[LICENSE_FILE] == license_text():  # of an earlier push; these weights may be under another
+        replaced.append(LICENSE_FILE)
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
@@ -114,17 +156,15 @@ def _upload(folder: Path, repo_id: str, private: bool | None, revision: str | No
         commit_message="Upload with vtlmm push",
         allow_patterns=files,
         ignore_patterns=LEFT_OUT,
-        delete_patterns=REPLACED,
+        delete_patterns=replaced,
     )
     if tag is not None:
         api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit.commit_url
 
 
-def _keeps_card(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> bool:
-    """Whether the card on the Hub is somebody's own and that of `folder` is not."""
-    if CARD_MARK not in (folder / CARD_FILE).read_text(encoding="utf-8"):
-        return False
-    if not api.file_exists(repo_id, CARD_FILE, revision=revision):
-        return False
-    return not is_generated(Path(api.hf_hub_download(repo_id, CARD_FILE, revision=revision)).read_text("utf-8"))
+def _read_on_hub(api: HfApi, repo_id: str, file: str, revision: str | None) -> str | None:
+    """The text of `file`, if it is there."""
+    if not api.file_exists(repo_id, file, revision=revision):
+        return None
+    return Path(api.hf_hub_download(repo_id, file, revision=revision)).read_text(encoding="utf-8")

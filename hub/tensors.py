@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
 from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration
 
+from .errors import hub_errors
 from .vocabulary import fit_rows
 
 
@@ -32,6 +33,9 @@ Names = tuple[tuple[str, str], ...]
 
 # Older libraries saved these; they follow from the config.
 DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
+
+# What bitsandbytes stores beside a weight of 4 or of 8 bits, to read it by.
+QUANTIZED = re.compile(r"\.weight\.(nested_)?(absmax|quant_map)$|\.weight\.quant_state\.\w+$|\.(SCB|weight_format)$")
 
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_SIZE = "2GB"  # on the Hub 5 GB are allowed; a smaller shard also converts where there is little memory
@@ -63,11 +67,12 @@ class StoredTensor:
 
 
 def local_folder(checkpoint: str | Path) -> Path:
-    """`checkpoint` itself when it is a folder; else the Hub's, downloaded."""
+    """`checkpoint` itself when it is a folder; else the Hub's, downloaded. `ValueError` when there is none."""
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
     patterns = ["*.json", "*.jinja", "*.safetensors", "*.bin", "*.model"]
-    return Path(snapshot_download(str(checkpoint), allow_patterns=patterns))
+    with hub_errors(str(checkpoint)):
+        return Path(snapshot_download(str(checkpoint), allow_patterns=patterns))
 
 
 def our_name(name: str, names: Names) -> str:
@@ -126,6 +131,18 @@ def map_file(file: Path) -> dict[str, torch.Tensor]:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{file} cannot be read, it is damaged or no file of tensors alone: {error}") from error
+
+
+def unpacked(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """`tensors` without what bitsandbytes stores beside its weights, and 4-bit weights in the shape that they had."""
+    found = {name: tensor for name, tensor in tensors.items() if not QUANTIZED.search(name)}
+    for name in tensors.keys() - found.keys():
+        weight, is_state, _ = name.partition(".quant_state.")
+        if is_state and weight in found:
+            with safe_open(tensors[name].file, framework="pt") as file:
+                state = json.loads(bytes(file.get_tensor(tensors[name].key).tolist()))
+            found[weight] = replace(found[weight], meta=torch.empty(state["shape"], device="meta"))
+    return found
 
 
 def model_without_weights(config: VTLMMConfig) -> VTLMMForConditionalGeneration:

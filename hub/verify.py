@@ -7,19 +7,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HTTPError,  # of the client's library, which is another one in other versions
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from huggingface_hub.utils import filter_repo_objects
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_imports
@@ -28,7 +20,8 @@ from modeling_vtlmm import VTLMMConfig
 from modeling_vtlmm.configuration_vtlmm import AUTO_MAP
 
 from . import load_alone
-from .tensors import check_tensors, list_tensors, model_without_weights
+from .errors import hub_errors
+from .tensors import check_tensors, list_tensors, model_without_weights, unpacked
 
 
 CARD_FILE = "README.md"
@@ -103,32 +96,6 @@ def verify(checkpoint: str | Path, *, revision: str | None = None, trust_remote_
     return Report(str(checkpoint), kind, len(files), num_bytes, num_parameters, problems)
 
 
-@contextmanager
-def hub_errors(repo_id: str, revision: str | None = None):
-    """What the Hub or its client says, in one line that says what to do."""
-    try:
-        yield
-    except LocalTokenNotFoundError as error:
-        raise ValueError("There is no token for the Hub: run `hf auth login` or set HF_TOKEN.") from error
-    except RevisionNotFoundError as error:
-        raise ValueError(f"{repo_id} has no branch, tag or commit {revision!r}.") from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(f"{repo_id} is not on the Hub, or it is private and your token may not see it.") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status == 401:
-            raise ValueError("The Hub does not know your token: run `hf auth login` or set HF_TOKEN.") from error
-        if status == 403:
-            raise ValueError(f"Your token may not write to {repo_id}.") from error
-        said = error.server_message or str(error).splitlines()[0]
-        raise ValueError(f"{repo_id}: the Hub answered {status}: {said}") from error
-    except RuntimeError as error:  # of a file's upload
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(f"{repo_id}: {str(error).splitlines()[0]} {reason} Push again to complete it.") from error
-    except (HTTPError, ConnectionError) as error:
-        raise ValueError(f"{repo_id}: the Hub cannot be reached: {str(error).splitlines()[0]}") from error
-
-
 def kind_of(folder: Path) -> tuple[str, dict]:
     """What `folder` holds, and its adapter_config.json or config.json."""
     for file in ("adapter_config.json", "config.json"):
@@ -163,7 +130,7 @@ def read_weights(folder: Path, files: list[str], kind: str) -> tuple[dict, list[
         if size > MAX_SHARD_BYTES:
             problems.append(f"{file}: {size / 1e9:.1f} GB; save it with `max_shard_size='5GB'`")
     try:
-        tensors = list_tensors(folder)
+        tensors = unpacked(list_tensors(folder))
         unused = sorted({*shards} - {tensor.file.relative_to(folder).as_posix() for tensor in tensors.values()})
         problems += [f"{file}: the index does not name it: remove it" for file in unused]
         if kind == VTLMM:

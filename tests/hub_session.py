@@ -9,9 +9,10 @@ import io
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-from loopback_hub import TOKEN, USER, LoopbackHub
+from loopback_hub import TOKEN, USER, LoopbackHub, Repository
 
 
 HUB = LoopbackHub().__enter__()
@@ -21,14 +22,21 @@ os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_D
 
 import torch  # noqa: E402
 from conftest import build_config, build_processor  # noqa: E402
+from huggingface_hub.utils import close_session  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from safetensors.torch import load  # noqa: E402
+from training_setup import write_start  # noqa: E402
 from transformers import modeling_utils  # noqa: E402
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor  # noqa: E402
 from vtlmm.cli.main import main  # noqa: E402
 from vtlmm.hub import verify  # noqa: E402
+from vtlmm.hub.load_alone import probe  # noqa: E402
+from vtlmm.train.run import build_trainer, run_training  # noqa: E402
 
 
 FACTS, SHARD_SIZES = {}, []
+WHOLE = f"{USER}/whole"
 
 
 def split_noting_size(*arguments, max_shard_size, **options):
@@ -67,94 +75,149 @@ def only_looked_at():
 
 def write_model(folder: Path, seed: int = 0, **options) -> Path:
     torch.manual_seed(seed)
-    model = VTLMMForConditionalGeneration(build_config())
-    model.save_pretrained(folder, **options)
+    VTLMMForConditionalGeneration(build_config()).save_pretrained(folder, **options)
     build_processor().save_pretrained(folder)
     return folder
 
 
-def run() -> None:
-    folder = write_model(WORK / "model", max_shard_size="100KB")
-    whole = f"{USER}/whole"
-    publish = ["push", folder, whole, "--license", "apache-2.0"]
-
-    FACTS["incomplete"] = vtlmm("push", folder, whole)
-    with only_looked_at():
-        FACTS["dry run"] = vtlmm(*publish, "--dry-run")
+def push_a_model(folder: Path) -> None:
+    """What is refused, what fails in a shard, all of it, and again."""
+    publish = ["push", folder, WHOLE, "--license", "apache-2.0"]
+    FACTS["incomplete"] = vtlmm("push", folder, WHOLE)
+    FACTS["dry run"] = vtlmm(*publish, "--dry-run")
     FACTS["writes of both"] = [request for request in HUB.requests if not request.startswith("GET /api/whoami")]
-
     HUB.refuse = r"PUT /large"
-    with only_looked_at():
-        FACTS["first push fails"] = vtlmm(*publish, "--private")
+    FACTS["first push fails"] = vtlmm(*publish, "--private")
     HUB.refuse = None
-    with only_looked_at():
-        FACTS["push"] = vtlmm(*publish, "--private")
+    FACTS["push"] = vtlmm(*publish, "--private")
     FACTS["files"] = sorted(files("whole"))
-    FACTS["private"] = HUB.repositories[whole].private
-    with only_looked_at():
-        FACTS["second push"] = vtlmm("push", folder, whole)
-    card = files("whole")["README.md"].decode()
+    FACTS["private"] = HUB.repositories[WHOLE].private
+    FACTS["second push"] = vtlmm("push", folder, WHOLE)
 
-    # the model's and the processor's own pushes: two commits
-    commits = len(HUB.repositories[whole].commits)
+
+def push_the_parts(folder: Path) -> None:
+    """The model's and the processor's own pushes: two commits, over a repository and as a new one."""
+    card, commits = files("whole")["README.md"].decode(), len(HUB.repositories[WHOLE].commits)
     model, processor = VTLMMForConditionalGeneration.from_pretrained(folder), VTLMMProcessor.from_pretrained(folder)
-    model.push_to_hub(whole)
-    processor.push_to_hub(whole)
-    FACTS["own pushes"] = {"commits": len(HUB.repositories[whole].commits) - commits}
+    model.push_to_hub(WHOLE)
+    processor.push_to_hub(WHOLE)
+    FACTS["own pushes"] = {"commits": len(HUB.repositories[WHOLE].commits) - commits}
     FACTS["cards"] = [card, files("whole")["README.md"].decode()]
     model.push_to_hub(f"{USER}/parts")
     processor.push_to_hub(f"{USER}/parts")
     FACTS["files of parts"] = sorted(files("parts"))
     FACTS["shard sizes"] = list(SHARD_SIZES)
-    with only_looked_at():
-        FACTS["push over parts"] = vtlmm("push", folder, f"{USER}/parts", "--license", "mit")
+    FACTS["push over parts"] = vtlmm("push", folder, f"{USER}/parts", "--license", "mit")
     FACTS["card of parts"] = files("parts")["README.md"].decode()
 
-    # another model in larger files: fails in the middle, then all of it, on a branch and with a tag
+
+def push_another_model(other: Path) -> None:
+    """In one file: fails in the middle, then all of it, on a branch and with a tag."""
     before = dict(files("whole"))
-    other = write_model(WORK / "other", seed=1)
-    with only_looked_at():
-        HUB.refuse = r"POST .*/commit/"
-        FACTS["failed push"] = vtlmm("push", other, whole, "--license", "mit")
-        HUB.refuse = None
-        FACTS["unchanged after it"] = files("whole") == before
-        FACTS["branch"] = vtlmm("push", other, whole, "--license", "mit", "--revision", "dev", "--tag", "v1")
-        FACTS["main unchanged"] = files("whole") == before
+    HUB.refuse = r"POST .*/commit/"
+    FACTS["failed push"] = vtlmm("push", other, WHOLE, "--license", "mit")
+    HUB.refuse = None
+    FACTS["unchanged after it"] = files("whole") == before
+    FACTS["branch"] = vtlmm("push", other, WHOLE, "--license", "mit", "--revision", "dev", "--tag", "v1")
+    FACTS["main unchanged"] = files("whole") == before
     FACTS["files of branch"] = sorted(files("whole", "dev"))
     FACTS["tag is the branch"] = files("whole", "v1") == files("whole", "dev")
 
-    # by id, by everybody's means, where this package cannot be imported
-    FACTS["verify without trust"] = vtlmm("verify", whole)
-    FACTS["verify"] = vtlmm("verify", whole, "--revision", "v1", "--trust-remote-code")
-    FACTS["twin"] = vtlmm("push", folder, f"{USER}/twin", "--twin", "--license", "apache-2.0")
-    FACTS["files of twin"] = sorted(files("twin"))
-    FACTS["card of twin"] = files("twin")["README.md"].decode()
 
-    # a card that somebody wrote on the Hub stays
-    repository = HUB.repositories[f"{USER}/twin"]
-    mine = b"---\nlicense: mit\n---\nMine.\n"
-    repository.commit("main", {**files("twin"), "README.md": mine})
-    with only_looked_at():
-        FACTS["push under a card"] = vtlmm("push", folder, f"{USER}/twin", "--twin", "--license", "mit")
-    FACTS["card stays"] = files("twin")["README.md"] == mine
+def push_from_trainers(settings: dict) -> None:
+    """A trainer's own push; a recipe's with an adapter, which then is merged."""
+    settings = {**settings, "max_steps": 1, "warmup_steps": 0, "learning_rate": 1e-2}
+    trained = {"output_dir": str(WORK / "trained"), "hub_model_id": f"{USER}/trained"}
+    trainer = build_trainer({**settings, **trained})
+    trainer.train()
+    trainer.push_to_hub(license="mit", dataset_name="somebody/pictures")
+    FACTS["files of trained"] = sorted(files("trained"))
+    FACTS["card of trained"] = files("trained")["README.md"].decode()
+    FACTS["trained"] = vtlmm("verify", f"{USER}/trained", "--trust-remote-code")
 
     adapter = WORK / "adapter"
-    build_processor().save_pretrained(adapter)
-    (adapter / "adapter_model.safetensors").write_bytes(b"")
-    for name, base in (("local", str(WORK / "model")), ("whole", whole)):
-        values = {"base_model_name_or_path": base, "peft_type": "LORA", "r": 2}
-        (adapter / "adapter_config.json").write_text(json.dumps(values))
-        FACTS[f"adapter of {name}"] = vtlmm("push", adapter, f"{USER}/adapter", "--license", "mit")
+    options = {
+        "adapter": "lora",
+        "lora_r": 2,
+        "stage": "decoder",
+        "base_id": f"{USER}/base",
+        "output_dir": str(adapter),
+    }
+    trainer = run_training({**settings, **options, "push_to_hub": True, "hub_model_id": f"{USER}/adapter"})
+    FACTS["files of adapter"] = sorted(files("adapter"))
+    base = VTLMMForConditionalGeneration.from_pretrained(settings["model"])
+    loaded = PeftModel.from_pretrained(base, f"{USER}/adapter")
+    answers = [probe(model, build_processor())["logits"] for model in (loaded, trainer.model)]
+    FACTS["logits of adapter"] = answers
+    FACTS["adapter"] = vtlmm("push", adapter, f"{USER}/adapter", "--adapter", "--license", "mit")
     FACTS["card of adapter"] = files("adapter")["README.md"].decode()
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": settings["model"]}))
+    FACTS["adapter of local"] = vtlmm("push", adapter, f"{USER}/other", "--license", "mit")
+    FACTS["merge"] = vtlmm("merge", adapter, "--base", settings["model"], "--output", WORK / "merged")
 
+
+def push_twin(merged: Path) -> None:
+    """Of a merged adapter; then over a card that somebody wrote on the Hub."""
+    FACTS["twin"] = vtlmm("push", merged, f"{USER}/twin", "--twin", "--license", "apache-2.0")
+    FACTS["files of twin"] = sorted(files("twin"))
+    FACTS["card of twin"] = files("twin")["README.md"].decode()
+    mine = b"---\nlicense: mit\n---\nMine.\n"
+    HUB.repositories[f"{USER}/twin"].commit("main", {**files("twin"), "README.md": mine})
     with only_looked_at():
-        FACTS["not ours"] = vtlmm("push", folder, "another/model")
-        FACTS["missing"] = vtlmm("verify", f"{USER}/nothing")
-        FACTS["missing revision"] = vtlmm("verify", whole, "--revision", "v9")
-        os.environ["HF_TOKEN"] = "hf_wrong"
-        FACTS["wrong token"] = vtlmm("push", folder, whole)
-        del os.environ["HF_TOKEN"]
-        FACTS["no token"] = vtlmm("push", folder, whole)
+        FACTS["push under a card"] = vtlmm("push", merged, f"{USER}/twin", "--twin", "--license", "mit")
+    FACTS["card stays"] = files("twin")["README.md"] == mine
+
+
+def push_nf4(start: Path) -> None:
+    """Then by id and tag, by everybody's means, where this package cannot be imported."""
+    publish = ["push", start, f"{USER}/nf4", "--nf4", "--license", "mit", "--base-model", WHOLE, "--private"]
+    with only_looked_at():
+        FACTS["nf4"] = vtlmm(*publish, "--tag", "v4")
+        FACTS["second nf4"] = vtlmm(*publish)
+        FACTS["int8"] = vtlmm("push", start, f"{USER}/int8", "--int8", "--license", "mit", "--dry-run")
+    FACTS["files of nf4"] = sorted(files("nf4"))
+    FACTS["card of nf4"] = files("nf4")["README.md"].decode()
+    tensors = load(files("nf4")["model.safetensors"])
+    FACTS["types of nf4"] = {name: str(tensor.dtype) for name, tensor in tensors.items() if name.endswith(".weight")}
+    FACTS["verify without trust"] = vtlmm("verify", f"{USER}/nf4")
+    FACTS["verify"] = vtlmm("verify", f"{USER}/nf4", "--revision", "v4", "--trust-remote-code")
+
+
+def refused(folder: Path) -> None:
+    """Repositories that are not there or not ours, tokens, and then no Hub."""
+    nothing = f"{USER}/nothing"
+    FACTS["not ours"] = vtlmm("push", folder, "another/model")
+    FACTS["no adapter"] = vtlmm("push", folder, WHOLE, "--adapter")
+    FACTS["missing"] = vtlmm("verify", nothing)
+    FACTS["missing revision"] = vtlmm("verify", WHOLE, "--revision", "v9")
+    FACTS["missing to convert"] = vtlmm("convert", nothing, "--output", WORK / "nowhere")
+    FACTS["missing tower"] = vtlmm("compose", "--vision", nothing, "--text", nothing, "--output", WORK / "nowhere")
+    HUB.repositories[f"{USER}/secret"] = Repository(private=True)
+    os.environ["HF_TOKEN"] = "hf_wrong"
+    FACTS["wrong token"] = vtlmm("push", folder, WHOLE)
+    FACTS["private to others"] = vtlmm("convert", f"{USER}/secret", "--output", WORK / "nowhere")
+    del os.environ["HF_TOKEN"]
+    FACTS["no token"] = vtlmm("push", folder, WHOLE)
+    os.environ["HF_TOKEN"] = TOKEN
+    HUB.__exit__()
+    close_session()  # with its open connections
+    FACTS["push to no Hub"] = vtlmm("push", folder, WHOLE)
+    FACTS["verify without a Hub"] = vtlmm("verify", nothing)
+
+
+def run() -> None:
+    settings = write_start(WORK)
+    folder = write_model(WORK / "model", max_shard_size="100KB")
+    with only_looked_at():
+        push_a_model(folder)
+        push_the_parts(folder)
+        push_another_model(write_model(WORK / "other", seed=1))
+        push_from_trainers(settings)
+    push_twin(WORK / "merged")
+    if find_spec("bitsandbytes"):
+        push_nf4(WORK / "start")
+    refused(folder)
 
 
 run()

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_remote_code import LOAD, in_clean_process
 from training_setup import write_start
+from transformers import LlavaForConditionalGeneration
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
@@ -346,6 +347,12 @@ def test_the_adapter_folder_and_the_merged_one_load_without_this_package(setting
     assert "base_model: someone/vt-lmm-base" in (adapter / "README.md").read_text()
     assert main(["merge", str(adapter), "--output", str(merged), "--base", settings["model"]]) == 0
     assert_equal_outputs(trainer, VTLMMForConditionalGeneration.from_pretrained(merged))
+    assert main(["convert", str(merged), "--to", "llava", "--output", str(tmp_path / "twin")]) == 0
+    twin = LlavaForConditionalGeneration.from_pretrained(tmp_path / "twin").eval()
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    with torch.no_grad():
+        expected, found = (model(**batch).logits for model in (trainer.model, twin))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
     code = LOAD.replace('print("FOUND"', EXTRA.replace("BASE", repr(settings["model"])) + 'print("FOUND"')
     cache = tmp_path / "cache"

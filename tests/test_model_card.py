@@ -2,11 +2,16 @@
 """The card that a folder writes itself."""
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import build_config
 from huggingface_hub import ModelCard, parse_eval_result_entries
+from matplotlib.axes import Axes
+from PIL import Image
 
 from vtlmm.hub.model_card import write_card
 
@@ -24,6 +29,7 @@ RUN = {
     "processes": 8,
     "device": "a GPU",
     "seconds": 7200.0,
+    "curves": {"lm_loss": [[50, 2.0], [100, 1.5]], "eval_lm_loss": [[100, 1.25]], "visual_loss": [[100, 0.5]]},
     "metrics": {"eval_lm_loss": 1.25, "eval_visual_loss": 0.5, "eval_runtime": 9},
     "versions": {"torch": "2.8", "vtlmm": "0.1.0"},
     "commit": "abc1234",
@@ -50,8 +56,8 @@ def test_a_card_says_what_was_done_and_measured(folder, tmp_path):
         write_results(tmp_path / "a.json", "someone/questions"),
         write_results(tmp_path / "b.json", "/home/me/rows.json", "the first 40 of 90 rows"),
     ]
-    (folder / "patches.png").write_bytes(b"")
-    write_card(folder, "me/model", license="llama2", results=results)
+    (tmp_path / "patches.png").write_bytes(b"")
+    write_card(folder, "me/model", license="llama2", results=results, pictures=[tmp_path / "patches.png"])
     card = ModelCard.load(folder / "README.md")
     data = card.data.to_dict()
     index = data.pop("model-index")
@@ -83,15 +89,61 @@ def test_a_card_is_written_again_as_it_was_and_one_by_hand_stays(folder, tmp_pat
     results = [write_results(tmp_path / "a.json", "someone/questions")]
     write_card(folder, "me/model", license="mit", base_models=["someone/else"], results=results)
     first = (folder / "README.md").read_text()
-    write_card(folder, "me/model")
-    assert (folder / "README.md").read_text() == first and "- someone/else" in first
+    (folder / "patches.png").write_bytes(b"")
+    write_card(folder, "me/model", pictures=[folder / "patches.png"])
+    assert (folder / "README.md").read_text().replace("\n![patches.png](patches.png)\n", "") == first
+    assert "- someone/else" in first
     by_hand = "---\nlicense: mit\n---\nMine.\n"
     (folder / "README.md").write_text(by_hand)
     write_card(folder, "me/model", license="apache-2.0")
     assert (folder / "README.md").read_text() == by_hand
 
 
+def test_the_curves_of_all_stages(folder, monkeypatch):
+    """A stage begins where the one before it ended. Without matplotlib there is no picture, and the card says none."""
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *args, label: drawn.append((label, args[1:])) or plot(*args, label=label))
+    write_card(folder, "me/model")
+    assert drawn[:2] == [
+        ("decoder", ((50, 100), (2.0, 1.5), "-")),
+        ("decoder, held out", ((100,), (1.25,), "o")),
+    ]
+    assert ("joint", ((150, 200), (2.0, 1.5), "-")) in drawn and ("joint", ((200,), (0.5,), "-")) in drawn
+    assert Image.open(folder / "curves.png").size == (840, 320)
+    assert (folder / "README.md").read_text().count("(curves.png)") == 1
+    (folder / "curves.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    write_card(folder, "me/model")
+    assert "curves.png" not in (folder / "README.md").read_text()
+
+
+def test_the_licence_s_text_is_there_when_it_is_ours(folder):
+    write_card(folder, "me/model", license="apache-2.0")
+    assert (folder / "LICENSE").read_text() == Path(__file__).parents[1].joinpath("LICENSE").read_text()
+    write_card(folder, "me/model", license="llama2")
+    assert not (folder / "LICENSE").exists()
+    (folder / "LICENSE").write_text("Theirs.")
+    write_card(folder, "me/model", license="apache-2.0")
+    assert (folder / "LICENSE").read_text() == "Theirs."
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "`vtlmm convert me/model --to llava"),
+        ({"use_pseudo_image_features": True}, "There is no native twin .* its decoder reads pseudo image features"),
+        ({"vision": "convnext"}, "There is no native twin .* its vision tower is a convnext"),
+    ],
+)
+def test_a_twin_is_promised_where_there_is_one(tmp_path, options, said):
+    build_config(**options).save_pretrained(tmp_path)
+    write_card(tmp_path, "me/model")
+    assert re.search(said, (tmp_path / "README.md").read_text())
+
+
 def test_results_that_are_none_are_refused(folder, tmp_path):
     (tmp_path / "a.json").write_text('{"accuracy": 1}')
     with pytest.raises(ValueError, match="a.json holds no results: pass a results.json"):
         write_card(folder, "me/model", results=[tmp_path / "a.json"])
+    with pytest.raises(ValueError, match="a.json is no PNG"):
+        write_card(folder, "me/model", pictures=[tmp_path / "a.json"])

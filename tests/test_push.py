@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+
+from vtlmm.hub.model_card import CARD_MARK
+from vtlmm.hub.quantize import KEPT
+from vtlmm.train.qlora import NOT_QUANTISED
 
 
 CODE = {f"{n}_vtlmm.py" for n in ("configuration", "modeling", "processing", "layers", "losses", "outputs")}
@@ -16,6 +21,10 @@ CODE |= {"fused_losses_vtlmm.py"}
 REST = {"chat_template.jinja", "config.json", "generation_config.json", "processor_config.json", "tokenizer.json"}
 REST |= {"tokenizer_config.json", "README.md"}
 SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
+
+
+ADDED = {"README.md", "LICENSE", "vtlmm_check.json"}
+PROCESSOR = {"chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +52,7 @@ def test_nothing_is_pushed_that_does_not_verify(facts):
 
 def test_a_push_is_one_commit_with_everything_and_the_second_is_none(facts):
     assert facts["push"]["code"] == 0 and facts["push"]["commits"] == {"somebody/whole": 1}
-    assert set(facts["files"]) == CODE | REST | SHARDS | {"vtlmm_check.json"} and facts["private"]
+    assert set(facts["files"]) == CODE | REST | SHARDS | ADDED and facts["private"]
     assert facts["second push"]["code"] == 0 and facts["second push"]["commits"] == {"somebody/whole": 0}
 
 
@@ -56,9 +65,9 @@ def test_a_push_that_fails_in_the_middle(facts):
 
 
 def test_a_branch_and_a_tag(facts):
-    """Of a model in one file: the shards of the one before are not left beside it."""
+    """Of a model in one file under another licence: the old shards and licence are not left beside it."""
     assert facts["main unchanged"] and facts["tag is the branch"]
-    assert set(facts["files of branch"]) == CODE | REST | {"model.safetensors", "vtlmm_check.json"}
+    assert set(facts["files of branch"]) == CODE | REST | {"model.safetensors"} | (ADDED - {"LICENSE"})
 
 
 def test_model_and_processor_push_themselves(facts):
@@ -67,36 +76,77 @@ def test_model_and_processor_push_themselves(facts):
     ours, after = (ModelCard(text) for text in facts["cards"])
     assert ours.text == after.text and ours.data.to_dict() == after.data.to_dict()
     assert set(facts["files of parts"]) == CODE | REST | {"model.safetensors"}
-    assert facts["shard sizes"] == ["100KB", "5GB", "5GB"]  # one that was asked for, and two pushes
+    assert facts["shard sizes"] == ["5GB", "100KB", "5GB", "5GB"]  # two that were saved, one as asked for; two pushes
     assert facts["push over parts"]["code"] == 0 and ModelCard(facts["card of parts"]).data.license == "mit"
 
 
-def test_loads_by_id_in_a_process_without_this_package(facts):
-    """A private repository at a tag: by every Auto class and the pipeline, with the recorded logits."""
+def test_the_push_of_a_trainer(facts):
+    """Everything but the recorded logits, no pickle, and a card from the run, which `vtlmm push` completes."""
+    assert set(facts["files of trained"]) == CODE | REST | {"model.safetensors"}
+    card = ModelCard(facts["card of trained"])
+    assert CARD_MARK in card.text
+    assert card.data.license == "mit" and card.data.datasets == ["somebody/pictures"]
+    assert card.data.pipeline_tag == "image-text-to-text" and "| `learning_rate` | 0.01 |" in card.text
+    assert "after 1 optimizer steps" in card.text and "lm_loss" in card.text and "vm_head teaches" in card.text
+    assert facts["trained"]["code"] == 1 and "2 problems\n  vtlmm_check.json: no recorded" in facts["trained"]["out"]
+
+
+def test_the_decoder_in_4_bits(facts):
+    """By id and tag out of a private repository, in a process without this package: by every Auto class and the
+    pipeline, with the recorded logits. Only what training rounds too is rounded."""
+    pytest.importorskip("bitsandbytes")
+    assert facts["nf4"]["code"] == 0 and facts["nf4"]["commits"]["somebody/nf4"] == 1
+    assert facts["second nf4"]["code"] == 0 and facts["second nf4"]["commits"]["somebody/nf4"] == 0
+    assert set(facts["files of nf4"]) == CODE | REST | {"model.safetensors"} | (ADDED - {"LICENSE"})
+    types, projections = facts["types of nf4"], {n for n in facts["types of nf4"] if ".language_model.layers" in n}
+    projections = {name for name in projections if "norm" not in name}
+    assert len(projections) == 14 and {name for name in types if types[name] == "torch.uint8"} == projections
+    assert {types[name] for name in types.keys() - projections} == {"torch.bfloat16"}
+    assert set(KEPT) == set(NOT_QUANTISED)
+    data = ModelCard(facts["card of nf4"]).data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == (["somebody/whole"], "quantized")
+    assert "pip install bitsandbytes" in facts["card of nf4"] and "convert" not in facts["card of nf4"]
+    assert facts["int8"]["code"] == 0 and "108,128 parameters: complete" in facts["int8"]["out"]
     assert_refused(facts["verify without trust"], "runs the code in it", "--trust-remote-code")
-    assert facts["verify"]["code"] == 0 and "16 files" in facts["verify"]["out"]
+    assert facts["verify"]["code"] == 0 and "16 files, 0.000224 GB, 108,128 parameters" in facts["verify"]["out"]
 
 
-def test_the_twin(facts):
+def test_the_twin_of_a_merged_adapter(facts):
     """It gave the logits that were recorded of the VT-LMM, or it would not have been pushed."""
+    assert facts["merge"]["code"] == 0
     assert facts["twin"]["code"] == 0 and facts["twin"]["commits"]["somebody/twin"] == 1
-    assert set(facts["files of twin"]) == REST | {"model.safetensors", "preprocessor_config.json", "vtlmm_check.json"}
-    assert "trust_remote_code" not in facts["card of twin"]
+    stock = {"model.safetensors", "preprocessor_config.json", "curves.png"}
+    assert set(facts["files of twin"]) == REST | ADDED | stock
+    assert "trust_remote_code" not in facts["card of twin"] and "(curves.png)" in facts["card of twin"]
     assert facts["push under a card"]["code"] == 0 and facts["card stays"]
 
 
-def test_an_adapter_needs_a_base_that_others_have(facts):
+def test_an_adapter(facts):
+    """Pushed by its trainer, loaded by id, then with a longer card. It needs a base that others have."""
+    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    code = {"configuration_vtlmm.py", "processing_vtlmm.py"}
+    assert set(facts["files of adapter"]) == PROCESSOR | adapter | code
+    torch.testing.assert_close(*map(torch.tensor, facts["logits of adapter"]))
+    assert facts["adapter"]["code"] == 0
+    data = ModelCard(facts["card of adapter"]).data
+    assert data.library_name == "peft" and data.base_model == ["somebody/base"]
+    assert data.to_dict()["base_model_relation"] == "adapter"
     local = facts["adapter of local"]
     assert local["code"] == 1 and "adapter_config.json: the base is '" in local["out"] and "Hub id" in local["out"]
-    assert facts["adapter of whole"]["code"] == 0
-    data = ModelCard(facts["card of adapter"]).data
-    assert data.library_name == "peft" and data.base_model == ["somebody/whole"]
-    assert data.to_dict()["base_model_relation"] == "adapter"
 
 
 def test_tokens_and_repositories(facts):
     assert_refused(facts["wrong token"], "does not know your token")
     assert_refused(facts["no token"], "There is no token", "hf auth login")
+    assert_refused(facts["no adapter"], "model is no adapter", "without `--adapter`")
     assert_refused(facts["not ours"], "may not write to another/model")
     assert_refused(facts["missing"], "somebody/nothing is not on the Hub, or it is private")
     assert_refused(facts["missing revision"], "somebody/whole has no branch, tag or commit 'v9'")
+    assert_refused(facts["missing to convert"], "convert: somebody/nothing is not on the Hub")
+    assert_refused(facts["missing tower"], "compose: somebody/nothing is not a local folder and is not a valid model")
+    assert_refused(facts["private to others"], "convert: somebody/secret is not on the Hub, or it is private")
+
+
+def test_no_hub(facts):
+    assert_refused(facts["push to no Hub"], "somebody/whole: the Hub cannot be reached", "Connection refused")
+    assert_refused(facts["verify without a Hub"], "somebody/nothing: the Hub cannot be reached")

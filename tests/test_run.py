@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
-from vtlmm.train.run import RUN_RECORD, read_settings, split_stages
+from vtlmm.train.run import RUN_RECORD, loss_curves, read_settings, split_stages
 
 
 def test_settings(tmp_path):
@@ -60,6 +60,8 @@ def test_train_writes_a_model_and_what_it_did(recipe, tmp_path, capsys):
     (record,) = json.loads((tmp_path / "out" / RUN_RECORD).read_text())
     assert record["stage"] == "joint" and record["steps"] == 2 and record["rows"] == 5
     assert record["settings"]["learning_rate"] == 1e-2 and record["metrics"]["eval_visual_loss"] > 0
+    assert [step for step, _ in record["curves"]["lm_loss"]] == [1, 2]
+    assert record["curves"]["eval_lm_loss"][-1][1] == pytest.approx(record["metrics"]["eval_lm_loss"], rel=1e-4)
 
     # the same command goes on from the last checkpoint, and the next stage appends to the record
     assert main(["train", "--config", str(recipe), "resume_from_checkpoint=true", "max_steps=3"]) == 0
@@ -68,6 +70,12 @@ def test_train_writes_a_model_and_what_it_did(recipe, tmp_path, capsys):
     assert main(["train", "--config", str(recipe), *following]) == 0
     history = json.loads((tmp_path / "next" / RUN_RECORD).read_text())
     assert [entry["stage"] for entry in history] == ["joint", "visual_head"]
+
+
+def test_long_curves_are_thinned():
+    logs = [{"step": step, "lm_loss": 1 / step} for step in range(1, 1002)]
+    points = loss_curves(logs)["lm_loss"]
+    assert len(points) == 91 and points[-1] == [1001, 0.000999] and points[0] == [11, 0.090909]
 
 
 def with_stages(recipe, stages: str):

@@ -9,8 +9,9 @@ import torch
 from conftest import build_config, build_processor
 from safetensors.torch import load_file, save_file
 
-from modeling_vtlmm import VTLMMForConditionalGeneration
+from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 from vtlmm.cli.main import main
+from vtlmm.hub.load_alone import differences, probe
 from vtlmm.hub.model_card import write_card
 from vtlmm.hub.push import record_logits
 
@@ -20,14 +21,16 @@ SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A complete folder in two shards."""
+    """A complete folder in two shards, in bfloat16."""
     path = tmp_path_factory.mktemp("whole") / "model"
     torch.manual_seed(0)
-    model = VTLMMForConditionalGeneration(build_config())
-    model.save_pretrained(path, max_shard_size="100KB")
+    model = VTLMMForConditionalGeneration(build_config()).bfloat16()
+    model.save_pretrained(path, max_shard_size="50KB")
     build_processor().save_pretrained(path)
     record_logits(path)
     write_card(path, "somebody/model", license="apache-2.0")
+    (path / ".eval_results").mkdir()
+    (path / ".eval_results/vqa.yaml").write_text("- dataset: {id: someone/vqa, task_id: default}\n  value: 0.5\n")
     # what training leaves beside a model is no part of it
     (path / "checkpoint-2").mkdir()
     for name in ("checkpoint-2/optimizer.bin", "training_args.bin"):
@@ -126,6 +129,14 @@ DAMAGES = {
         lambda f: edit_text(f / "README.md", "tags:\n", "base_model: /models/vicuna\ntags:\n"),
         "README.md: the base model '/models/vicuna' is no Hub id",
     ),
+    "model-index": (
+        lambda f: edit_text(f / "README.md", "tags:\n", "model-index:\n- name: model\n  results: [{}]\ntags:\n"),
+        "README.md: the front matter cannot be read: ",
+    ),
+    "results": (
+        lambda f: edit_text(f / ".eval_results/vqa.yaml", "task_id", "task"),
+        ".eval_results/vqa.yaml: no list of evaluation results: ",
+    ),
     "record": (lambda f: (f / "vtlmm_check.json").unlink(), "vtlmm_check.json: no recorded logits"),
 }
 
@@ -141,7 +152,7 @@ def test_damage_is_named(folder, capsys, name):
 
 
 def test_a_changed_weight_is_seen_in_the_logits(folder, capsys):
-    """One row of each head, by the process that loads the folder."""
+    """One row of each head, by the process that loads the folder and compares as far as bfloat16 allows."""
 
     def change(tensors, name):
         tensors[name][7] *= 1.5
@@ -152,6 +163,20 @@ def test_a_changed_weight_is_seen_in_the_logits(folder, capsys):
     assert main(["verify", str(folder)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "2 problems" in lines[0] and [line.split()[0] for line in lines[1:]] == ["logits", "visual_logits"]
+
+
+def test_as_much_may_differ_as_16_bits_round(whole):
+    """The same weights added up in float32 are another machine to the record in bfloat16: more than float32 allows,
+    less than bfloat16 does. A layer less is more than either."""
+    recorded = json.loads((whole / "vtlmm_check.json").read_text())
+    model = VTLMMForConditionalGeneration.from_pretrained(whole, dtype=torch.float32)
+    found = probe(model, VTLMMProcessor.from_pretrained(whole))
+    assert len(differences(found, recorded, torch.float32)) == 2
+    assert not differences(found, recorded, torch.bfloat16)
+    model.model.language_model.layers = model.model.language_model.layers[:1]
+    found = probe(model, VTLMMProcessor.from_pretrained(whole))
+    (said,) = differences(found, recorded, torch.bfloat16)
+    assert said.startswith("logits differ from the recorded ones")
 
 
 def test_no_model_and_no_folder(tmp_path, capsys):

@@ -46,7 +46,7 @@ class VTLMMTrainingConfig(SFTConfig):
 
     > Defaults other than TRL's: `learning_rate` (the stage's), `lr_scheduler_type` (cosine), `warmup_steps` (0.03 of
     > the steps), `max_length` (2048, and a longer row is refused, never cut), `bf16` (where the GPU has it),
-    > `remove_unused_columns` (`False`).
+    > `remove_unused_columns` (`False`), `hub_strategy` (`"end"`).
 
     Raises:
         `ValueError`: for a stage that does not exist or cannot learn, and for a paged optimizer without CUDA.
@@ -59,6 +59,8 @@ class VTLMMTrainingConfig(SFTConfig):
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
     max_length: int | None = field(default=2048, metadata={"help": "Longest row in tokens; longer ones are refused."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Drop columns the model cannot use."})
+    # a push in the middle of a run publishes a pickle of the settings, and checkpoints
+    hub_strategy: str = field(default="end", metadata={"help": "When `push_to_hub` pushes; as in the base class."})
 
     stage: str = field(default="joint", metadata={"help": "projector, decoder, visual_head or joint (I to IV)."})
     trainable_modules: list[str] | None = field(

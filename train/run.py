@@ -271,6 +271,7 @@ def write_record(trainer: VTLMMTrainer, settings: dict, metrics: dict, seconds: 
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "seconds": round(seconds, 1),
             "metrics": metrics,
+            "curves": loss_curves(trainer.state.log_history),
             **({"vm_heads": trainer.vm_head_table} if trainer.vm_head_table else {}),
             "versions": {name: version(name) for name in packages},
             "commit": commit_of_code(),
@@ -278,6 +279,15 @@ def write_record(trainer: VTLMMTrainer, settings: dict, metrics: dict, seconds: 
     )
     path = Path(trainer.args.output_dir, RUN_RECORD)
     path.write_text(json.dumps(history, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def loss_curves(log_history: list[dict], num_points: int = 100) -> dict[str, list]:
+    """What was logged of each loss, `[step, nats]`; of more than `num_points` some, evenly, and the last."""
+    curves = {}
+    for name in ("lm_loss", "visual_loss", "eval_lm_loss", "eval_visual_loss"):
+        points = [[entry["step"], float(f"{entry[name]:.5g}")] for entry in log_history if name in entry]
+        curves[name] = points[:: -max(1, -(-len(points) // num_points))][::-1]
+    return {name: points for name, points in curves.items() if points}
 
 
 def commit_of_code() -> str | None:

@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from modeling_vtlmm.losses_vtlmm import predicted_positions
 
+from .card import write_card
 from .collator import VTLMMCollator
 from .config import VTLMMTrainingConfig
 from .data_check import check_rows
@@ -390,27 +391,17 @@ class VTLMMTrainer(SFTTrainer):
             )
 
     def _save(self, output_dir=None, state_dict=None) -> None:
-        """As in the base class; over the card that PEFT writes, which is empty and names the base's folder."""
+        """As in the base class, without the pickle of the settings, which a push would publish; and over the card that
+        PEFT writes, which is empty and names the base's folder."""
         super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
         if isinstance(self.model, PeftModel) and self.args.should_save:
-            self._write_card(Path(output_dir or self.args.output_dir), Path(self.args.output_dir).name)
+            write_card(self, Path(output_dir or self.args.output_dir), Path(self.args.output_dir).name)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """TRL's card describes its own trainers; a checkpoint gets a short true one, which `vtlmm push` replaces."""
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, license=None):
+        """TRL's card describes its own trainers; a checkpoint gets a short true one, which `vtlmm push` replaces.
+        `push_to_hub` hands its further arguments here."""
         if self.is_world_process_zero():
-            self._write_card(Path(self.args.output_dir), model_name or Path(self.args.output_dir).name)
-
-    def _write_card(self, folder: Path, model_name: str) -> None:
-        library = "transformers"
-        if isinstance(self.model, PeftModel):
-            base = self.model.active_peft_config.base_model_name_or_path
-            library = "peft" if Path(base).is_dir() else f"peft\nbase_model: {base}"
-        card = (
-            f"---\nlibrary_name: {library}\npipeline_tag: image-text-to-text\ntags:\n- vt-lmm\n- trl\n---\n\n"
-            # the line by which `vtlmm push` knows that nobody wrote this card
-            "<!-- Written by vtlmm, anew at every push. Take this line out to keep your own changes. -->\n\n"
-            f"# {model_name}\n\nA VT-LMM (arXiv {self._paper['id']}) during or after training.\n\n"
-            f"```\n{describe(self.model, self.stage)}\n```\n\n```bibtex\n{self._paper['citation']}\n```\n"
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        Path(folder, "README.md").write_text(card, encoding="utf-8")
+            folder = Path(self.args.output_dir)
+            write_card(self, folder, model_name or folder.name, dataset_name, tags, license)
