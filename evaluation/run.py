@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from datasets import Image, List
 from tqdm.auto import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import modeling_vtlmm  # noqa: F401 - registers the model
 
 from .answers import answer_batch, asking_order, conversation, picture_key, split_turns, with_shuffled_images
 from .prompts import build_prompt
@@ -17,6 +20,19 @@ from .prompts import build_prompt
 RUN_FILE, ANSWERS_FILE, BLIND_FILE = "run.json", "answers.jsonl", "blind.jsonl"
 # What a config says about where it comes from, not about what the model computes
 ORIGIN_KEYS = {"_name_or_path", "transformers_version", "_commit_hash", "_from_model_config"}
+
+
+def load_model(name: str, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False):
+    """The VT-LMM of a folder or Hub id with its processor, on the accelerator if there is one. A checkpoint that lacks a
+    tensor is refused."""
+    load = {"revision": revision, "trust_remote_code": trust_remote_code}
+    processor = AutoProcessor.from_pretrained(name, **load)
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **load)
+    return model.to(best_device()), processor
+
+
+def best_device() -> str:
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 
 # ---- Questions ----
