@@ -58,6 +58,14 @@ def score(doc: dict, results: list[str]) -> dict[str, float]:
 # ---- Running ----
 
 
+def lmms_eval_manifest():
+    """What the entry point `lmms_eval.models` gives. Not beside the class: lmms-eval asks for it while it is itself
+    being imported, and a failure then is a warning only."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="vtlmm", chat_class_path="vtlmm.evaluation.lmms_eval_model.VTLMMForLmmsEval")
+
+
 def task_on_data(harness: str, tasks: list[str], data: str, folder: Path) -> Path:
     r"""
     Writes the local task that is named as one on other rows, for the harness to find in `folder`.
@@ -112,7 +120,9 @@ def run_harness(
     try:
         importlib.import_module(PACKAGES[harness])
     except ModuleNotFoundError as error:
-        raise ValueError(f"{harness} does not load ({error}): see docs/evaluation.md for how to install it.") from error
+        raise ValueError(
+            f"{harness} does not load ({error}): see docs/evaluation.md for how to install it."
+        ) from error
     local = task_on_data(harness, tasks, data, output / "tasks") if data else TASKS / PACKAGES[harness]
     include = [str(path) for path in (local, include_path) if path]
     run = _run_lm_eval if harness == "lm-eval" else _run_lmms_eval
@@ -158,7 +168,7 @@ def _run_lm_eval(model: str, tasks: list[str], include: list[str], limit, batch_
     manager = TaskManager(include_path=include)
     _check_names(tasks, manager)
     found = manager.load(tasks)
-    with_pictures = {task.MULTIMODAL for task in found["tasks"].values()}
+    with_pictures = {task.get_config("doc_to_image") is not None for task in found["tasks"].values()}
     if len(with_pictures) > 1:
         raise ValueError(f"{', '.join(tasks)}: run tasks with pictures and tasks without in two commands.")
     chat = with_pictures == {True}

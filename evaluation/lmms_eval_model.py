@@ -2,14 +2,10 @@
 """A VT-LMM for lmms-eval, which finds it by the entry point `lmms_eval.models`: `lmms-eval --model vtlmm`."""
 
 from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm.auto import tqdm
 
 from .answers import answer_conversations
 from .run import load_model
-
-
-MANIFEST = ModelManifest(model_id="vtlmm", chat_class_path=f"{__name__}.VTLMMForLmmsEval")
 
 
 class VTLMMForLmmsEval(lmms):
