@@ -333,7 +333,7 @@ def task_scores(rows, processor, num_pictures: int, batch_size: int = 8, seed: i
     if len(images) > 1:
         sides["accuracy_shuffled"] = with_shuffled_images(asked, seed)
     truths = processor.tokenizer([question["answer"] for question in asked], add_special_tokens=False)["input_ids"]
-    longest = max(map(len, truths)) + 1  # an answer that is longer than the longest truth is wrong by then
+    longest = max(map(len, truths)) + 8  # an answer that goes on for longer than every truth is wrong by then
 
     def score(model) -> dict[str, float]:
         training = model.training
