@@ -23,8 +23,10 @@ from transformers import AutoModelForCausalLM
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
+from vtlmm.demo.run import HELD_OUT_FILE, save_questions
+from vtlmm.demo.shapes import question_rows
 from vtlmm.evaluation import harness
-from vtlmm.evaluation.answers import answer, conversation
+from vtlmm.evaluation.answers import answer, conversation, split_turns
 from vtlmm.evaluation.run import read_questions
 from vtlmm.evaluation.scorers import exact_match
 from vtlmm.train.data import DataConfig, load_rows
@@ -114,6 +116,23 @@ def test_the_local_tasks_ask_what_vtlmm_eval_asks(work):
                 content = [{"type": "image", "image": picture}, {"type": "text", "text": doc[task["doc_to_text"]]}]
             found = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
             assert found == processor.apply_chat_template(conversation(question), add_generation_prompt=True)
+
+
+def test_the_demo_writes_its_held_out_questions(tmp_path):
+    """In a form that `vtlmm eval --data` and the harnesses both read."""
+    asked = split_turns(question_rows(3, 2, held_out=True, one_each=True))
+    save_questions(tmp_path / HELD_OUT_FILE, asked)
+    assert read_task("lm-eval", "demo_shapes")["dataset_kwargs"]["data_files"]["test"].endswith(
+        f"/demo/{HELD_OUT_FILE}"
+    )
+    docs = harness.one_question_each(load_dataset("parquet", data_files=str(tmp_path / HELD_OUT_FILE), split="train"))
+    rows = load_rows(DataConfig(dataset=str(tmp_path / HELD_OUT_FILE)), columns=("kind",))
+    found, places = read_questions(rows, kind="kind")
+    assert len(places) == 3 and len(docs) == len(found) == len(asked) > 9
+    for doc, own, expected in zip(docs, found, asked, strict=True):
+        assert (doc["question"], doc["answer"]) == (own["question"], own["answer"])
+        assert all(own[key] == expected[key] for key in ("question", "answer", "kind"))
+        assert doc["images"][0].tobytes() == expected["images"][0].tobytes()
 
 
 def test_local_scores_are_those_of_the_scorer():
