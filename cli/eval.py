@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""`vtlmm eval MODEL --data …` and `vtlmm eval --compare RUN RUN`"""
+"""`vtlmm eval MODEL --data …`, `vtlmm eval MODEL --tasks …` and `vtlmm eval --compare RUN RUN`"""
 
 from .load import add_model_arguments, load_model
 
@@ -21,15 +21,36 @@ def add_arguments(parser):
     parser.add_argument("--output", help="folder of the run; by default outputs/eval/ and a name that says which run")
     parser.add_argument("--submission", choices=["vqav2", "vizwiz"], help="also write the file that its server wants")
     add_model_arguments(parser)
+    parser.add_argument("--tasks", metavar="TASK,…", help="tasks of a harness instead, or with --data one local task")
+    parser.add_argument("--harness", default="lmms-eval", choices=["lm-eval", "lmms-eval"], help="default: lmms-eval")
+    parser.add_argument("--include-path", help="folder with further tasks of the harness, as YAML")
     parser.add_argument("--compare", nargs=2, metavar="RUN", help="the second of two finished runs against the first")
 
 
 def run(args) -> int:
     if args.compare:
         return compare(args)
-    if not args.model or not args.data:
-        raise ValueError("Name a model and --data, or two finished runs to --compare.")
-    return evaluate(args)
+    if not args.model or not (args.data or args.tasks):
+        raise ValueError("Name a model and --data or --tasks, or two finished runs to --compare.")
+    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
+        raise ValueError("--batch-size and --limit must be 1 or more.")
+    return run_tasks(args) if args.tasks else evaluate(args)
+
+
+def run_tasks(args) -> int:
+    from pathlib import Path
+
+    from vtlmm.evaluation.harness import run_harness
+
+    tasks = args.tasks.split(",")
+    output = Path(args.output or Path("outputs", "eval", f"{Path(args.model).name}_{args.harness}_{'_'.join(tasks)}"))
+    names = ("data", "include_path", "limit", "batch_size", "dtype", "revision", "trust_remote_code")
+    table = run_harness(args.harness, args.model, tasks, output, **{name: getattr(args, name) for name in names})
+    if args.limit is not None:
+        print(f"SUBSET: the first {args.limit} questions of each task")
+    print(table)
+    print(f"Answers and results: {output}")
+    return 0
 
 
 def evaluate(args) -> int:
@@ -41,8 +62,6 @@ def evaluate(args) -> int:
     from vtlmm.evaluation.run import digest, picture_loader, read_questions, run_key, run_questions, with_prompt
     from vtlmm.evaluation.submissions import JSON_SUBMISSIONS, write_submission
 
-    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
-        raise ValueError("--batch-size and --limit must be 1 or more.")
     if args.submission and not args.id:
         raise ValueError(f"--submission {args.submission} needs --id: the column {JSON_SUBMISSIONS[args.submission]}.")
     if args.prompt:

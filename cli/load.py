@@ -25,30 +25,22 @@ def load_model(args):
         `ValueError`: for pseudo image features of a model without a VM head.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig
 
-    import modeling_vtlmm  # noqa: F401 - registers the model
+    from vtlmm.evaluation import run  # registers the model
 
     load = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    processor = AutoProcessor.from_pretrained(args.model, **load)
     config = AutoConfig.from_pretrained(args.model, **load)
+    settings = {"config": config}
     if args.pseudo:
         if config.model_type != "vtlmm":
             raise ValueError(f"{args.model} is a {config.model_type}: only a VT-LMM has pseudo image features.")
         config.use_pseudo_image_features = True
-    quantization = None
+    if args.device_map:
+        settings["device_map"] = args.device_map
     if args.quantization != "none":
         from vtlmm.train.qlora import quantization_config
 
         dtype = config.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-        quantization = quantization_config(args.quantization, dtype or torch.float32)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = AutoModelForImageTextToText.from_pretrained(
-        args.model,
-        config=config,
-        dtype=args.dtype,
-        device_map=args.device_map or {"": device},
-        quantization_config=quantization,
-        **load,
-    )
-    return model.eval(), processor
+        settings["quantization_config"] = quantization_config(args.quantization, dtype or torch.float32)
+    return run.load_model(args.model, args.dtype, **load, **settings)

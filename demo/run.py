@@ -23,6 +23,7 @@ from .warm_start import save_warm_start
 
 
 NUM_CAPTIONED, NUM_QUESTIONED, NUM_HELD_OUT = 2400, 4000, 200  # pictures
+HELD_OUT_FILE = "held_out.parquet"  # the local task demo_shapes reads it
 SETTINGS = {
     "projector": {"learning_rate": 5e-3, "num_train_epochs": 1},
     "decoder": {"learning_rate": 1.5e-3, "projector_learning_rate": 3e-3, "num_train_epochs": 2},
@@ -43,6 +44,12 @@ COMMON = {
 
 def as_dataset(rows: list[dict]) -> Dataset:
     return Dataset.from_list(rows).cast_column("images", ListFeature(Image()))
+
+
+def save_questions(path: Path, asked: list[dict]) -> None:
+    """As `vtlmm eval` and the harnesses read them; `asked` is what `split_turns` gives."""
+    rows = [{**q, "questions": [q["question"]], "answers": [q["answer"]]} for q in asked]
+    as_dataset(rows).remove_columns(["question", "answer"]).to_parquet(path)
 
 
 def train_stage(stage: str, model, processor, rows: Dataset, held_out: Dataset, output: Path, seed: int):
@@ -136,6 +143,7 @@ def run_demo(output: str | Path, seed: int = 0) -> dict:
 
     print("\n== Questions about pictures it has not seen ==")
     asked = split_turns(held_out_rows)
+    save_questions(output / HELD_OUT_FILE, asked)
     answers = answer(model, processor, asked, batch_size=64)
     accuracy = accuracy_by_kind(asked, answers)
     control = with_shuffled_images(asked, seed)

@@ -113,11 +113,11 @@ def conversation(question: dict) -> list[dict]:
 
 
 @torch.inference_mode()
-def answer_batch(model, processor, questions: list[dict], max_new_tokens: int = 16) -> list[str]:
-    """Greedy answers to questions with pictures from PIL, all at once; padding is on the left."""
+def answer_conversations(model, processor, conversations: list[list[dict]], max_new_tokens: int = 16) -> list[str]:
+    """Greedy answers to conversations whose pictures are from PIL, all at once; padding is on the left."""
     model.eval()
     inputs = processor.apply_chat_template(
-        [conversation(question) for question in questions],
+        conversations,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -158,6 +158,11 @@ def stream_answer(model, processor, messages: list[dict], max_new_tokens: int = 
         finally:
             stopped.set()
         generation.result()
+
+
+def answer_batch(model, processor, questions: list[dict], max_new_tokens: int = 16) -> list[str]:
+    """As [`answer_conversations`], for questions."""
+    return answer_conversations(model, processor, [conversation(q) for q in questions], max_new_tokens)
 
 
 def answer(model, processor, questions: list[dict], batch_size: int = 32, max_new_tokens: int = 16) -> list[str]:

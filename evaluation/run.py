@@ -9,14 +9,47 @@ from pathlib import Path
 import torch
 from datasets import Image, List
 from tqdm.auto import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from .answers import answer_batch, asking_order, conversation, picture_key, split_turns, with_shuffled_images
+import modeling_vtlmm  # noqa: F401 - registers the model
+
+from .answers import (
+    accuracy_by_kind,
+    answer,
+    answer_batch,
+    asking_order,
+    conversation,
+    picture_key,
+    split_turns,
+    with_shuffled_images,
+)
 from .prompts import build_prompt
 
 
 RUN_FILE, ANSWERS_FILE, BLIND_FILE = "run.json", "answers.jsonl", "blind.jsonl"
 # What a config says about where it comes from, not about what the model computes
 ORIGIN_KEYS = {"_name_or_path", "transformers_version", "_commit_hash", "_from_model_config"}
+
+
+def load_model(
+    name: str, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False, **settings
+):
+    """
+    The VT-LMM of a folder or Hub id, in evaluation mode, and its processor; on the accelerator if there is one. A
+    checkpoint that lacks a tensor is refused.
+
+    Args:
+        settings: further ones of `from_pretrained`.
+    """
+    load = {"revision": revision, "trust_remote_code": trust_remote_code}
+    processor = AutoProcessor.from_pretrained(name, **load)
+    settings = {"device_map": {"": best_device()}} | settings
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **load, **settings)
+    return model.eval(), processor
+
+
+def best_device() -> str:
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 
 # ---- Questions ----
@@ -272,3 +305,52 @@ def run_questions(
         return answers, None
     control = with_shuffled_images(asked, settings["seed"])
     return answers, answer_all(output / BLIND_FILE, model, processor, control, *arguments)
+
+
+# ---- During training ----
+
+
+def task_scores(rows, processor, num_pictures: int, batch_size: int = 8, seed: int = 0):
+    r"""
+    A function that answers the questions about the first pictures of `rows` and scores them by exact match.
+
+    It draws no random number and leaves the model in the mode that it found, so training goes on as without it.
+
+    Args:
+        rows ([`~datasets.Dataset`]): see [`read_questions`].
+        num_pictures (`int`): so many different pictures; they are kept decoded.
+        seed (`int`, *optional*, defaults to 0): of the shuffled pictures.
+
+    Returns:
+        callable: model to `dict` with `accuracy` and, where there are two pictures or more, `accuracy_shuffled`; both
+            0 to 1.
+
+    Raises:
+        `ValueError`: when no question has a picture.
+    """
+    questions, places = read_questions(rows)
+    load = picture_loader(rows, places)
+    images = {key: load(key) for key in list(places)[:num_pictures]}
+    asked = [
+        {**question, "images": [images[key] for key in question["images"]]}
+        for question in questions
+        if question["images"] and images.keys() >= set(question["images"])
+    ]
+    if not asked:
+        raise ValueError("No question about pictures is left to score during training: raise eval_task_pictures.")
+    sides = {"accuracy": asked}
+    if len(images) > 1:
+        sides["accuracy_shuffled"] = with_shuffled_images(asked, seed)
+    truths = processor.tokenizer([question["answer"] for question in asked], add_special_tokens=False)["input_ids"]
+    longest = max(map(len, truths)) + 8  # an answer that goes on for longer than every truth is wrong by then
+
+    def score(model) -> dict[str, float]:
+        training = model.training
+        found = {}
+        for name, side in sides.items():
+            answers = answer(model, processor, side, batch_size, longest)
+            found[name] = accuracy_by_kind(side, answers)["all"][0]
+        model.train(training)
+        return found
+
+    return score

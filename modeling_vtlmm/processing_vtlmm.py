@@ -57,9 +57,13 @@ class VTLMMProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs):
-        """As in the base class; lists without any picture (`[]`, `[[], []]`) count as none."""
+        """As in the base class; lists without any picture (`[]`, `[[], []]`) count as none, and texts that begin with
+        BOS, as some chat templates write them, get no second one."""
         if isinstance(images, list | tuple) and all(isinstance(row, list | tuple) and not row for row in images):
             images = None
+        texts, bos = [text] if isinstance(text, str) else text, self.tokenizer.bos_token
+        if bos and texts and all(isinstance(one, str) and one.startswith(bos) for one in texts):
+            kwargs.setdefault("add_special_tokens", False)
         return super().__call__(images=images, text=text, **kwargs)
 
     def num_image_tokens(self, height: int, width: int) -> int:

@@ -64,6 +64,15 @@ def test_each_mark_becomes_the_tokens_of_its_picture(processor, text, images, co
         assert inputs["pixel_values"].shape == (sum(counts), 3, 28, 28)
 
 
+def test_a_text_that_begins_with_bos_gets_no_second_one(processor):
+    """As lm-eval passes what a chat template wrote, if the template writes BOS itself."""
+    text = ["<image> what is it", "hello"]
+    expected = processor(text=text, images=[[RED], []], padding=True)["input_ids"]
+    bos = processor.tokenizer.bos_token
+    assert processor(text=[bos + one for one in text], images=[[RED], []], padding=True)["input_ids"] == expected
+    assert processor(text=bos + text[1])["input_ids"] == processor(text=text[1])["input_ids"]
+
+
 def test_pictures_keep_the_order_of_their_marks(processor):
     pictures = [[RED], [], [GREEN, BLUE]]
     text = ["<image>", "hello", "<image> <image>"]

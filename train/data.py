@@ -45,6 +45,9 @@ class DataConfig:
             file is one split, `"train"`.
         eval_dataset (`str`, *optional*): data for evaluation, if from elsewhere.
         eval_split (`str`, *optional*): its split (by default `"train"`); alone, a split of `dataset`.
+        eval_task_data (`str`, *optional*): a file of rows whose questions are answered at every evaluation and scored
+            by exact match, with their pictures and with shuffled ones: `eval_accuracy`, `eval_accuracy_shuffled`.
+        eval_task_pictures (`int`, *optional*, defaults to 100): only questions about the first so many pictures.
         image_folder (`str`, *optional*): where the pictures' paths start, by default beside the file that names them.
         streaming (`bool`, *optional*, defaults to `False`): read while training, keep nothing on the disk.
         max_rows (`int`, *optional*): only the first so many rows of each split.
@@ -54,7 +57,7 @@ class DataConfig:
         bad_rows (`str`, *optional*, defaults to `"raise"`): what the check does with broken rows, or `"skip"`.
 
     Raises:
-        `ValueError`: without a dataset, or for another value of `bad_rows`.
+        `ValueError`: without a dataset, for another value of `bad_rows`, or without a picture in `eval_task_pictures`.
     """
 
     dataset: str | None = field(default=None, metadata={"help": "File (.json, .jsonl, .parquet), folder or Hub id."})
@@ -62,6 +65,8 @@ class DataConfig:
     dataset_split: str = field(default="train", metadata={"help": "Split, or a slice of one: train[:2000]."})
     eval_dataset: str | None = field(default=None, metadata={"help": "Data for evaluation, if from elsewhere."})
     eval_split: str | None = field(default=None, metadata={"help": "Split for evaluation."})
+    eval_task_data: str | None = field(default=None, metadata={"help": "File of questions to answer at evaluations."})
+    eval_task_pictures: int = field(default=100, metadata={"help": "Only questions about the first so many pictures."})
     image_folder: str | None = field(default=None, metadata={"help": "Folder where the pictures' paths start."})
     streaming: bool = field(default=False, metadata={"help": "Read while training, keep nothing on the disk."})
     max_rows: int | None = field(default=None, metadata={"help": "Only the first so many rows of each split."})
@@ -72,6 +77,8 @@ class DataConfig:
     def __post_init__(self):
         if not self.dataset:
             raise ValueError("`dataset` is not set: name a .json, .jsonl or .parquet file, a folder or a Hub dataset.")
+        if self.eval_task_pictures < 1:
+            raise ValueError("`eval_task_pictures` must be 1 or more.")
         if self.bad_rows not in ("raise", "skip"):
             raise ValueError(f"`bad_rows` is {self.bad_rows!r}; it must be raise or skip.")
 

@@ -8,7 +8,7 @@ import re
 import subprocess
 import time
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -170,8 +170,14 @@ def prepare_dataset(data: DataConfig, split: str, processor, max_length: int | N
     return dataset.add_column("length", report.lengths).select(good_rows)
 
 
-def build_trainer(settings: dict, **kwargs) -> VTLMMTrainer:
-    """The trainer of a run; `kwargs` go to [`VTLMMTrainer`]."""
+def build_trainer(settings: dict, task_scores=None, **kwargs) -> VTLMMTrainer:
+    r"""
+    The trainer of a run; `kwargs` go to [`VTLMMTrainer`].
+
+    Args:
+        task_scores (callable, *optional*): makes the function that scores `eval_task_data`: (rows, processor, number
+            of pictures, batch size) → (model → `dict` of scores). Whoever evaluates gives it: this package trains.
+    """
     model_config, data, adapter, args = parse_settings(settings)
     if find_adapter_config_file(model_config.model, revision=model_config.revision) is not None:
         raise ValueError(
@@ -199,6 +205,13 @@ def build_trainer(settings: dict, **kwargs) -> VTLMMTrainer:
     if model_config.vm_head_type is not None:
         replace_vm_head(model, model_config.vm_head_type, args.seed)
     keep_differentiable_on_cpu(model)
+    if data.eval_task_data is not None:
+        if task_scores is None:
+            raise ValueError("`eval_task_data` needs `task_scores`, which `vtlmm train` gives: take the setting out.")
+        rows = load_rows(
+            replace(data, dataset=data.eval_task_data, dataset_split="train", streaming=False, max_rows=None)
+        )
+        kwargs["task_scores"] = task_scores(rows, processor, data.eval_task_pictures, args.per_device_eval_batch_size)
     lora = peft_config(adapter, args.resolved_stage())
     # the base as PEFT writes it into the adapter's folder
     if adapter.base_id is not None:
@@ -240,7 +253,7 @@ def run_training(settings: dict, **kwargs) -> VTLMMTrainer:
     return trainer
 
 
-def run_stages(settings: dict) -> None:
+def run_stages(settings: dict, **kwargs) -> None:
     """[`run_training`] for each of [`split_stages`]; with `resume_from_checkpoint` finished stages are passed over."""
     for run in split_stages(settings):
         if "stages" in settings and run.get("resume_from_checkpoint"):
@@ -248,7 +261,7 @@ def run_stages(settings: dict) -> None:
             if record.is_file():
                 print(f"Stage {run['stage']} is finished: {record}")
                 continue
-        run_training(run)
+        run_training(run, **kwargs)
         gc.collect()  # a trainer is full of cycles, and its model need not stay beside the next one's
         torch.cuda.empty_cache()
 

@@ -40,10 +40,13 @@ class VTLMMTrainer(SFTTrainer):
         train_dataset, eval_dataset ([`~datasets.Dataset`]): rows with `messages` and `images` (see `load_rows`).
         processing_class ([`ProcessorMixin`]): the model's processor; of a model given as `str` loaded beside it.
         data_collator (*optional*, defaults to [`VTLMMCollator`])
+        task_scores (callable, *optional*): model to `dict` of scores, called at every evaluation, on every process;
+            `accuracy` becomes the metric `eval_accuracy`.
         kwargs: further arguments of [`~trl.SFTTrainer`], e.g. `callbacks` or `peft_config`.
 
     Raises:
-        `ValueError`: when the model is no VT-LMM, or a resumed checkpoint lacks a tensor.
+        `ValueError`: when the model is no VT-LMM, or a resumed checkpoint lacks a tensor; for `task_scores` of a model
+            that is sharded.
     """
 
     _tag_names = ["trl", "sft", "vt-lmm"]
@@ -69,6 +72,7 @@ class VTLMMTrainer(SFTTrainer):
         eval_dataset=None,
         processing_class=None,
         data_collator=None,
+        task_scores=None,
         **kwargs,
     ):
         if isinstance(model, str):
@@ -112,6 +116,9 @@ class VTLMMTrainer(SFTTrainer):
             **kwargs,
         )
         args.packing = packing
+        self.task_scores = task_scores
+        if task_scores is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("A sharded model does not answer questions here: take `eval_task_data` out.")
         for parameter, values in learning.items():
             parameter.data = values.to(parameter.device)
         if self.is_fsdp_enabled:
@@ -370,6 +377,10 @@ class VTLMMTrainer(SFTTrainer):
         loss += self.stage.visual_loss_coef * sum(of_heads or [metrics.get("visual_loss", 0.0)])
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         output.metrics[f"{metric_key_prefix}_loss"] = loss
+        if self.task_scores is not None:
+            with self.compute_loss_context_manager():
+                scores = self.task_scores(self.model)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
 
     # ---- Checkpoints ----

@@ -1,0 +1,147 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Questions answered at evaluation steps: what is scored, and that training does not notice."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS, build_processor
+from datasets import Dataset
+from PIL import Image as PILImage
+from training_setup import build_rows, build_trainer, weights, write_start
+
+from vtlmm.cli.main import main
+from vtlmm.evaluation.answers import answer_batch, with_shuffled_images
+from vtlmm.evaluation.run import task_scores
+from vtlmm.train.data import DataConfig, load_rows
+from vtlmm.train.run import RUN_RECORD
+from vtlmm.train.run import build_trainer as build_trainer_of_run
+
+
+COLOURS = ("red", "green", "blue", "white")
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Three questions of different lengths about each of four pictures, and one about none."""
+    rows = [{"question": "say hello", "answer": "hello"}]
+    for i, colour in enumerate(COLOURS):
+        PILImage.new("RGB", (28, 28), colour).save(tmp_path / f"{colour}.png")
+        for j in range(3):
+            asked = " ".join(WORDS[3 + i : 5 + i + 2 * j])
+            rows.append({"image": f"{colour}.png", "question": asked, "answer": "boat"})
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_rows(DataConfig(dataset=str(path)))
+
+
+@pytest.mark.parametrize(("num_pictures", "number"), [(3, 9), (9, 12)])
+def test_scores_are_those_of_one_by_one(questions, tmp_path, num_pictures, number):
+    """Of the questions about the first pictures only. Truths are what the model says to some, and the start of what it
+    says to others, which is not enough."""
+    model, processor = build_trainer(tmp_path).model, build_processor()
+    model.generation_config.eos_token_id = list(range(2, 24))  # a random model would hardly ever stop
+    model.generation_config.suppress_tokens = [0, 1, *range(len(WORDS) + 4, 64)]  # and say what is no word
+    asked = [
+        {"images": row["images"], "question": row["messages"][0]["content"][1]["text"]}
+        for row in questions
+        if row["images"]
+    ][:number]
+    texts, blind = (
+        [answer_batch(model, processor, [question], max_new_tokens=64)[0] for question in side]
+        for side in (asked, with_shuffled_images(asked))
+    )
+    starts = [text.rpartition(" ")[0] or "boat" for text in texts[2:5]]
+    truths = iter([*texts[:2], *starts, *blind[5:]])
+
+    def with_truth(row):
+        row["messages"][1]["content"][0]["text"] = next(truths, "boat") if row["images"] else "hello"
+        return row
+
+    rows = Dataset.from_list([with_truth(row) for row in questions], features=questions.features)
+    truths = [row["messages"][1]["content"][0]["text"] for row in rows if row["images"]][:number]
+    expected = {
+        name: sum(text == truth for text, truth in zip(side, truths, strict=True)) / number
+        for name, side in (("accuracy", texts), ("accuracy_shuffled", blind))
+    }
+    assert 0 < expected["accuracy"] < 1 and 0 < expected["accuracy_shuffled"] < 1
+    score = task_scores(rows, processor, num_pictures, batch_size=4)
+    for training in (True, False):
+        model.train(training)
+        assert score(model) == pytest.approx(expected)
+        assert model.training is training
+
+
+def test_questions_without_pictures_are_refused(questions):
+    with pytest.raises(ValueError, match="No question about pictures"):
+        task_scores(questions.select([0]), build_processor(), 2)
+
+
+def test_no_random_number_is_drawn(questions, tmp_path):
+    trainer = build_trainer(tmp_path)
+    score = task_scores(questions, build_processor(), 4, batch_size=3)
+
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+    before = states()
+    score(trainer.model)
+    assert states() == before
+
+
+def run(folder, **settings):
+    trainer = build_trainer(
+        folder,
+        eval_dataset=build_rows(seed=1),
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_train_batch_size=2,
+        train_sampling_strategy="random",
+        learning_rate=0.1,
+        model_options={"text": "qwen2"},
+        **settings,
+    )
+    for module in trainer.model.modules():  # a random number at each step
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.2
+    return trainer
+
+
+def test_training_goes_on_as_without(questions, tmp_path):
+    """Bit by bit, with dropout and shuffled rows."""
+    plain = run(tmp_path / "plain")
+    plain.train()
+    scored = run(tmp_path / "scored")
+    scored.task_scores = task_scores(questions, build_processor(), 4, batch_size=3)
+    scored.train()
+    expected = weights(plain.model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(scored.model).items())
+    logged = [log for log in scored.state.log_history if "eval_loss" in log]
+    assert len(logged) == 2 and all({"eval_accuracy", "eval_accuracy_shuffled"} <= log.keys() for log in logged)
+    assert not any("eval_accuracy" in log for log in plain.state.log_history)
+
+
+def test_a_recipe_scores_its_questions_and_keeps_the_best(tmp_path, capsys):
+    """Through the command line, and the record says what the model scored in the end."""
+    settings = write_start(tmp_path)
+    rows = [{"image": "red.png", "question": "what is it", "answer": "red boat"}]
+    (tmp_path / "questions.json").write_text(json.dumps(rows))
+    settings |= {"eval_dataset": settings["dataset"], "eval_task_data": str(tmp_path / "questions.json")}
+    settings |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_steps": 12, "eval_strategy": "steps"}
+    settings |= {"eval_steps": 6, "save_strategy": "steps", "save_steps": 6, "load_best_model_at_end": True}
+    settings |= {"metric_for_best_model": "eval_accuracy", "stage": "decoder"}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(settings))  # JSON is YAML
+    assert main(["train", "--config", str(recipe)]) == 0
+    (record,) = json.loads((tmp_path / "out" / RUN_RECORD).read_text())
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    logged = [log["eval_accuracy"] for log in state["log_history"] if "eval_accuracy" in log]
+    assert state["best_metric"] == max(logged) == record["metrics"]["eval_accuracy"] == 1.0
+    assert "eval_accuracy_shuffled" not in record["metrics"]  # one picture has no other
+    assert main(["train", "--config", str(recipe), "eval_task_pictures=0"]) == 1
+    assert "eval_task_pictures" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="`vtlmm train` gives"):
+        build_trainer_of_run(settings)
