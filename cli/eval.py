@@ -42,6 +42,8 @@ def run_tasks(args) -> int:
 
     from vtlmm.evaluation.harness import run_harness
 
+    if args.pseudo or args.device_map or args.quantization != "none":
+        raise ValueError("--pseudo, --quantization and --device-map do not reach a harness: use --data.")
     tasks = args.tasks.split(",")
     output = Path(args.output or Path("outputs", "eval", f"{Path(args.model).name}_{args.harness}_{'_'.join(tasks)}"))
     names = ("data", "include_path", "limit", "batch_size", "dtype", "revision", "trust_remote_code")
