@@ -226,16 +226,15 @@ class VTLMMModel(VTLMMPreTrainedModel):
         if pixel_values is not None or vision_features is not None:
             image_outputs = self.get_image_features(pixel_values, vision_features)
 
-        image_features = image_token_mask = None
+        image_token_mask = None
         if image_outputs is not None:
-            image_features = image_outputs.image_features
-            decoder_input = torch.cat(list(image_outputs.pooler_output) or [image_features.flatten(0, 1)])
-            decoder_input = decoder_input.to(inputs_embeds.device, inputs_embeds.dtype)
+            pooled = list(image_outputs.pooler_output) or [image_outputs.image_features.flatten(0, 1)]
+            decoder_input = torch.cat(pooled).to(inputs_embeds.device, inputs_embeds.dtype)
             image_token_mask = self.get_image_token_mask(input_ids, inputs_embeds, decoder_input.shape[0])
             inputs_embeds = inputs_embeds.masked_scatter(image_token_mask.unsqueeze(-1), decoder_input)
         elif always_run_vision:
-            image_features = self.get_image_features(zero_image(self.config, inputs_embeds.device)).image_features
-            inputs_embeds = inputs_embeds + 0.0 * image_features.sum().to(inputs_embeds.dtype)
+            image_outputs = self.get_image_features(zero_image(self.config, inputs_embeds.device))
+            inputs_embeds = inputs_embeds + 0.0 * image_outputs.image_features.sum().to(inputs_embeds.dtype)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -246,7 +245,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
         outputs = {name: value for name, value in outputs.items() if name in DECODER_OUTPUTS}
         return VTLMMModelOutputWithPast(
             **outputs,
-            image_features=image_features,
+            image_outputs=image_outputs,
             image_token_mask=image_token_mask if output_image_token_mask else None,
         )
 
@@ -354,22 +353,20 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
             output_image_token_mask=return_loss_sums or output_visual_logits,
             **kwargs,
         )
-        loss = logits = visual_logits = loss_sums = None
-        if return_loss_sums:
+        if return_loss_sums:  # and nothing else, since mixed precision copies to float32 whatever leaves the model
             loss_sums = self.loss_sums(
                 outputs, labels, attention_mask, position_ids, visual_student, detach_visual_teacher
             )
-        else:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
-            if labels is not None:
-                loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+            return VTLMMCausalLMOutputWithPast(loss_sums=loss_sums)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = visual_logits = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         if output_visual_logits and outputs.image_token_mask is not None:
-            visual_logits = self.model.vm_head(outputs.image_features).flatten(0, 1)
+            visual_logits = self.model.vm_head(outputs.image_outputs.image_features).flatten(0, 1)
         outputs = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return VTLMMCausalLMOutputWithPast(
-            loss=loss, logits=logits, visual_logits=visual_logits, loss_sums=loss_sums, **outputs
-        )
+        return VTLMMCausalLMOutputWithPast(loss=loss, logits=logits, visual_logits=visual_logits, **outputs)
 
     def loss_sums(
         self,
@@ -418,7 +415,7 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
         vm_weight = gathered_weight(vm_head)
         lm_weight = gathered_weight(self.lm_head)[: vm_weight.shape[0]]
         hidden_states = outputs.last_hidden_state
-        image_features = vm_head.mixer(outputs.image_features).flatten(0, 1)
+        image_features = vm_head.mixer(outputs.image_outputs.image_features).flatten(0, 1)
         if outputs.image_token_mask is None:  # the picture of zeros of a text-only batch
             image_features, hidden_states = image_features[:0], hidden_states[0, :0]
         else:
@@ -432,7 +429,8 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
         transformers encodes them before, and then there are no `pixel_values` here."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         if pixel_values is not None and expand_size > 1:
-            patches = (input_ids == self.config.image_token_id).sum(-1)
+            words = input_ids if input_ids.shape[1] else None  # empty when the prompt came as `inputs_embeds`
+            patches = self.model.get_image_token_mask(words, model_kwargs.get("inputs_embeds")).sum(-1)
             per_row = (patches * pixel_values.shape[0] // patches.sum()).tolist()
             groups = [rows.repeat(expand_size, 1, 1, 1) for rows in pixel_values.split(per_row)]
             pixel_values = torch.cat(groups)

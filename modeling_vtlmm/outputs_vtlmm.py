@@ -32,12 +32,12 @@ class VTLMMModelOutputWithPast(BaseModelOutputWithPast):
     """
     The decoder's output and:
 
-    image_features (`torch.Tensor` of shape `(num_images, num_patches, hidden_size)`): the projector's output v.
+    image_outputs ([`VTLMMImageFeaturesOutput`]): what became of the pictures, when there are any.
     image_token_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): where the image tokens are,
         when asked for.
     """
 
-    image_features: torch.Tensor | None = None
+    image_outputs: VTLMMImageFeaturesOutput | None = None
     image_token_mask: torch.Tensor | None = None
 
 
@@ -48,14 +48,14 @@ class VTLMMCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     visual_logits (`torch.Tensor` of shape `(num_image_tokens, visual_vocab_size)`): the VM head's output before the
         softmax, in the order of `image_token_mask`, when asked for.
-    image_features: see [`VTLMMModelOutputWithPast`].
+    image_outputs: see [`VTLMMModelOutputWithPast`].
     image_token_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): where the image tokens are, with
-        `visual_logits` or `loss_sums`.
-    loss_sums (`dict[str, torch.Tensor]`): see [`VTLMMForConditionalGeneration.loss_sums`], when asked for.
+        `visual_logits`.
+    loss_sums (`dict[str, torch.Tensor]`): see [`VTLMMForConditionalGeneration.loss_sums`], when asked for, alone.
     """
 
     visual_logits: torch.Tensor | None = None
-    image_features: torch.Tensor | None = None
+    image_outputs: VTLMMImageFeaturesOutput | None = None
     image_token_mask: torch.Tensor | None = None
     loss_sums: dict[str, torch.Tensor] | None = None
 

@@ -93,7 +93,7 @@ def test_outputs_are_the_released_ones(case):
     assert torch.equal(outputs.image_token_mask, golden["image_positions"].bool())
     torch.testing.assert_close(outputs.logits[..., :NUM_WORDS], golden["logits"], **CLOSE)
     torch.testing.assert_close(seen["inputs_embeds"], golden["inputs_embeds"], **CLOSE)
-    torch.testing.assert_close(outputs.image_features, golden["adapter_features"], **CLOSE)
+    torch.testing.assert_close(outputs.image_outputs.image_features, golden["adapter_features"], **CLOSE)
     logprobs = outputs.visual_logits.log_softmax(-1)
     torch.testing.assert_close(logprobs, golden["visual_token_logprobs"], **CLOSE)
     assert model.config.use_pseudo_image_features == ("pseudo_image_features" in golden)

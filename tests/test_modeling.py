@@ -265,6 +265,19 @@ def test_generate_batched_equals_alone(build_model, options):
         assert torch.equal(found[i, -5:], alone[0, -5:])
 
 
+def test_beams_from_embeddings_equal_those_from_words(build_model):
+    """`generate` then has no words to tell which pictures belong to a row."""
+    model = build_model()
+    right_ids, right_mask, pixel_values = rows(model, [1, 2])
+    settings = {"attention_mask": right_mask.flip(1), "pixel_values": pixel_values, "num_beams": 3, "do_sample": False}
+    settings |= {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 3}
+    ids = [row[mask.bool()] for row, mask in zip(right_ids, right_mask, strict=True)]
+    input_ids = torch.stack([torch.nn.functional.pad(row, (right_ids.shape[1] - len(row), 0), value=3) for row in ids])
+    from_words = model.generate(input_ids=input_ids, **settings)
+    from_embeddings = model.generate(inputs_embeds=model.get_input_embeddings()(input_ids), **settings)
+    assert torch.equal(from_embeddings, from_words[:, -5:])
+
+
 def test_cache_and_logits_to_keep(build_model):
     model = build_model()
     input_ids, _, pixel_values = rows(model, [2])
@@ -395,7 +408,9 @@ def test_outputs_are_floating_point_unless_the_mask_is_asked_for(build_model):
     input_ids, attention_mask, pixel_values = rows(model, [1, 2])
     outputs = model(input_ids, pixel_values, attention_mask)
     assert outputs.image_token_mask is None
-    assert [tuple(x.shape) for x in outputs.to_tuple() if isinstance(x, torch.Tensor)] == [(2, 15, 64), (3, 4, 32)]
+    assert [tuple(x.shape) for x in outputs.to_tuple() if isinstance(x, torch.Tensor)] == [(2, 15, 64)]
+    assert outputs.image_outputs.image_features.shape == (3, 4, 32)
+    assert all(x.is_floating_point() for x in outputs.image_outputs.values() if isinstance(x, torch.Tensor))
     for a, b in zip(
         outputs.to_tuple(), model(input_ids, pixel_values, attention_mask, return_dict=False), strict=True
     ):
