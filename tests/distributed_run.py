@@ -35,7 +35,7 @@ UPDATES = {
     "fsdp_joint": (TEXT_ON_ONE, HALF | {"gradient_checkpointing": True}),
     "fsdp_accumulated": (RAGGED, QUARTER | {"gradient_accumulation_steps": 2}),
     "fsdp_visual_head": (TEXT_ON_ONE, HALF | {"stage": "visual_head"}),
-    "fsdp_tied": (TEXT_ON_ONE, HALF | {"model_options": {"text": "qwen2"}, "max_steps": 2, "learning_rate": 0.1}),
+    "fsdp_tied": (TEXT_ON_ONE, HALF | {"model_options": {"text": "qwen2"}, "max_steps": 2, "learning_rate": 1.0}),
     "fsdp_pseudo": (TEXT_ON_ONE, HALF | {"stage": "decoder", "model_options": PSEUDO}),
 }
 RESUMED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
