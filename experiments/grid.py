@@ -18,7 +18,7 @@ from vtlmm.train.run import change_settings, check_settings, split_stages
 PARTS = ("seeds", "reference", "base", "arms", "evaluate")
 # Of a start: what its weights, prompts and pictures depend on, not where it comes from
 START_FILES = ("*.safetensors", "config.json", "processor_config.json", "tokenizer.json", "*.jinja")
-FIGURES = ("accuracy", "blind", "pseudo", "visual", "text")
+FIGURES = ("accuracy", "blind", "pseudo", "visual", "text", "others")
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,14 @@ class EvaluateConfig:
         dataset_split, image_folder, max_rows: see `DataConfig`. With `max_rows` the table says that it is a subset.
         figures (`list[str]`): of `"accuracy"`; `"blind"`: the same with shuffled pictures; `"pseudo"`: the same with
             pseudo image features; `"visual"`: the losses of stages III and IV and the entropies of the visual
-            tokens; `"text"`: perplexity on `text`.
+            tokens; `"text"`: perplexity on `text`; `"others"`: yes/no questions, calibration and entropies of the
+            visual tokens on the pictures of `others`, beside the held-out ones.
         kind (`str`, *optional*): column with the kinds of the questions.
         kinds (`dict[str, list[str]]`, *optional*): or each kind with the answers by which it is known.
         scorer (`str`, *optional*, defaults to `"exact"`): see `vtlmm eval`.
         text (`str`, *optional*): file of held-out texts, one a line.
+        others (`dict[str, str]`, *optional*): name → data with pictures of another kind, in any form of training data;
+            all rows of each.
         use_pseudo_image_features (`bool`, *optional*): what the decoder reads in the place of pictures, if not as
             the model says. An arm may set it alone: `evaluate` beside its stages.
         batch_size (`int`, *optional*, defaults to 64), max_new_tokens (`int`, *optional*, defaults to 16)
@@ -50,6 +53,7 @@ class EvaluateConfig:
     kinds: dict[str, list[str]] = field(default_factory=dict)
     scorer: str = "exact"
     text: str | None = None
+    others: dict[str, str] = field(default_factory=dict)
     use_pseudo_image_features: bool | None = None
     batch_size: int = 64
     max_new_tokens: int = 16
@@ -60,6 +64,8 @@ class EvaluateConfig:
             raise ValueError(f"evaluate: there are no figures {sorted(unknown)}; there are {', '.join(FIGURES)}.")
         if ("text" in self.figures) != (self.text is not None):
             raise ValueError("evaluate: the figure text and the file `text` need each other.")
+        if ("others" in self.figures) != bool(self.others):
+            raise ValueError("evaluate: the figure others and the data `others` need each other.")
         if self.dataset is None:
             raise ValueError("evaluate.dataset is not set: name the held-out questions.")
 
@@ -114,6 +120,9 @@ class Grid:
         """Of everything that the figures of one run depend on."""
         measures = dict(vars(self.measures(arm)))
         measures.pop("batch_size")
+        others = {name: _content(data) for name, data in measures.pop("others").items()}
+        if others:
+            measures["others"] = others
         for name in ("dataset", "text"):
             measures[name] = measures[name] and _content(measures[name])
         return digest([self.chain(arm, seed)[-1]["key"], measures])

@@ -3,7 +3,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,19 +12,22 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vtlmm.evaluation.answers import asking_order, conversation, with_shuffled_images
 from vtlmm.evaluation.report import by_kind, picture_cluster, score_answers
 from vtlmm.evaluation.run import read_questions
-from vtlmm.train.data import load_rows
+from vtlmm.train.data import DataConfig, load_rows
 from vtlmm.train.feature_cache import VisionFeatureCache, tower_key, undecoded
 
 from .grid import EvaluateConfig
+from .others import OWN, measure_others, visual_token_diversity
 
 
 @dataclass
 class HeldOut:
-    """Questions, and where the pictures are that they ask about; see `read_questions`."""
+    """Questions, and where the pictures are that they ask about; see `read_questions`. `others` are those about other
+    kinds of pictures, by name."""
 
     rows: object
     questions: list[dict]
     places: dict
+    others: dict[str, "HeldOut"] = field(default_factory=dict)
 
     def vision_features(self, model, processor, folder: str | Path, batch_size: int) -> dict[str, torch.Tensor]:
         """The tower's features of every picture by its key, each `(num_patches, vision_feature_size)`."""
@@ -54,14 +57,18 @@ def read_held_out(measures: EvaluateConfig) -> HeldOut:
             if question["answer"] not in kinds:
                 raise ValueError(f"evaluate.kinds: the answer {question['answer']!r} is of no kind.")
             question["kind"] = kinds[question["answer"]]
-    return HeldOut(rows, questions, places)
+    found = HeldOut(rows, questions, places)
+    for name, data in measures.others.items():
+        rows = load_rows(DataConfig(data))
+        found.others[name] = HeldOut(rows, *read_questions(rows))
+    return found
 
 
 def measure(folder: str | Path, measures: EvaluateConfig, held_out: HeldOut, feature_folder: str | Path):
     r"""
     Returns:
-        `tuple[dict[str, float], dict[str, list]]`: the figures by name; and of each figure that is a mean over the
-        questions, the score of every question, with the `answers`.
+        `tuple[dict[str, float], dict[str, list], dict[str, dict]]`: the figures by name; of each figure that is a mean
+        over the questions, the score of every question, with the `answers`; and what [`measure_others`] gives.
     """
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32").eval()
@@ -70,13 +77,26 @@ def measure(folder: str | Path, measures: EvaluateConfig, held_out: HeldOut, fea
     if measures.use_pseudo_image_features is not None:
         model.config.use_pseudo_image_features = measures.use_pseudo_image_features
     features = held_out.vision_features(model, processor, feature_folder, measures.batch_size)
-    figures, details = {}, {}
+    figures, details, others = {}, {}, {}
     asked = {"accuracy": held_out.questions, "blind": with_shuffled_images(held_out.questions)}
     for name, title in (("accuracy", "accuracy"), ("blind", "accuracy, pictures shuffled")):
         if name in measures.figures:
             figures |= _accuracy(title, model, processor, asked[name], features, measures, details)
     if "visual" in measures.figures:
         figures |= visual_figures(model, processor, list(features.values()), measures.batch_size)
+    if "others" in measures.figures:
+        size = measures.batch_size
+        sets = {OWN: (held_out.questions, features)}
+        for name, data in held_out.others.items():
+            sets[name] = data.questions, data.vision_features(model, processor, feature_folder, size)
+        others = measure_others(
+            sets,
+            lambda questions, own: answers_and_probabilities(
+                model, processor, questions, own, size, measures.max_new_tokens
+            ),
+            lambda own: visual_token_diversity(model, own, size),
+        )
+        figures |= {f"{figure}: {name}": found["value"] for name in sets for figure, found in others[name].items()}
     if "text" in measures.figures:
         texts = Path(measures.text).read_text(encoding="utf-8").splitlines()
         figures["text perplexity"] = perplexity(model, processor, [text for text in texts if text.strip()])
@@ -84,7 +104,7 @@ def measure(folder: str | Path, measures: EvaluateConfig, held_out: HeldOut, fea
         model.config.use_pseudo_image_features = True
         title = "accuracy, pseudo image features"
         figures |= _accuracy(title, model, processor, asked["accuracy"], features, measures, details)
-    return figures, details
+    return figures, details, others
 
 
 def _accuracy(title: str, model, processor, questions, features, measures: EvaluateConfig, details: dict):
@@ -102,13 +122,20 @@ def _accuracy(title: str, model, processor, questions, features, measures: Evalu
 
 def answer_all(model, processor, questions, features: dict, batch_size: int, max_new_tokens: int) -> list[str]:
     """As `answers.answer`, from features that were computed before; `images` of the questions are keys of these."""
-    order, answers = asking_order(questions), [""] * len(questions)
+    return answers_and_probabilities(model, processor, questions, features, batch_size, max_new_tokens)[0]
+
+
+def answers_and_probabilities(
+    model, processor, questions: list[dict], features: dict, batch_size: int, max_new_tokens: int
+) -> tuple[list[str], list[float]]:
+    """As [`answer_all`], and the model's own probability of each answer: the product over its tokens and its end."""
+    order, found = asking_order(questions), [("", 0.0)] * len(questions)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        texts = _answer_batch(model, processor, [questions[i] for i in batch], features, max_new_tokens)
-        for i, text in zip(batch, texts, strict=True):
-            answers[i] = text
-    return answers
+        texts, probabilities = _answer_batch(model, processor, [questions[i] for i in batch], features, max_new_tokens)
+        for i, *own in zip(batch, texts, probabilities, strict=True):
+            found[i] = tuple(own)
+    return [text for text, _ in found], [probability for _, probability in found]
 
 
 def _prompts(processor, questions: list[dict], num_patches: int, device):
@@ -130,7 +157,7 @@ def _prompts(processor, questions: list[dict], num_patches: int, device):
 
 
 @torch.inference_mode()
-def _answer_batch(model, processor, questions: list[dict], features: dict, max_new_tokens: int) -> list[str]:
+def _answer_batch(model, processor, questions: list[dict], features: dict, max_new_tokens: int):
     num_patches = len(next(iter(features.values())))
     ids, attention_mask = _prompts(processor, questions, num_patches, model.device)
     mask = model.model.get_image_token_mask(ids, None)
@@ -140,9 +167,21 @@ def _answer_batch(model, processor, questions: list[dict], features: dict, max_n
         encoded = model.model.get_image_features(vision_features=torch.stack(pictures).to(model.device, model.dtype))
         inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), torch.cat(list(encoded.pooler_output)))
     found = model.generate(
-        inputs_embeds=inputs_embeds, attention_mask=attention_mask, max_new_tokens=max_new_tokens, do_sample=False
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
-    return [text.strip() for text in processor.batch_decode(found, skip_special_tokens=True)]
+    words, ends = found.sequences, torch.tensor(model.generation_config.eos_token_id, device=model.device)
+    over = torch.isin(words, ends).cumsum(1).roll(1, 1)  # what stands behind the end is padding
+    over[:, 0] = 0
+    steps = zip(found.logits, words.T, strict=True)
+    logprobs = [logits.float().log_softmax(-1).gather(1, word[:, None])[:, 0] for logits, word in steps]
+    logprobs = torch.stack(logprobs, 1).masked_fill(over > 0, 0.0)
+    texts = [text.strip() for text in processor.batch_decode(words, skip_special_tokens=True)]
+    return texts, logprobs.sum(1).exp().tolist()
 
 
 @torch.inference_mode()

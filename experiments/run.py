@@ -3,7 +3,7 @@
 
 In the folder of the output: `stages/`, every trained stage under the digest of all that its weights depend on, for all
 grids with this output; and in a folder of each grid `rows.jsonl` (one line a finished run), `answers/`,
-`results.json`, `results.md` and `results.png`.
+`results.json`, `results.md` and `results.png`; `others.png` where pictures of other kinds were measured.
 """
 
 import gc
@@ -24,10 +24,12 @@ from vtlmm.train.run import commit_of_code, run_training
 
 from .grid import Grid, read_grid
 from .measure import HeldOut, measure, read_held_out, save_details
+from .others import OTHERS_NOTE, format_others, summarize_others
 from .paired import compare_arms, format_table
 
 
 ROWS_FILE, RESULTS_FILE, TABLE_FILE, PLOT_FILE = "rows.jsonl", "results.json", "results.md", "results.png"
+OTHERS_PLOT_FILE = "others.png"
 MARK = "finished.json"
 PACKAGES = ("vtlmm", "torch", "transformers", "trl", "datasets")
 
@@ -92,13 +94,14 @@ def run_once(grid: Grid, arm: str, seed: int, output: Path, folder: Path, held_o
     trained = time.time()
     features = chain[-1].get("cache_image_features")
     features = features if isinstance(features, str) else output / "stages" / "image_features"
-    figures, details = measure(model, measures, held_out, features)
+    figures, details, others = measure(model, measures, held_out, features)
     save_details(folder / "answers" / f"{key}.json", held_out, details)
     return {
         "arm": arm,
         "seed": seed,
         "key": key,
         "figures": figures,
+        **({"others": others} if others else {}),
         "num_questions": len(held_out.questions),
         "num_pictures": len(held_out.places),
         "subset": measures.max_rows is not None,
@@ -168,14 +171,20 @@ def write_results(folder: Path, grid: Grid) -> str:
         details[row["arm"], row["seed"]] = {name: own["scores"] for name, own in saved["figures"].items()}
         clusters = saved["clusters"]
     lines = compare_arms(rows, list(grid.arms), grid.reference, details, clusters)
-    text = f"# {Path(grid.path).stem}\n\n{format_table(lines, grid.reference)}\n\n{footer(rows)}\n"
-    results = {"reference": grid.reference, "lines": lines, "rows": rows}
+    others = summarize_others([row for row in rows if "others" in row], list(grid.arms))
+    tables = [format_table(lines, grid.reference)]
+    if others:
+        tables.append(f"## Other kinds of pictures\n\n{format_others(others)}\n\n{OTHERS_NOTE}")
+    text = "\n\n".join([f"# {Path(grid.path).stem}", *tables, footer(rows)]) + "\n"
+    results = {"reference": grid.reference, "lines": lines, "others": others, "rows": rows}
     write_whole(folder / RESULTS_FILE, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_whole(folder / TABLE_FILE, text)
     if rows and find_spec("matplotlib"):
-        from .figures import save_differences
+        from .figures import save_differences, save_others
 
         save_differences(folder / PLOT_FILE, lines, grid.reference, Path(grid.path).stem)
+        if others:
+            save_others(folder / OTHERS_PLOT_FILE, others, Path(grid.path).stem)
     return text
 
 

@@ -271,6 +271,7 @@ def test_a_failing_run_is_an_error_and_loses_nothing(work, tmp_path, capsys):
         ("evaluate.figurs=[text]", "unexpected keyword argument 'figurs'"),
         ("arms.on.evaluate.max_rows=3", "arm on: an arm's evaluate may set use_pseudo_image_features only"),
         ("evaluate.figures=[beauty]", "there are no figures ['beauty']"),
+        ("evaluate.others={emoji: rows.json}", "the figure others and the data `others` need each other"),
         ("evaluate.text=null", "the figure text and the file `text` need each other"),
         ("evaluate.kinds={colour: [red, blue]}", "the answer 'yes' is of no kind"),
     ],
@@ -317,7 +318,7 @@ def test_visual_losses_are_those_of_the_trainer_s_evaluation(work, tmp_path):
     rows = json.loads((work / "test.json").read_text())[::2]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     measures = EvaluateConfig(dataset=str(work / "test.json"), figures=["visual"])
-    figures, _ = measure(work / "start", measures, read_held_out(measures), tmp_path / "features")
+    figures, *_ = measure(work / "start", measures, read_held_out(measures), tmp_path / "features")
     for stage, name in (("visual_head", "III, KL(q‖p)"), ("joint", "IV, KL(p‖q)")):
         data = {"model": str(work / "start"), "dataset": str(tmp_path / "rows.json"), "image_folder": str(work)}
         data |= {"eval_dataset": data["dataset"], "stage": stage, "vm_head_init": "keep", "output_dir": str(tmp_path)}
@@ -372,6 +373,8 @@ def test_grids_of_the_repository_fit(path, base):
     settings = [f"base={base}.yaml", "model=start", "dataset=train.parquet", "evaluate.dataset=test.parquet"]
     if path.stem.startswith("5"):
         settings.append("evaluate.text=texts.txt")
+    if path.stem.startswith("7"):
+        settings.append("evaluate.others.emoji=emoji.parquet")
     grid = read_grid(path, settings)
     chains = {arm: grid.chain(arm, 4) for arm in grid.arms}
     assert len(grid.seeds) == 5 and len(chains) >= 3

@@ -28,6 +28,8 @@ class VTLMMTrainingConfig(SFTConfig):
             Head that the visual loss teaches, `"vm_head"` or `"lm_head"`, instead of the row's.
         detach_visual_teacher (`bool`, *optional*, defaults to `True`):
             Whether the teacher's side of the visual loss is a constant.
+        visual_target (`str`, *optional*, defaults to `"next_patch"`):
+            What the visual loss is: the paper's, or a rival: `"same_patch"`, `"feature"` or `"basic"` (see `rivals`).
         vm_head_init (`str`, *optional*):
             What the VM head starts from: `"lm_head"`, `"input_embeddings"`, `"random"`, or `"keep"`. Defaults to
             `"lm_head"` in stage III (the decoder has learnt since the checkpoint was composed), else to `"keep"`.
@@ -70,6 +72,7 @@ class VTLMMTrainingConfig(SFTConfig):
     visual_loss_coef: float | None = field(default=None, metadata={"help": "Weight of L_vm, if not the stage's."})
     visual_student: str | None = field(default=None, metadata={"help": "Head that L_vm teaches, if not the stage's."})
     detach_visual_teacher: bool = field(default=True, metadata={"help": "Whether the teacher of L_vm is a constant."})
+    visual_target: str = field(default="next_patch", metadata={"help": "next_patch, same_patch, feature or basic."})
     vm_head_init: str | None = field(
         default=None, metadata={"help": "lm_head, input_embeddings, random or keep; lm_head by default in stage III."}
     )
@@ -124,4 +127,5 @@ class VTLMMTrainingConfig(SFTConfig):
             self.visual_loss_coef,
             self.visual_student,
             self.detach_visual_teacher,
+            self.visual_target,
         )

@@ -8,6 +8,7 @@ from torch import nn
 
 
 MODULES = ("vision_tower", "multi_modal_projector", "vm_head", "language_model", "lm_head")
+VISUAL_TARGETS = ("next_patch", "same_patch", "feature", "basic")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Stage:
             `"vm_head"` is KL(q ‖ p), `"lm_head"` is KL(p ‖ q).
         learning_rate (`float`): used when the run does not set one.
         detach_visual_teacher (`bool`): whether the teacher's side of the visual loss is a constant.
+        visual_target (`str`): what the visual loss is: the paper's, or one of its rivals in [`rivals`].
     """
 
     name: str
@@ -33,6 +35,7 @@ class Stage:
     visual_student: str | None
     learning_rate: float
     detach_visual_teacher: bool = True
+    visual_target: str = "next_patch"
 
     def __post_init__(self):
         unknown = [name for name in self.trains if name not in MODULES]
@@ -48,6 +51,17 @@ class Stage:
             raise ValueError("Both losses have weight 0: nothing would be learnt.")
         if self.visual_loss_coef > 0 and self.visual_student is None:
             raise ValueError("A visual loss needs a `visual_student`: 'lm_head' (stage IV) or 'vm_head' (stage III).")
+        if self.visual_target not in VISUAL_TARGETS:
+            raise ValueError(f"`visual_target` is {self.visual_target!r}; it must be {', '.join(VISUAL_TARGETS)}.")
+        if self.visual_target in ("feature", "basic") and self.visual_student == "vm_head":
+            raise ValueError(
+                f"The VM head cannot learn by `visual_target: {self.visual_target}`, where it has no part."
+            )
+        if self.visual_target == "basic" and self.visual_loss_coef and "multi_modal_projector" not in self.trains:
+            raise ValueError(
+                "`visual_target: basic` teaches the projector, which rests: add multi_modal_projector to "
+                "`trainable_modules`."
+            )
 
 
 # Section 3 of the paper as far as it is told. Learning rates are LLaVA-1.5's, whose stages I and II are the same;
@@ -70,6 +84,7 @@ def resolve_stage(
     visual_loss_coef: float | None = None,
     visual_student: str | None = None,
     detach_visual_teacher: bool = True,
+    visual_target: str = "next_patch",
 ) -> Stage:
     """
     The row `name` of [`STAGES`] with the given columns replaced.
@@ -82,7 +97,7 @@ def resolve_stage(
     if name not in STAGES:
         raise ValueError(f"Unknown stage {name!r}. There are {', '.join(STAGES)}.")
     stage = STAGES[name]
-    changes = {"detach_visual_teacher": detach_visual_teacher}
+    changes = {"detach_visual_teacher": detach_visual_teacher, "visual_target": visual_target}
     if trainable_modules is not None:
         changes["trains"] = tuple(trainable_modules)
     if lm_loss_coef is not None:
@@ -124,6 +139,11 @@ def describe(model: nn.Module, stage: Stage) -> str:
         losses.append(f"{stage.lm_loss_coef:g} · L_lm")
     if stage.visual_loss_coef:
         direction = "KL(q ‖ p), lm_head teaches" if stage.visual_student == "vm_head" else "KL(p ‖ q), vm_head teaches"
+        direction = {
+            "same_patch": f"{direction}, at the patch itself",
+            "feature": "smooth L1 of hidden states to image features",
+            "basic": "cosine and KL of image features to hidden states in the middle",
+        }.get(stage.visual_target, direction)
         attached = "" if stage.detach_visual_teacher else ", teacher not detached"
         losses.append(f"{stage.visual_loss_coef:g} · L_vm [{direction}{attached}]")
     counts = {module: [0, 0] for module in MODULES}

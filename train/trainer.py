@@ -23,6 +23,7 @@ from .feature_cache import VisionFeatureCache, tower_key, undecoded
 from .loss_sums import LossSums, blank_words
 from .packing import ROW_BY_ROW, pack_dataset
 from .qlora import add_adapter, require_fit
+from .rivals import supervise
 from .stages import describe, set_trainable
 from .vm_heads import add_candidates, format_table, keep_candidate, vm_heads
 
@@ -91,6 +92,7 @@ class VTLMMTrainer(SFTTrainer):
         self.stage = args.resolved_stage()
         set_seed(args.seed)  # the base class's comes after LoRA's and the VM head's first values
         adapter = kwargs.pop("peft_config", None)
+        supervise(model, self.stage.visual_target)
         self.vm_head_candidates, self.vm_head_table = self._prepare_model(model, args, adapter, eval_dataset), None
         learner = model if adapter is None else add_adapter(model, adapter)
         # TRL rounds what learns on a quantised base to bfloat16, where small steps are lost; so they are in what is
@@ -300,6 +302,8 @@ class VTLMMTrainer(SFTTrainer):
         if training and not self.stage.lm_loss_coef:
             inputs.pop("labels")
         with_visual_loss = bool(self.stage.visual_loss_coef) if training else self.stage.visual_student is not None
+        if self.stage.visual_target == "basic":
+            inputs["output_hidden_states"] = True
         outputs = model(
             **inputs,
             return_loss_sums=True,

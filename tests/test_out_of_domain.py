@@ -1,0 +1,180 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Other kinds of pictures: measures with known answers, the probability of an answer, and the whole in a grid."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_processor
+from PIL import Image as PILImage
+from test_ablate import rows_of, work, write_grid  # noqa: F401 - `work` is a fixture
+
+from modeling_vtlmm import VTLMMForConditionalGeneration
+from vtlmm.cli.main import main
+from vtlmm.evaluation.out_of_domain import calibration_error, detection
+from vtlmm.experiments.grid import EvaluateConfig
+from vtlmm.experiments.measure import answers_and_probabilities, read_held_out
+from vtlmm.experiments.others import format_others, summarize_others
+from vtlmm.experiments.presence_questions import presence_questions
+from vtlmm.train.data import DataConfig, load_rows
+
+
+# ---- Known answers ----
+
+
+def test_perfectly_calibrated_answers_have_no_error():
+    """In each of ten bins as many right answers as the probability says: 5 of 100 at 0.05, … 95 of 100 at 0.95."""
+    probabilities = np.repeat(np.arange(0.05, 1, 0.1), 100)
+    correct = np.concatenate([np.arange(100) < round(100 * p) for p in np.arange(0.05, 1, 0.1)])
+    found = calibration_error(probabilities, correct, range(1000))
+    assert found["value"] == pytest.approx(0, abs=1e-9)
+    assert 0 < found["low"] < found["high"] < 0.06  # what chance makes of 1,000 answers
+
+
+def test_calibration_error_by_hand():
+    """Sure and always wrong is 1. Two bins of unlike size: 3 · |1 − 0.95| and 1 · |0 − 0.45|, over 4."""
+    assert calibration_error([1.0, 1.0], [0, 0], ["a", "b"])["value"] == 1
+    found = calibration_error([0.95, 0.95, 0.95, 0.45], [1, 1, 1, 0], ["a", "a", "b", "b"])
+    assert found["value"] == pytest.approx((3 * 0.05 + 0.45) / 4)
+    assert found["n"] == 2
+    # a draw is a twice, both once, or b twice
+    assert (found["low"], found["high"]) == pytest.approx((0.05, (0.05 + 0.45) / 2))
+
+
+def test_calibration_draws_are_those_of_drawing_pictures():
+    """A second implementation: the error computed anew from the answers of each draw."""
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(30), 3)
+    probabilities = rng.random(90)
+    correct = (rng.random(90) < 0.6).astype(float)
+
+    def error(rows):
+        bins = (probabilities[rows] * 10).astype(int)
+        gaps = [(correct[rows] - probabilities[rows])[bins == b].sum() for b in range(10)]
+        return np.abs(gaps).sum() / len(rows)
+
+    draws = []
+    for _ in range(4000):
+        pictures = rng.integers(30, size=30)
+        draws.append(error(np.concatenate([np.flatnonzero(clusters == picture) for picture in pictures])))
+    found = calibration_error(probabilities, correct, clusters)
+    assert found["value"] == pytest.approx(error(np.arange(90)))
+    assert (found["low"], found["high"]) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.012)
+
+
+def test_equal_sets_cannot_be_told_apart():
+    scores = np.random.default_rng(0).random(50)
+    found = detection(scores, scores)
+    assert found["value"] == pytest.approx(0.5) and found["low"] < 0.5 < found["high"]
+    assert detection([1.0] * 5, [1.0] * 7)["value"] == 0.5  # ties count half
+    apart = detection([1.0, 2.0], [3.0, 4.0, 5.0])
+    assert (apart["value"], apart["low"], apart["high"], apart["n"]) == (1, 1, 1, 5)
+    assert detection([3.0, 4.0], [1.0])["value"] == 0
+
+
+def test_detection_interval_covers():
+    """About 95 % of 200 pairs of samples with a known AUROC: normal, a standard deviation apart, Φ(1/√2) = 0.7602."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(200):
+        found = detection(rng.normal(size=40), rng.normal(1, size=60), num_draws=400)
+        covered += found["low"] <= 0.7602 <= found["high"]
+    assert 180 <= covered <= 199
+
+
+# ---- Questions and answers ----
+
+
+def test_labels_become_questions(shared, tmp_path):
+    """Blood cells: counts of pictures as a plain look at the file gives them."""
+    words = {"WBC": "white blood cell", "Platelets": "platelet"}
+    rows = presence_questions(str(shared / "data/bccd/bccd.parquet"), "objects", words)
+    assert rows[0]["questions"] == ["is there a white blood cell in the image?", "is there a platelet in the image?"]
+    answers = np.array(rows["answers"][:])
+    assert (len(answers), *(answers == "yes").sum(0)) == (364, 358, 201)
+    rows.to_parquet(tmp_path / "cells.parquet")
+    loaded = load_rows(DataConfig(str(tmp_path / "cells.parquet")))
+    assert [m["content"][-1]["text"] for m in loaded[3]["messages"]][1::2] == rows[3]["answers"]
+    assert loaded[3]["images"][0].size == rows[3]["image"].size
+    with pytest.raises(ValueError, match=r"has the labels \['wbc'\]; there are \['Platelets', 'RBC', 'WBC'\]"):
+        presence_questions(str(shared / "data/bccd/bccd.parquet"), "objects", {"wbc": "cell"})
+    with pytest.raises(ValueError, match="has the columns .*--labels and `image` must be there"):
+        presence_questions(str(shared / "data/bccd/bccd.parquet"), "labels", words)
+
+
+@torch.no_grad()
+def test_an_answer_s_probability_is_that_of_its_tokens(work, tmp_path):  # noqa: F811
+    """One forward over question and answer, each question by itself; the model's batch is padded on the left."""
+    held_out = read_held_out(EvaluateConfig(dataset=str(work / "test.json")))
+    processor, model = build_processor(), VTLMMForConditionalGeneration.from_pretrained(work / "start")
+    features = held_out.vision_features(model, processor, tmp_path, 4)
+    _, found = answers_and_probabilities(model, processor, held_out.questions, features, 4, 4)
+    lengths = set()
+    for question, probability in zip(held_out.questions, found, strict=True):
+        content = [{"type": "image"}, {"type": "text", "text": question["question"]}]
+        row, place = held_out.places[question["images"][0]]
+        inputs = processor(
+            images=[held_out.rows[row]["images"][place]],
+            text=processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True),
+            return_tensors="pt",
+        )
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        number = inputs["input_ids"].shape[1]
+        mask = (ids == model.config.image_token_id) & (torch.arange(ids.shape[1]) < number)  # it may answer <image>
+        embeds = model.get_input_embeddings()(ids.masked_fill(mask, 0))
+        embeds[mask] = model.get_image_features(inputs["pixel_values"]).image_features[0]
+        logprobs = model(inputs_embeds=embeds).logits[0, number - 1 : -1].log_softmax(-1)
+        expected = logprobs.gather(1, ids[0, number:, None]).sum().exp().item()
+        assert probability == pytest.approx(expected, rel=1e-3)
+        lengths.add(ids.shape[1] - number)
+    assert len(lengths) > 1 or max(lengths) == 4
+
+
+def test_a_grid_on_other_kinds_of_pictures(work, tmp_path):  # noqa: F811
+    """The held-out pictures under another name are told apart by chance; captions give entropies alone."""
+    rng, questions, captions = random.Random(0), [], []
+    for i in range(6):
+        name = str(tmp_path / f"{i}.png")
+        PILImage.new("L", (28, 28), rng.randrange(256)).save(name)
+        questions.append(
+            {"image": name, "questions": ["is it red", "what"], "answers": [rng.choice(["yes", "No"]), "a"]}
+        )
+        captions.append({"image": name, "caption": "a grey square"})
+    for name, rows in (("questions", questions), ("captions", captions)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    others = {"same": str(work / "test.json"), "grey": str(tmp_path / "questions.json")}
+    others["captions"] = str(tmp_path / "captions.json")
+    evaluate = {
+        "dataset": str(work / "test.json"),
+        "max_new_tokens": 2,
+        "figures": ["visual", "others"],
+        "others": others,
+    }
+    path = write_grid(work, tmp_path, evaluate=evaluate)
+    output = tmp_path / "out"
+    assert main(["ablate", str(path), "--output", str(output)]) == 0
+    rows = rows_of(output)
+    for row in rows:
+        own, same, grey, caption = (row["others"][name] for name in ("held out", "same", "grey", "captions"))
+        assert {**same, **own} == same and same["AUROC of the entropy"]["value"] == 0.5
+        assert own["accuracy, yes or no"]["n"] == 5 and grey["accuracy, yes or no"]["n"] == 6
+        assert own["accuracy, yes or no, of the commoner answer"]["value"] == 1  # all five are yes
+        assert caption.keys() == {"entropy of visual tokens", "entropy of their mean", "AUROC of the entropy"}
+        assert caption["entropy of visual tokens"] == grey["entropy of visual tokens"]
+        for figure in ("entropy of visual tokens", "entropy of their mean"):
+            assert own[figure]["value"] == pytest.approx(row["figures"][figure], rel=1e-4)  # as the trainer counts
+        assert row["figures"]["AUROC of the entropy: grey"] == grey["AUROC of the entropy"]["value"]
+    table = (output / "grid/results.md").read_text()
+    assert "## Other kinds of pictures" in table and (output / "grid/others.png").stat().st_size > 10_000
+    saved = json.loads((output / "grid/results.json").read_text())["others"]
+    assert format_others(saved) in table
+
+
+def test_the_table_over_seeds():
+    estimates = [{"value": v, "low": v - 0.1, "high": v + 0.2, "n": 7} for v in (0.5, 0.7)]
+    rows = [{"arm": "on", "seed": i, "others": {"cells": {"accuracy": e}}} for i, e in enumerate(estimates)]
+    [line] = summarize_others(rows, ["off", "on"])
+    assert line["values"] == {0: 0.5, 1: 0.7} and line["sd"] == pytest.approx(0.1 * 2**0.5)
+    last = format_others([line]).splitlines()[-1]
+    assert last == "| accuracy | cells | 7 | on | 2 | 60.0% (14.1%) | 50.0% – 80.0% |"
