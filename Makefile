@@ -38,7 +38,7 @@ test: $(VENV)/ok ## all tests; no network
 	touch $@
 
 test-oldest: .venv-oldest/ok ## the model's tests on the oldest supported transformers
-	.venv-oldest/bin/python -m pytest -q tests/test_modeling.py tests/test_remote_code.py
+	.venv-oldest/bin/python -m pytest -q tests/test_losses.py tests/test_modeling.py tests/test_remote_code.py
 
 build: $(VENV)/ok ## the wheel, in dist/
 	$(BIN)/python -m build --wheel
