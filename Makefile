@@ -7,7 +7,7 @@ CONSTRAINTS := $(if $(wildcard /proc/driver/nvidia),,-c constraints/cpu.txt)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help setup demo lint test test-oldest build clean
+.PHONY: help setup demo lint test test-oldest harness build clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -40,8 +40,18 @@ test: $(VENV)/ok ## all tests; no network
 test-oldest: .venv-oldest/ok ## the model's tests on the oldest supported transformers
 	.venv-oldest/bin/python -m pytest -q tests/test_losses.py tests/test_modeling.py tests/test_remote_code.py
 
+.venv-harness/ok: pyproject.toml
+	$(PY) -m venv .venv-harness
+	.venv-harness/bin/pip install -q uv && .venv-harness/bin/uv pip install -q --python .venv-harness/bin/python \
+		$(CONSTRAINTS) -e '.[harness]' pytest pytest-timeout
+	$(if $(CONSTRAINTS),.venv-harness/bin/uv pip uninstall -q --python .venv-harness/bin/python torchvision)
+	touch $@
+
+harness: .venv-harness/ok ## the tests with lm-evaluation-harness and lmms-eval, in an environment of their own
+	.venv-harness/bin/python -m pytest -q tests/test_harness.py
+
 build: $(VENV)/ok ## the wheel, in dist/
 	$(BIN)/python -m build --wheel
 
 clean: ## everything that was made
-	rm -rf .venv .venv-oldest outputs dist build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-harness outputs dist build *.egg-info .pytest_cache .ruff_cache

@@ -364,7 +364,7 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         if output_visual_logits and outputs.image_token_mask is not None:
-            visual_logits = self.model.vm_head(outputs.image_outputs.image_features).flatten(0, 1)
+            visual_logits = self.model.vm_head(outputs.image_features).flatten(0, 1)
         outputs = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return VTLMMCausalLMOutputWithPast(loss=loss, logits=logits, visual_logits=visual_logits, **outputs)
 
@@ -415,7 +415,7 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
         vm_weight = gathered_weight(vm_head)
         lm_weight = gathered_weight(self.lm_head)[: vm_weight.shape[0]]
         hidden_states = outputs.last_hidden_state
-        image_features = vm_head.mixer(outputs.image_outputs.image_features).flatten(0, 1)
+        image_features = vm_head.mixer(outputs.image_features).flatten(0, 1)
         if outputs.image_token_mask is None:  # the picture of zeros of a text-only batch
             image_features, hidden_states = image_features[:0], hidden_states[0, :0]
         else:

@@ -27,12 +27,20 @@ class VTLMMImageFeaturesOutput(BaseModelOutputWithPooling):
     image_features: torch.Tensor | None = None
 
 
+class _WithImageFeatures:
+    @property
+    def image_features(self) -> torch.Tensor | None:
+        """The projector's output v, `(num_images, num_patches, hidden_size)`, when there are pictures."""
+        return None if self.image_outputs is None else self.image_outputs.image_features
+
+
 @dataclass
-class VTLMMModelOutputWithPast(BaseModelOutputWithPast):
+class VTLMMModelOutputWithPast(_WithImageFeatures, BaseModelOutputWithPast):
     """
     The decoder's output and:
 
-    image_outputs ([`VTLMMImageFeaturesOutput`]): what became of the pictures, when there are any.
+    image_outputs ([`VTLMMImageFeaturesOutput`]): what became of the pictures, when there are any; its
+        `image_features` are also those of this output.
     image_token_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): where the image tokens are,
         when asked for.
     """
@@ -42,7 +50,7 @@ class VTLMMModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class VTLMMCausalLMOutputWithPast(CausalLMOutputWithPast):
+class VTLMMCausalLMOutputWithPast(_WithImageFeatures, CausalLMOutputWithPast):
     """
     The base class's fields (`loss`: mean language loss L_lm in nats, when `labels` are given) and:
 

@@ -53,3 +53,15 @@ def test_the_names_are_found_and_a_wrong_one_is_too():
     names = "`losses_vtlmm.py:visual_loss_sum` `train/trainer.py:VTLMMTrainer.log` `test_docs.py::test_nothing[x]`"
     assert missing(f"{names} `::missing`") == (4, ["test_docs.py::test_nothing"])
     assert missing("`nowhere.py:something`") == (1, ["nowhere.py:something"])
+
+
+def test_the_wheel_has_every_package():
+    """pyproject.toml lists them by hand: folders with an `__init__.py`, and what lies in them besides Python."""
+    tomllib = pytest.importorskip("tomllib", reason="tomllib is part of Python 3.11")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert {settings["package-dir"].get(name, name) for name in settings["packages"]} == folders
+    packed = {path for name, patterns in settings["package-data"].items() for pattern in patterns
+              for path in (ROOT / settings["package-dir"][name]).glob(pattern)}  # fmt: skip
+    others = {path for folder in folders - {"modeling_vtlmm"} for path in (ROOT / folder).rglob("*") if path.is_file()}
+    assert {path for path in others - packed if path.suffix not in (".py", ".pyc")} == set()
