@@ -96,7 +96,8 @@ def measure(folder: str | Path, measures: EvaluateConfig, held_out: HeldOut, fea
             ),
             lambda own: visual_token_diversity(model, own, size),
         )
-        figures |= {f"{figure}: {name}": found["value"] for name in sets for figure, found in others[name].items()}
+        for name, own in others.items():  # a number without pictures is of the questions, not of the model
+            figures |= {f"{figure}: {name}": found["value"] for figure, found in own.items() if "n" in found}
     if "text" in measures.figures:
         texts = Path(measures.text).read_text(encoding="utf-8").splitlines()
         figures["text perplexity"] = perplexity(model, processor, [text for text in texts if text.strip()])
