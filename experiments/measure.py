@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from vtlmm.evaluation.answers import asking_order, conversation, with_shuffled_images
 from vtlmm.evaluation.report import by_kind, picture_cluster, score_answers
@@ -62,6 +62,21 @@ def read_held_out(measures: EvaluateConfig) -> HeldOut:
         rows = load_rows(DataConfig(data))
         found.others[name] = HeldOut(rows, *read_questions(rows))
     return found
+
+
+def check_answers_fit(questions: list[dict], model: str, max_new_tokens: int) -> None:
+    """
+    Raises:
+        `ValueError`: for a true answer of more tokens than are generated: it would count as wrong whatever is said.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lengths = {answer: len(tokenizer.tokenize(answer)) for answer in {question["answer"] for question in questions}}
+    longest = max(lengths, key=lengths.get)
+    if lengths[longest] > max_new_tokens:
+        raise ValueError(
+            f"The answer {longest!r} has {lengths[longest]} tokens, but only {max_new_tokens} are generated: set "
+            f"evaluate.max_new_tokens to {lengths[longest] + 1}, with one to end the answer."
+        )
 
 
 def measure(folder: str | Path, measures: EvaluateConfig, held_out: HeldOut, feature_folder: str | Path):

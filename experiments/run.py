@@ -23,7 +23,7 @@ from filelock import FileLock
 from vtlmm.train.run import commit_of_code, run_training
 
 from .grid import Grid, read_grid
-from .measure import HeldOut, measure, read_held_out, save_details
+from .measure import HeldOut, check_answers_fit, measure, read_held_out, save_details
 from .others import OTHERS_NOTE, format_others, summarize_others
 from .paired import compare_arms, format_table
 
@@ -65,7 +65,10 @@ def run_grid(
     folder = output / Path(path).stem
     folder.mkdir(parents=True, exist_ok=True)
     read_rows(folder, grid)
-    held_out = read_held_out(grid.measures(grid.reference))
+    measures = grid.measures(grid.reference)
+    held_out = read_held_out(measures)
+    start = grid.chain(grid.reference, grid.seeds[0])[0]["model"]
+    check_answers_fit(held_out.questions, start, measures.max_new_tokens)
     versions = {package: version(package) for package in PACKAGES}
     about = {"machine": machine(), "versions": versions, "commit": commit_of_code()}  # now: files may change below
     for seed in grid.seeds:

@@ -17,6 +17,7 @@ import torch
 import yaml
 from conftest import WORDS, build_config, build_processor
 from PIL import Image as PILImage
+from transformers import AutoTokenizer
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
@@ -251,6 +252,16 @@ def test_other_settings_are_refused_and_more_seeds_are_not(work, finished, capsy
     assert main(["ablate", str(path), "--output", str(output), "--seeds", "0", "1"]) == 0
     assert capsys.readouterr().out.count("finished before") == 4
     assert (output / "grid/rows.jsonl").read_bytes() == before
+
+
+def test_answers_longer_than_what_is_generated_are_seen_at_the_start(work, tmp_path, capsys):
+    path = write_grid(work, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(work / "start")
+    longest = max(len(tokenizer.tokenize(answer)) for answer in ("red", "blue", "yes"))
+    change = f"evaluate.max_new_tokens={longest - 1}"
+    assert main(["ablate", str(path), change, "--output", str(tmp_path / "out")]) == 1
+    assert f"set evaluate.max_new_tokens to {longest + 1}" in capsys.readouterr().err
+    assert not (tmp_path / "out/stages").exists()
 
 
 def test_a_failing_run_is_an_error_and_loses_nothing(work, tmp_path, capsys):
