@@ -4,7 +4,7 @@
 import torch
 from transformers import ProcessorMixin
 from transformers.image_utils import ImageInput, get_image_size, to_numpy_array
-from transformers.processing_utils import MultiModalData
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 
 from .configuration_vtlmm import AUTO_MAP
 
@@ -56,7 +56,12 @@ class VTLMMProcessor(ProcessorMixin):
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs):
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ):
         """As in the base class; lists without any picture (`[]`, `[[], []]`) count as none."""
         if isinstance(images, list | tuple) and all(isinstance(row, list | tuple) and not row for row in images):
             images = None
