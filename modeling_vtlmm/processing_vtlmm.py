@@ -4,7 +4,7 @@
 import torch
 from transformers import ProcessorMixin
 from transformers.image_utils import ImageInput, get_image_size, to_numpy_array
-from transformers.processing_utils import MultiModalData
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 
 from .configuration_vtlmm import AUTO_MAP
 
@@ -56,14 +56,19 @@ class VTLMMProcessor(ProcessorMixin):
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs):
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ):
         """As in the base class; lists without any picture (`[]`, `[[], []]`) count as none, and texts that begin with
         BOS, as some chat templates write them, get no second one."""
         if isinstance(images, list | tuple) and all(isinstance(row, list | tuple) and not row for row in images):
             images = None
         texts, bos = [text] if isinstance(text, str) else text, self.tokenizer.bos_token
         if bos and texts and all(isinstance(one, str) and one.startswith(bos) for one in texts):
-            kwargs.setdefault("add_special_tokens", False)
+            kwargs.get("text_kwargs", kwargs).setdefault("add_special_tokens", False)
         return super().__call__(images=images, text=text, **kwargs)
 
     def num_image_tokens(self, height: int, width: int) -> int:

@@ -119,11 +119,11 @@ def start(folder: Path, cases: list[str]):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    others = ["ddp_evaluated", "ddp_whole", "ddp_whole_resumed", "fsdp_evaluated", "fsdp_bf16", "fsdp_whole"]
+    others = ["ddp_evaluated", "ddp_whole", "fsdp_evaluated", "fsdp_bf16", "fsdp_whole"]
     for kind in ("ddp", "fsdp"):  # in processes of their own, since FSDP is asked for by the environment
         start(folder, [case for case in (*UPDATES, *others) if case.startswith(kind)])
-    try:
-        start(folder, ["fsdp_killed"])
-    except ProcessExitedException as error:
-        assert error.signal_name == "SIGKILL"
-    start(folder, ["fsdp_killed_resumed"])
+        try:
+            start(folder, [f"{kind}_killed"])
+        except ProcessExitedException as error:
+            assert error.signal_name == "SIGKILL"
+        start(folder, [f"{kind}_killed_resumed"])

@@ -22,7 +22,7 @@ from modeling_vtlmm import VTLMMForConditionalGeneration
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where all cases have run; one run was killed, and resumed by other processes."""
+    """Where all cases have run; one run of each kind was killed, and resumed by other processes."""
     folder = tmp_path_factory.mktemp("distributed")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, str(Path(__file__).with_name("distributed_run.py")), str(folder)]
@@ -59,12 +59,10 @@ def test_sums_stay_float32_in_a_sharded_bfloat16_run(folder):
     assert set(dtypes.values()) == {"torch.float32"}
 
 
-@pytest.mark.parametrize(
-    ("whole", "resumed"), [("ddp_whole", "ddp_whole_resumed"), ("fsdp_whole", "fsdp_killed_resumed")]
-)
-def test_resumed_equals_uninterrupted(folder, whole, resumed):
-    """Of two processes, from a checkpoint after two of six steps; the sharded run was killed after three."""
-    whole, resumed = (load_file(folder / f"{name}.safetensors") for name in (whole, resumed))
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_killed_and_resumed_equals_uninterrupted(folder, kind):
+    """Of two processes, from a checkpoint after two of six steps; killed after three."""
+    whole, resumed = (load_file(folder / f"{kind}_{name}.safetensors") for name in ("whole", "killed_resumed"))
     assert whole.keys() == resumed.keys()
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
