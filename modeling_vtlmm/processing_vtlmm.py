@@ -68,7 +68,10 @@ class VTLMMProcessor(ProcessorMixin):
             images = None
         texts, bos = [text] if isinstance(text, str) else text, self.tokenizer.bos_token
         if bos and texts and all(isinstance(one, str) and one.startswith(bos) for one in texts):
-            kwargs.get("text_kwargs", kwargs).setdefault("add_special_tokens", False)
+            if "text_kwargs" in kwargs:
+                kwargs["text_kwargs"] = {"add_special_tokens": False} | kwargs["text_kwargs"]
+            else:
+                kwargs.setdefault("add_special_tokens", False)
         return super().__call__(images=images, text=text, **kwargs)
 
     def num_image_tokens(self, height: int, width: int) -> int:

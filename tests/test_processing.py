@@ -71,6 +71,9 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(processor):
     bos = processor.tokenizer.bos_token
     assert processor(text=[bos + one for one in text], images=[[RED], []], padding=True)["input_ids"] == expected
     assert processor(text=bos + text[1])["input_ids"] == processor(text=text[1])["input_ids"]
+    settings = {"padding": True}
+    assert processor(text=bos + text[1], text_kwargs=settings)["input_ids"] == processor(text=text[1])["input_ids"]
+    assert settings == {"padding": True}  # still the caller's
 
 
 def test_pictures_keep_the_order_of_their_marks(processor):
