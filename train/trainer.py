@@ -77,11 +77,7 @@ class VTLMMTrainer(SFTTrainer):
         **kwargs,
     ):
         if isinstance(model, str):
-            options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-            processing_class = processing_class or AutoProcessor.from_pretrained(model, **options)
-            # float32 as in TRL, whatever the checkpoint is in: AdamW loses small steps in bfloat16
-            model = AutoModelForImageTextToText.from_pretrained(model, **{"dtype": "float32", **options})
-            args.model_init_kwargs = None
+            model, processing_class = self._load(model, args, processing_class)
         if model.config.model_type != "vtlmm":
             raise ValueError(
                 f"This trainer needs a VT-LMM, not a {model.config.model_type!r}: make one with `vtlmm compose` or "
@@ -134,6 +130,14 @@ class VTLMMTrainer(SFTTrainer):
         self._log_time = time.perf_counter()
         if self.is_world_process_zero():
             print(describe(self.model, self.stage))
+
+    @staticmethod
+    def _load(name: str, args, processing_class):
+        options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        args.model_init_kwargs = None
+        # float32 as in TRL, whatever the checkpoint is in: AdamW loses small steps in bfloat16
+        model = AutoModelForImageTextToText.from_pretrained(name, **{"dtype": "float32", **options})
+        return model, processing_class or AutoProcessor.from_pretrained(name, **options)
 
     def _prepare_model(self, model, args, adapter, eval_dataset) -> list[dict]:
         """What learns and what the VM head starts from; gives the candidates for it, if there are several."""
