@@ -367,7 +367,10 @@ def main():
     where = machine(arguments.device)
     print(", ".join(f"{key} {value}" for key, value in where.items() if value is not None))
     print(f"shape {arguments.shape}, {arguments.dtype}, {arguments.optim}, {arguments.rounds} rounds")
-    report = {"machine": where, "arguments": {**vars(arguments), "json": str(arguments.json)}}
+    report = {
+        "machine": where,
+        "arguments": {k: v for k, v in vars(arguments).items() if k not in ("json", "data_folder")},
+    }
     report |= {"steps": {}, "batches": {}}
     for stage in arguments.stage:
         report["steps"][stage], lines = compare_steps(stage, arguments)

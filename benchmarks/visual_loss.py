@@ -405,7 +405,8 @@ def main():
     if "joint" in arguments.stage:
         comparisons.append(compare_stage_iv_loss(data))
     comparisons.append(compare_pseudo_image_features(data))
-    report = {"machine": where, "arguments": {**vars(arguments), "json": str(arguments.json)}, "comparisons": {}}
+    settings = {name: value for name, value in vars(arguments).items() if name != "json"}
+    report = {"machine": where, "arguments": settings, "comparisons": {}}
     for comparison in comparisons:
         measure(comparison, data.device, arguments.rounds)
         print(f"\n{table(comparison)}", flush=True)
