@@ -42,6 +42,7 @@ PROMPT_TOKENS, IMAGE_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 35, 576, 25, 100
 SEQUENCE_TOKENS = PROMPT_TOKENS + IMAGE_TOKENS + QUESTION_TOKENS + ANSWER_TOKENS
 PLAIN, OURS, PRODUCTS = "masked, plain autograd", "ours", "matrix products alone"
 DEFINITION = "our definition, plain autograd"
+NAMED = "masked, plain autograd, logits named"
 
 
 @dataclass
@@ -107,6 +108,14 @@ def masked_loss_sum(student, student_weight, teacher, teacher_weight):
     return F.kl_div(F.linear(student, student_weight).float().log_softmax(-1), target, reduction="sum")
 
 
+def named_loss_sum(student, student_weight, teacher, teacher_weight):
+    """The same, line by line: both logits have a name, and so live until the forward ends."""
+    student_logits = F.linear(student, student_weight).float()
+    with torch.no_grad():
+        teacher_logits = F.linear(teacher, teacher_weight).float()
+    return F.kl_div(student_logits.log_softmax(-1), teacher_logits.softmax(-1), reduction="sum")
+
+
 def released_loss(data, stage, with_text=False, upcast=False):
     """
     The released formulation: the whole sequence through both heads, shifted, copied, then indexed by the image tokens;
@@ -169,6 +178,7 @@ def compare_visual_loss(data, stage):
     implementations = {
         PRODUCTS: products,
         PLAIN: weight_first(lambda x, w: masked_loss_sum(x, w, teacher, teacher_weight)),
+        NAMED: weight_first(lambda x, w: named_loss_sum(x, w, teacher, teacher_weight)),
         DEFINITION: weight_first(lambda x, w: visual_loss_sum(x, w, teacher, teacher_weight)),
         OURS: weight_first(lambda x, w: fused_visual_loss_sum(x, w, teacher, teacher_weight)),
     }

@@ -2,9 +2,12 @@
 """What the Hub or its client refuses, said in one line."""
 
 from contextlib import contextmanager
+from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,  # of the client's library, which is another one in other versions
     LocalEntryNotFoundError,  # what a download raises when there is no connection
     LocalTokenNotFoundError,
@@ -37,3 +40,22 @@ def hub_errors(repo_id: str, revision: str | None = None):
         raise ValueError(f"{repo_id}: {str(error).splitlines()[0]} {reason} Push again to complete it.") from error
     except (HTTPError, ConnectionError, LocalEntryNotFoundError) as error:
         raise ValueError(f"{repo_id}: the Hub cannot be reached: {str(error).splitlines()[0]}") from error
+
+
+def download(name: str, revision: str | None = None, patterns: list[str] | None = None) -> Path:
+    r"""
+    The repository `name` of the Hub, for one who gave a name that is no folder here.
+
+    Args:
+        patterns (`list[str]`, *optional*): of the files that are wanted.
+
+    Raises:
+        `ValueError`: when it cannot be had; it says that there is no such folder either.
+    """
+    try:
+        with hub_errors(name, revision):
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise ValueError(f"{name} is no folder here, and no repository of the Hub can have that name.") from error
+    except ValueError as error:
+        raise ValueError(f"{error} There is no folder {name} here either.") from error

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
 from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration
 
-from .errors import hub_errors
+from .errors import download
 from .vocabulary import fit_rows
 
 
@@ -70,9 +70,7 @@ def local_folder(checkpoint: str | Path) -> Path:
     """`checkpoint` itself when it is a folder; else the Hub's, downloaded. `ValueError` when there is none."""
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
-    patterns = ["*.json", "*.jinja", "*.safetensors", "*.bin", "*.model"]
-    with hub_errors(str(checkpoint)):
-        return Path(snapshot_download(str(checkpoint), allow_patterns=patterns))
+    return download(str(checkpoint), patterns=["*.json", "*.jinja", "*.safetensors", "*.bin", "*.model"])
 
 
 def our_name(name: str, names: Names) -> str:

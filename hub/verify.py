@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from huggingface_hub import ModelCard, parse_eval_result_entries, snapshot_download
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from huggingface_hub.utils import filter_repo_objects
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_imports
@@ -20,7 +20,7 @@ from modeling_vtlmm import VTLMMConfig
 from modeling_vtlmm.configuration_vtlmm import AUTO_MAP
 
 from . import load_alone
-from .errors import hub_errors
+from .errors import download
 from .tensors import check_tensors, list_tensors, model_without_weights, unpacked
 
 
@@ -76,8 +76,7 @@ def verify(checkpoint: str | Path, *, revision: str | None = None, trust_remote_
     """
     folder, is_local = Path(checkpoint), Path(checkpoint).is_dir()
     if not is_local:
-        with hub_errors(str(checkpoint), revision):
-            folder = Path(snapshot_download(str(checkpoint), revision=revision))
+        folder = download(str(checkpoint), revision)
     kind, config = kind_of(folder)
     if kind == VTLMM and not is_local and not trust_remote_code:
         raise ValueError(f"Verifying {checkpoint} runs the code in it: read that, then pass --trust-remote-code.")

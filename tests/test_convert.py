@@ -353,3 +353,9 @@ def test_shards(llama, tmp_path):
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     assert list_tensors(parts).keys() == expected.keys()
     VTLMMForConditionalGeneration.from_pretrained(parts)
+
+
+@pytest.mark.parametrize("name", ["./llava", "outputs/llava/joint"])
+def test_a_mistyped_folder_is_called_one(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} is no folder here"):
+        convert(name, tmp_path)

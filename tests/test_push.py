@@ -150,4 +150,5 @@ def test_tokens_and_repositories(facts):
 
 def test_no_hub(facts):
     assert_refused(facts["push to no Hub"], "somebody/whole: the Hub cannot be reached", "Connection refused")
-    assert_refused(facts["verify without a Hub"], "somebody/nothing: the Hub cannot be reached")
+    reasons = "somebody/nothing: the Hub cannot be reached", "There is no folder somebody/nothing here"
+    assert_refused(facts["verify without a Hub"], *reasons)
