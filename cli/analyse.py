@@ -1,7 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`vtlmm analyse MODEL --data …`"""
 
-from .load import add_model_arguments, load_model
+from .load import add_model_arguments, check_vtlmm, load_model
 
 
 def add_arguments(parser):
@@ -41,6 +41,9 @@ def run(args) -> int:
     questions, places = read_questions(rows, row_id=args.labels)
     if not places:
         raise ValueError(f"{args.data} has no picture.")
+    check_vtlmm(args.model, args, args.revision)
+    if args.before:  # now, not after the analysis
+        check_vtlmm(args.before, args)
     pictures, load = read_labels(questions, args.labels is not None), picture_loader(rows, places)
     model, processor = load_model(args)
     results = {"model": args.model, "data": args.data, "split": args.split, "subset": subset, "seed": args.seed}

@@ -21,11 +21,11 @@ def add_arguments(parser):
 def run(args) -> int:
     if args.data is not None:
         return ask_rows(args)
-    from pathlib import Path
+    from os.path import isfile
 
     from vtlmm.evaluation.answers import answer_batch, open_picture
 
-    if not args.asked or (len(args.asked) == 1 and Path(args.asked[0]).is_file()):
+    if not args.asked or (len(args.asked) == 1 and isfile(args.asked[0])):
         raise ValueError("There is no question: name pictures, if any, and then the question.")
     *paths, question = args.asked
     pictures = [open_picture(path) for path in paths]

@@ -72,6 +72,8 @@ def evaluate(args) -> int:
     questions, places = read_questions(rows, args.kind, args.references, args.id)
     for check in (score_answers, summarize):  # a scorer that does not fit the rows: now, not after hours
         check(questions, [""] * len(questions), args.scorer)
+    if args.submission:
+        check_submission(questions, subset)
     model, processor = load_model(args)
     max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS.get(args.prompt, 128)
     about = {"model": args.model, "data": args.data, "split": args.split, "subset": subset}
@@ -97,6 +99,21 @@ def evaluate(args) -> int:
     return 0
 
 
+def check_submission(questions: list[dict], subset: str | None) -> None:
+    """A server wants every question once, by its id."""
+    if subset:
+        raise ValueError(f"--submission wants the whole set, not {subset}: leave --limit out.")
+    seen = {}
+    for number, question in enumerate(questions):
+        if question["id"] is None:
+            raise ValueError(f"--submission: question {number} ({question['question'][:60]!r}) has no id.")
+        if question["id"] in seen:
+            raise ValueError(
+                f"--submission: questions {seen[question['id']]} and {number} have the same id {question['id']}."
+            )
+        seen[question["id"]] = number
+
+
 def read_rows(args, columns):
     """Rows with the columns that are named, and what part of the data they are if not all."""
     from vtlmm.train.data import DataConfig, load_rows
@@ -115,12 +132,12 @@ def compare(args) -> int:
     from vtlmm.evaluation.compare import compare_runs, format_comparison
 
     comparison = compare_runs(*args.compare)
-    print(format_comparison(comparison))
-    for flip in comparison["flips"]:
-        question = flip["question"].splitlines()[0]
-        print(f"{flip['index']}: {question} ({flip['truth']}): {flip['first']!r} → {flip['second']!r}")
     if args.output:
         Path(args.output).mkdir(parents=True, exist_ok=True)
         path = Path(args.output, "comparison.json")
         path.write_text(json.dumps(comparison, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(format_comparison(comparison))
+    for flip in comparison["flips"]:
+        question = flip["question"].partition("\n")[0]
+        print(f"{flip['index']}: {question} ({flip['truth']}): {flip['first']!r} → {flip['second']!r}")
     return 0

@@ -3,7 +3,9 @@
 
 
 def add_model_arguments(parser):
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16; default: the model's")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default: the model's"
+    )
     parser.add_argument(
         "--quantization", default="none", choices=["none", "nf4", "int8"], help="of the decoder; default: none"
     )
@@ -15,6 +17,20 @@ def add_model_arguments(parser):
     parser.add_argument("--pseudo", action="store_true", help="pseudo image features in place of image features")
     parser.add_argument("--revision", help="commit, tag or branch of a Hub id")
     parser.add_argument("--trust-remote-code", action="store_true", help="allow code of the model's folder to run")
+
+
+def check_vtlmm(name: str, args, revision: str | None = None) -> None:
+    """
+    Raises:
+        `ValueError`: for another kind of model, as the native twin: it has no visual tokens.
+    """
+    from transformers import AutoConfig
+
+    import modeling_vtlmm  # noqa: F401 - registers the model
+
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    if config.model_type != "vtlmm":
+        raise ValueError(f"{name} is a {config.model_type}: only a VT-LMM has visual tokens.")
 
 
 def load_model(args):

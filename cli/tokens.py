@@ -1,7 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`vtlmm tokens MODEL IMAGE …`"""
 
-from .load import add_model_arguments, load_model
+from .load import add_model_arguments, check_vtlmm, load_model
 
 
 def add_arguments(parser):
@@ -24,6 +24,7 @@ def run(args) -> int:
         from vtlmm.evaluation.figures import save_tokens_figure
     except ModuleNotFoundError as error:
         raise ValueError("Drawing needs matplotlib: pip install 'vtlmm[figures]'.") from error
+    check_vtlmm(args.model, args, args.revision)
     model, processor = load_model(args)
     tokens = patch_tokens(model, processor, images, args.top_k)
     output = Path(args.output or Path("outputs", "tokens", Path(args.model).name))

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, Image
 from datasets import List as ListFeature
 
-from vtlmm.evaluation.answers import accuracy_by_kind, answer, split_turns, with_shuffled_images
+from vtlmm.evaluation.answers import accuracy_by_kind, answer, picture_key, split_turns, with_shuffled_images
 from vtlmm.evaluation.figures import save_curves, save_patch_words
 from vtlmm.hub.compose import compose
 from vtlmm.train.config import VTLMMTrainingConfig
@@ -150,7 +150,10 @@ def run_demo(output: str | Path, seed: int = 0) -> dict:
     blind = accuracy_by_kind(control, answer(model, processor, control, batch_size=64))
     print(table(accuracy, blind))
 
-    chosen = range(0, 8 * 5, 5)  # different pictures: each has about five questions
+    first_question = {}
+    for i, question in enumerate(asked):
+        first_question.setdefault(picture_key(question["images"][0]), i)
+    chosen = list(first_question.values())[:8]
     titles = [f"{asked[i]['question']}\n{answers[i]} (truth: {asked[i]['answer']})" for i in chosen]
     images = [asked[i]["images"][0] for i in chosen]
     save_patch_words(output / "patches.png", model, processor, images, titles)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from datasets import Dataset, Image, List
+from tqdm.auto import tqdm
 
-from .answers import open_picture
-from .run import answer_all, open_run, run_key
+from .answers import open_picture, picture_key
+from .run import answer_all, digest, open_run, run_key
 
 
 def read_rows(path: Path, image_folder: str | None = None) -> tuple[list[dict], Callable]:
@@ -72,17 +73,22 @@ def _read_table(path: Path):
                 rows = rows.cast_column(name, List(Image(decode=False)))
         return rows
     text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        return [_read_line(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
-        rows = (
-            json.loads(text)
-            if path.suffix == ".json"
-            else [json.loads(line) for line in text.split("\n") if line.strip()]
-        )
+        rows = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}. With one record a line, name it .jsonl.") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path} must hold a list of records, not a {type(rows).__name__}.")
     return rows
+
+
+def _read_line(path: Path, number: int, line: str):
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
 
 
 def answer_rows(
@@ -97,11 +103,16 @@ def answer_rows(
 ) -> list[str]:
     r"""
     Greedy answers in the order of `questions`, appended to the file `output` batch by batch, shortest question first;
-    `index` says whose an answer is. Beside it `.run.json` says which model and settings they are of.
+    `index` says whose an answer is. Beside it `.run.json` says which model, pictures and settings they are of.
+
+    Every picture is opened once before the first answer, so that a broken one stops nothing half-way.
 
     Raises:
-        `ValueError`: when `output` holds answers of another model, of other questions or settings.
+        `ValueError`: for a picture that cannot be read; when `output` holds answers of another model, of other
+            pictures, questions or settings.
     """
-    key = run_key(model, processor, questions, max_new_tokens=max_new_tokens)
+    names = dict.fromkeys(name for question in questions for name in question["images"])
+    pictures = [picture_key(load_picture(name)) for name in tqdm(names, desc="opening pictures", leave=False)]
+    key = run_key(model, processor, questions, max_new_tokens=max_new_tokens) | {"pictures": digest(pictures)}
     open_run(output.with_suffix(".run.json"), [output], key, {"model": name, "num_questions": len(questions)})
     return answer_all(output, model, processor, questions, load_picture, batch_size, max_new_tokens)

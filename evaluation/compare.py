@@ -34,8 +34,9 @@ def compare_runs(first: str | Path, second: str | Path) -> dict:
         first, second (`str` or `Path`): folders of finished runs over the same rows, by the same scorer.
 
     Returns:
-        `dict`: `kinds`, with `n`, both scores, the `difference` with its 95 % interval by bootstrap over pictures
-        (`low`, `high`), and McNemar's `first_better`, `second_better`, `p`; `flips`, questions whose scores differ.
+        `dict`: `subset`, what part of the data both are over if not all; `kinds`, with `n`, both scores, the
+        `difference` with its 95 % interval by bootstrap over pictures (`low`, `high`), and McNemar's `first_better`,
+        `second_better`, `p`; `flips`, questions whose scores differ.
 
     Raises:
         `ValueError`: for runs that cannot be compared.
@@ -84,12 +85,14 @@ def compare_runs(first: str | Path, second: str | Path) -> dict:
         for i, question in enumerate(questions)
         if scores[0][i] != scores[1][i]
     ]
-    return {"first": str(first), "second": str(second), "scorer": scorer, "kinds": kinds, "flips": flips}
+    runs = {"first": str(first), "second": str(second), "subset": first_run.get("subset"), "scorer": scorer}
+    return {**runs, "kinds": kinds, "flips": flips}
 
 
 def format_comparison(comparison: dict) -> str:
     """The table in Markdown."""
-    text = ["| kind | n | first | second | difference | 95 % | first better | second better | p |"]
+    text = [f"SUBSET: {comparison['subset']}", ""] if comparison["subset"] else []
+    text += ["| kind | n | first | second | difference | 95 % | first better | second better | p |"]
     text.append("|---|---|---|---|---|---|---|---|---|")
     for line in comparison["kinds"]:
         scores = f"{line['first']:.1%} | {line['second']:.1%} | {line['difference']:+.1%}"

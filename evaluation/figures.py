@@ -22,9 +22,8 @@ def draw_patch_words(axes, image: np.ndarray, words: list[str], probabilities: t
     for i, (word, probability) in enumerate(zip(words, probabilities.tolist(), strict=True)):
         x, y = (i % side + 0.5) * width / side, (i // side + 0.5) * height / side
         size = max(3.5, min(9.0, 46 / side))
-        axes.text(
-            x, y, word, ha="center", va="center", fontsize=size, alpha=0.25 + 0.75 * probability, path_effects=outline
-        )
+        style = {"fontsize": size, "alpha": 0.25 + 0.75 * probability, "path_effects": outline}
+        axes.text(x, y, word, ha="center", va="center", parse_math=False, **style)  # "$$" is a word, no formula
     for i in range(1, side):
         axes.axvline(i * width / side, color="white", linewidth=0.4)
         axes.axhline(i * height / side, color="white", linewidth=0.4)
@@ -42,7 +41,7 @@ def save_patch_words(path: Path, model, processor, images: list, titles: list[st
         axes.set_axis_off()
     for axes, image, word, probability, title in zip(grid.flat, images, words, probabilities, titles, strict=False):
         draw_patch_words(axes, shown_image(processor, image), word, probability)
-        axes.set_title(title, fontsize=8, wrap=True)
+        axes.set_title(title.replace("$", r"\$"), fontsize=8, wrap=True)  # wrapping knows no parse_math
     FigureCanvasAgg(figure).print_png(str(path))
 
 
@@ -67,7 +66,7 @@ def save_tokens_figure(path: Path, image: np.ndarray, tokens: dict, title: str) 
     axes.set_title("entropy of the visual token (nats)", fontsize=10)
     axes.set_axis_off()
     figure.colorbar(drawn, ax=axes, shrink=0.8)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     FigureCanvasAgg(figure).print_png(str(path))
 
 

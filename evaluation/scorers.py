@@ -170,7 +170,9 @@ def score_mmbench(rows: list[dict]) -> dict:
     """
     rotations = defaultdict(dict)
     for row in rows:
+        # an empty cell is None, or NaN (which is not itself) where pandas read it
         options = {letter: row[letter] for letter in OPTION_LETTERS if row.get(letter) is not None}
+        options = {letter: option for letter, option in options.items() if option == option}
         rotation, question = divmod(row["index"], MMBENCH_ROTATION)
         rotations[question][rotation] = mmbench_option(row["answer"], options) == row["label"]
     return {
@@ -266,7 +268,7 @@ SCORERS = {
     "gqa": gqa_accuracy,
     "pope": lambda answer, label: float(pope_answer(answer) == _known(label)),
     "mme": lambda answer, label: float(mme_answer(answer) == _known(label)),
-    "scienceqa": lambda answer, label: float(scienceqa_letter(answer) == _known(label, OPTION_LETTERS)),
+    "scienceqa": lambda answer, label: float(scienceqa_letter(answer) == _known(label, tuple(OPTION_LETTERS))),
 }
 # What these benchmarks report beyond a mean of scores
 SUMMARIES = {"pope": score_pope, "mme": score_mme}

@@ -139,7 +139,7 @@ def read_grid(path: str | Path, overrides: list[str] = ()) -> Grid:
     Raises:
         `ValueError`: for a part, setting or value that there is not.
     """
-    grid = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    grid = {"evaluate": None, **(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})}
     own = [override for override in overrides if re.split(r"[.=]", override)[0] in PARTS]
     change_settings(grid, own)
     base = grid.setdefault("base", {})
@@ -149,8 +149,12 @@ def read_grid(path: str | Path, overrides: list[str] = ()) -> Grid:
     wrong = set(grid) ^ set(PARTS)
     if wrong:
         raise ValueError(f"{path}: a grid has {', '.join(PARTS)}; unknown or missing: {', '.join(sorted(wrong))}.")
+    if not grid["seeds"] or not grid["arms"]:
+        raise ValueError(f"{path}: a grid needs a seed and an arm at least.")
     arms = {}
     for arm, stages in grid["arms"].items():
+        if not stages:
+            raise ValueError(f"{path}, arm {arm}: name its stages.")
         settings = {stage: changes or {} for stage, changes in stages.items() if stage != "evaluate"}
         arms[arm] = check_settings({"stages": settings}, f"{path}, arm {arm}")["stages"]
         if "evaluate" in stages:  # all arms are asked the same questions, or they could not be paired
@@ -159,7 +163,7 @@ def read_grid(path: str | Path, overrides: list[str] = ()) -> Grid:
             arms[arm]["evaluate"] = stages["evaluate"]
     if grid["reference"] not in arms:
         raise ValueError(f"{path}: the reference {grid['reference']!r} is no arm; there are {', '.join(arms)}.")
-    evaluate = {**base.pop("evaluate", {}), **grid["evaluate"]}
+    evaluate = {**base.pop("evaluate", {}), **(grid["evaluate"] or {})}
     found = Grid(str(path), check_settings(base, path), arms, evaluate, list(grid["seeds"]), grid["reference"])
     for arm in arms:
         found.measures(arm)

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from vtlmm.evaluation.report import score_answers
 from vtlmm.train.run import commit_of_code, run_training
 
 from .grid import Grid, read_grid
@@ -67,8 +68,12 @@ def run_grid(
     read_rows(folder, grid)
     measures = grid.measures(grid.reference)
     held_out = read_held_out(measures)
-    start = grid.chain(grid.reference, grid.seeds[0])[0]["model"]
-    check_answers_fit(held_out.questions, start, measures.max_new_tokens)
+    score_answers(held_out.questions, [""] * len(held_out.questions), measures.scorer)  # does the scorer fit the rows?
+    if measures.text and not Path(measures.text).is_file():
+        raise ValueError(f"evaluate.text: there is no file {measures.text}.")
+    for seed in grid.seeds:  # the start of each, before the first is trained
+        start = grid.chain(grid.reference, seed)[0]["model"]
+        check_answers_fit(held_out.questions, start, measures.max_new_tokens)
     versions = {package: version(package) for package in PACKAGES}
     about = {"machine": machine(), "versions": versions, "commit": commit_of_code()}  # now: files may change below
     for seed in grid.seeds:

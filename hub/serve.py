@@ -20,6 +20,8 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseHandler, GenerationState, Modality
 
 
+# The others of `transformers serve` take pictures from files and addresses, or load and forget models.
+ROUTES = {"/v1/chat/completions", "/v1/responses", "/v1/models", "/health"}
 DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 
 
@@ -58,6 +60,10 @@ class ReadsPicturesFromRequests:
         for number, message in enumerate(messages):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise ValueError(f"Message {number} has no role.")
+            for call in message.get("tool_calls") or []:
+                function = call.get("function") if isinstance(call, dict) else None
+                if not isinstance(function, dict) or not {"name", "arguments"} <= function.keys():
+                    raise ValueError(f"Message {number} has a tool call without a function's name and arguments.")
             content = message.get("content")
             if isinstance(content, str) or content is None:
                 continue
@@ -93,7 +99,7 @@ class AnswerHandler(ReadsPicturesFromRequests, ResponseHandler):
 
 def build_app(name: str, model, processor, compile: bool = False) -> FastAPI:
     r"""
-    The routes of `transformers serve` (5.24) for a model.
+    The routes `ROUTES` of `transformers serve` (5.24) for a model; it has no other.
 
     Args:
         name (`str`): by which requests call the model.
@@ -111,6 +117,8 @@ def build_app(name: str, model, processor, compile: bool = False) -> FastAPI:
         systemone_handler=SystemOneHandler(manager, state),
         generation_state=state,
     )
+
+    app.router.routes[:] = [route for route in app.router.routes if route.path in ROUTES]
 
     async def refuse(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)

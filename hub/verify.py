@@ -99,7 +99,10 @@ def kind_of(folder: Path) -> tuple[str, dict]:
     """What `folder` holds, and its adapter_config.json or config.json."""
     for file in ("adapter_config.json", "config.json"):
         if (folder / file).is_file():
-            values = json.loads((folder / file).read_text(encoding="utf-8"))
+            try:
+                values = json.loads((folder / file).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{folder}/{file} is not JSON: {error}.") from error
             kind = ADAPTER if file == "adapter_config.json" else values.get("model_type")
             if kind not in CHECKS:
                 raise ValueError(f"{folder}/{file}: `model_type` is {kind!r}; it must be vtlmm, or llava for a twin.")

@@ -284,6 +284,10 @@ def test_a_failing_run_is_an_error_and_loses_nothing(work, tmp_path, capsys):
         ("evaluate.figures=[beauty]", "there are no figures ['beauty']"),
         ("evaluate.others={emoji: rows.json}", "the figure others and the data `others` need each other"),
         ("evaluate.text=null", "the figure text and the file `text` need each other"),
+        ("evaluate.scorer=exakt", "exakt"),
+        ("evaluate.text=nowhere.txt", "there is no file nowhere.txt"),
+        ("seeds=[]", "a grid needs a seed and an arm at least"),
+        ("arms.on=null", "arm on: name its stages"),
         ("evaluate.kinds={colour: [red, blue]}", "the answer 'yes' is of no kind"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 
@@ -17,6 +18,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
+from vtlmm.cli.eval import check_submission
 from vtlmm.cli.main import main
 from vtlmm.evaluation.answers import accuracy_by_kind, answer, answer_batch, picture_key, with_shuffled_images
 from vtlmm.evaluation.intervals import bootstrap_interval, mcnemar
@@ -225,6 +227,18 @@ def test_kinds_and_references_come_from_columns(work, tmp_path, capsys):
         assert message in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
+def test_a_server_gets_every_question_once():
+    first, second = {"id": 1, "question": "what"}, {"id": 2, "question": "where"}
+    check_submission([first, second], None)
+    for questions, subset, said in [
+        ([first, second], "the first 2 of 9 rows", "the whole set"),
+        ([first, {**second, "id": None}], None, "question 1 ('where') has no id"),
+        ([first, {**second, "id": 1}], None, "questions 0 and 1 have the same id 1"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            check_submission(questions, subset)
+
+
 def test_pope_reports_f1(work, tmp_path, capsys):
     """Its splits are the kinds. MME's rule fails before anything is answered: half of a pair has no score."""
     rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
@@ -304,12 +318,13 @@ def test_two_runs_are_compared_question_by_question(work, finished, tmp_path, ca
     for folder in (finished, other):
         copy = tmp_path / f"{folder.name} copy"
         copy.mkdir()
-        for name in ("run.json", "results.json"):
-            (copy / name).write_bytes((folder / name).read_bytes())
+        (copy / "results.json").write_bytes((folder / "results.json").read_bytes())
+        run = json.loads((folder / "run.json").read_text()) | {"subset": "the first 18 of 20 rows"}
+        (copy / "run.json").write_text(json.dumps(run))
         changed = []
         for record, second in zip(records(folder / "answers.jsonl"), records(other / "answers.jsonl"), strict=True):
             truth = second["answer"] if record["kind"] == "kind 0" else "nobody says this"
-            changed.append(json.dumps({**record, "truth": truth}) + "\n")
+            changed.append(json.dumps({**record, "truth": truth, "question": ""}) + "\n")  # a picture alone
         (copy / "answers.jsonl").write_text("".join(changed))
     copies = [str(tmp_path / f"{folder.name} copy") for folder in (finished, other)]
     capsys.readouterr()
@@ -321,7 +336,9 @@ def test_two_runs_are_compared_question_by_question(work, finished, tmp_path, ca
     assert len(comparison["flips"]) == lines["all"]["second_better"] > 3 and lines["all"]["first_better"] == 0
     assert lines["kind 0"]["p"] == 2 / 2 ** len(comparison["flips"]) and lines["kind 1"]["p"] == 1
     assert lines["kind 1"]["difference"] == lines["kind 1"]["low"] == lines["kind 1"]["high"] == 0
-    assert "| kind 0 | 6 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| kind 0 | 6 |" in printed and "SUBSET: the first 18 of 20 rows" in printed
+    assert comparison["subset"] == "the first 18 of 20 rows"
 
     answers = tmp_path / "other copy" / "answers.jsonl"
     answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:-1]))

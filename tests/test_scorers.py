@@ -105,6 +105,12 @@ def test_how_answers_are_read():
     assert mmbench_option("It must be blue", options) == "C"
     assert mmbench_option("A is what is blue", options) == "C"  # that A may be an article
     assert mmbench_option("A or B", options) is None and mmbench_option("red car", options) == "B"
+    # an option that the table lacks is no option, whatever reads it
+    row = {"index": 3, "A": "banana", "B": "cherry", "C": float("nan"), "D": None, "answer": "banana", "label": "A"}
+    assert score_mmbench([row])["circular"] == 100
+    for label in ("", "AB", "F"):
+        with pytest.raises(ValueError, match="which this benchmark has"):
+            SCORERS["scienceqa"]("A", label)
     assert [mme_answer(text) for text in ("Yes", "not", "I know", "Church")] == ["yes", "no", "other", "other"]
     with pytest.raises(ValueError, match="two questions about a picture; count has 1"):
         score_mme([{"category": "count", "question_id": "x", "label": "yes", "answer": "yes"}])

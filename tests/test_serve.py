@@ -142,6 +142,11 @@ BAD = {
     "number": ({"messages": [{"role": "user", "content": 1}]}, 400, "of type None"),
     "no role": ({"messages": [{"content": "hello"}]}, 400, "Message 0 has no role"),
     "a role that the template refuses": ({"messages": [{"role": "robot", "content": "x"}]}, 400, "unknown role robot"),
+    "a tool call": (
+        {"messages": [*TEXT, {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}]},
+        400,
+        "tool call without",
+    ),
     "length": ({"messages": TEXT, "max_tokens": -1}, 400, "must be greater than 0"),
     "temperature": ({"messages": TEXT, "extra_body": {"temperature": "hot"}}, 400, "hot"),
     "field": ({"messages": TEXT, "extra_body": {"nonsense": 1}}, 422, "nonsense"),
@@ -168,9 +173,9 @@ def post(url: str, body: bytes) -> tuple[int, str]:
 def test_what_is_no_request(address, model, ask):
     assert post(f"{address}/v1/chat/completions", b"{")[0] == 422
     assert post(f"{address}/v1/chat/completions", b'{"model": "user/name"}')[0] == 400
-    # no client makes it load or forget a model
-    assert "has user/name only" in post(f"{address}/load_model", b'{"model": "user/other"}')[1]
-    assert post(f"{address}/reset", b"")[0] == 200
+    # no client makes it load or forget a model, or open a file or an address
+    others = "load_model", "reset", "v1/completions", "v1/systemone", "v1/audio/transcriptions"
+    assert [post(f"{address}/{route}", b"{}")[0] for route in others] == [404] * len(others)
     assert ask(TEXT).choices[0].message.content == expected(model, "hello")
 
 

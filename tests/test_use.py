@@ -4,12 +4,15 @@
 import html
 import io
 import json
+import os
 
 import pytest
 import torch
 from conftest import build_config, build_processor
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
+from PIL import ImageOps
+from safetensors.torch import load_file, save_file
 from test_analysis import picture
 from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -90,13 +93,14 @@ def test_one_answer_is_all_that_stdout_gets(work, model_and_processor, capfd):
         (["model", QUESTION], "model is no picture that can be read"),
         (["nowhere.png", QUESTION], "No such file"),
         (["red.png"], "There is no question"),
+        (["what " * 60], "Repo id must use"),  # longer than the name of a file may be
         ([], "There is no question"),
         (["red.png", QUESTION, "--data", "rows.json"], "the questions are its rows"),
         (["--data", "rows.json"], "--data needs --output"),
     ],
 )
 def test_what_cannot_be_asked_is_said_before_a_model_is_loaded(work, capfd, asked, said):
-    paths = [str(work / text) if (work / text).exists() or text == "nowhere.png" else text for text in asked]
+    paths = [str(work / text) if os.path.exists(work / text) or text == "nowhere.png" else text for text in asked]
     assert main(["ask", "no model", *paths]) == 1
     printed = capfd.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and said in printed.err
@@ -146,6 +150,13 @@ def test_a_file_of_questions(work, model_and_processor, tmp_path, kind):
     assert main(command) == 0 and output.read_bytes() == whole
     # answers of two models or of two files are never mixed
     assert main([*command, "--pseudo"]) == 1 and main([*command[:-3], "5"]) == 1
+    # nor those about other pictures of the same names
+    other = tmp_path / "other"
+    other.mkdir()
+    for colour in COLOURS:
+        ImageOps.invert(PILImage.open(work / f"{colour}.png").convert("RGB")).save(other / f"{colour}.png")
+    write_rows(other, data)
+    assert main([str(other) if option == str(work) else option for option in command]) == 1
     assert output.read_bytes() == whole
 
 
@@ -157,11 +168,13 @@ def test_a_file_of_questions(work, model_and_processor, tmp_path, kind):
         ('{"question": "what"}', "must hold a list of records"),
         ('{"question": "what"}\n{"question": "is"}', "name it .jsonl"),
         ("[]", "has no rows"),
+        ('{"question": "what"}\n\n{"question"', "rows.jsonl, line 3 is not JSON"),
     ],
 )
 def test_rows_that_cannot_be_asked_are_named(work, tmp_path, capfd, text, said):
-    (tmp_path / "rows.json").write_text(text)
-    assert main(["ask", "no model", "--data", str(tmp_path / "rows.json"), "--output", str(tmp_path / "a.jsonl")]) == 1
+    data = tmp_path / ("rows.jsonl" if "rows.jsonl" in said else "rows.json")
+    data.write_text(text)
+    assert main(["ask", "no model", "--data", str(data), "--output", str(tmp_path / "a.jsonl")]) == 1
     assert said in capfd.readouterr().err and not (tmp_path / "a.jsonl").exists()
 
 
@@ -311,6 +324,17 @@ def test_a_twin_answers_the_same_and_says_what_it_lacks(work, model_and_processo
     monkeypatch.setattr("sys.stdin", io.StringIO("/words\n"))
     assert main(["chat", str(tmp_path / "twin"), "--image", str(work / "red.png")]) == 0
     assert "A llava has no VM head" in capfd.readouterr().out
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"image": str(work / "red.png"), "question": QUESTION, "answer": "red"}]))
+    for command in (["tokens", str(tmp_path / "twin"), str(work / "red.png")], ["analyse", str(tmp_path / "twin")]):
+        command += ["--data", str(rows)] if command[0] == "analyse" else []
+        assert main(command) == 1 and "only a VT-LMM has visual tokens" in capfd.readouterr().err
+
+    weights = load_file(tmp_path / "twin" / "model.safetensors")
+    del weights["multi_modal_projector.linear_1.bias"]
+    save_file(weights, tmp_path / "twin" / "model.safetensors", {"format": "pt"})
+    assert main(["ask", str(tmp_path / "twin"), *asked]) == 1  # it would answer with random numbers there
+    assert "lacks" in (said := capfd.readouterr().err) and "multi_modal_projector.linear_1.bias" in said
 
 
 # ---- The page ----
