@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from accelerate.utils import align_module_device
 from datasets import Image, List
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -136,6 +137,11 @@ def weights_digest(model) -> str:
     state = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        if tensor.is_meta:  # offloaded: its module has it where it runs only
+            parent, _, own = name.rpartition(".")
+            module = model.get_submodule(parent)
+            with align_module_device(module, torch.device("cpu")):
+                tensor = getattr(module, own).clone()
         state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return state.hexdigest()[:16]
 

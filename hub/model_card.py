@@ -67,8 +67,11 @@ def write_card(
     folder = Path(folder)
     path = folder / CARD_FILE
     _add_pictures(folder, pictures)
-    for file in results:
-        _add_results(folder, _read_results(Path(file)))
+    added = [_add_results(folder, _read_results(Path(file))) for file in results]
+    if len(set(added)) < len(added):
+        raise ValueError(
+            f"Two of the results would be one file of {', '.join(sorted(set(added)))}: publish one of them."
+        )
     tables = [_read_results(file) for file in sorted(folder.glob(f"{RESULTS_FOLDER}/*.json"))]
     _write_eval_results(folder, tables)
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -238,13 +241,17 @@ def _read_results(path: Path) -> dict:
         raise ValueError(f"{path} holds no results: pass a results.json of `vtlmm eval`.") from error
 
 
-def _add_results(folder: Path, table: dict) -> None:
-    """Into the folder, without the paths of this machine that `vtlmm eval` noted."""
+def _add_results(folder: Path, table: dict) -> str:
+    """Into the folder, without the paths of this machine that `vtlmm eval` noted; the file's name."""
     kept = {key: table[key] for key in RESULT_KEYS if key in table} | {"data": _named(table["data"])}
-    name = re.sub(r"\W+", "_", "_".join(filter(None, [kept["data"], table.get("split"), table["scorer"]])))
+    if not is_hub_id(table["data"]):
+        kept.pop("split", None)  # a file is one split, which the loader calls train whatever it holds
+    parts = [kept["data"], kept.get("split"), table["scorer"], table.get("subset")]
+    name = re.sub(r"\W+", "_", "_".join(filter(None, parts)))
     file = folder / RESULTS_FOLDER / f"{name}.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return file.name
 
 
 def _title(table: dict) -> str:

@@ -85,6 +85,19 @@ def test_a_card_says_what_was_done_and_measured(folder, tmp_path):
     assert (entry.dataset_id, entry.value) == ("someone/questions", 0.75) and "0.25" in entry.notes
 
 
+def test_results_do_not_replace_each_other(folder, tmp_path):
+    """A part of the data is not the whole; a file is one split, whatever the loader calls it."""
+    whole = write_results(tmp_path / "a.json", "/home/me/one/test.parquet")
+    part = write_results(tmp_path / "b.json", "/home/me/one/test.parquet", "the first 40 of 90 rows")
+    write_card(folder, "me/model", license="mit", results=[whole, part])
+    text = (folder / "README.md").read_text()
+    assert len(list((folder / "results").iterdir())) == 2 and "split test" not in text
+    assert "**test.parquet**, scorer exact." in text
+    other = write_results(tmp_path / "c.json", "/home/me/two/test.parquet")
+    with pytest.raises(ValueError, match="Two of the results would be one file"):
+        write_card(folder, "me/model", license="mit", results=[whole, other])
+
+
 def test_a_card_is_written_again_as_it_was_and_one_by_hand_stays(folder, tmp_path):
     results = [write_results(tmp_path / "a.json", "someone/questions")]
     write_card(folder, "me/model", license="mit", base_models=["someone/else"], results=results)

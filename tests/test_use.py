@@ -23,6 +23,7 @@ from vtlmm.cli.load import load_model
 from vtlmm.cli.main import build_parser, main
 from vtlmm.evaluation.answers import answer_batch, conversation, stream_answer
 from vtlmm.evaluation.app import IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES, answers_so_far, build_page, words_frame
+from vtlmm.evaluation.run import weights_digest
 from vtlmm.hub.twin import write_twin
 
 
@@ -265,6 +266,7 @@ def test_a_model_that_memory_does_not_hold(work, model_and_processor, tmp_path):
     )
     assert {"cpu", "disk"} <= set(model.hf_device_map.values())
     assert any(".layers." in name for name in model.hf_device_map)
+    assert weights_digest(model) == weights_digest(whole)  # by which `eval` and `ask --data` know a model
     inputs = processor(PILImage.new("RGB", (28, 28), "red"), "USER : <image> what ASSISTANT :", return_tensors="pt")
     torch.testing.assert_close(model(**inputs).logits, whole(**inputs).logits)
     settings = {"max_new_tokens": 4}
