@@ -287,6 +287,18 @@ def test_tokens_command(work, tmp_path, capsys):
         assert text.count(f"<th>{title}".replace("'", "&#x27;")) == 16 or text.count(f"<th>{title}") == 16
     for name in ("0_0.png", "1_1.png"):
         assert Image.open(tmp_path / name).size == (1100, 1140)
+    # the pictures of a data set say the same
+    rows = ["--data", str(work / "rows.jsonl"), "--limit", "2", "--batch-size", "1"]
+    assert main(["tokens", str(work / "model"), *rows, "--output", str(tmp_path / "rows"), "--top-k", "4"]) == 0
+    of_rows = json.loads((tmp_path / "rows" / "tokens.json").read_text())["pictures"]
+    assert [found.pop("picture") for found in of_rows] == ["row 0", "row 1"]
+    for found, other in zip(of_rows, tokens["pictures"], strict=True):
+        assert found["entropy"] == pytest.approx(other["entropy"], abs=1e-5)
+        for voice in VOICES:
+            assert [[w for w, _ in words] for words in found[voice]] == [
+                [w for w, _ in words] for words in other[voice]
+            ]
+    assert main(["tokens", str(work / "model")]) == 1 and "or a data set by --data" in capsys.readouterr().err
     (tmp_path / "no.png").write_text("no picture")
     assert main(["tokens", str(work / "model"), str(tmp_path / "no.png")]) == 1
     assert "no picture that can be read" in capsys.readouterr().err
