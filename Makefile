@@ -43,7 +43,7 @@ test-oldest: .venv-oldest/ok ## the model's tests on the oldest supported transf
 .venv-harness/ok: pyproject.toml
 	$(PY) -m venv .venv-harness
 	.venv-harness/bin/pip install -q uv && .venv-harness/bin/uv pip install -q --python .venv-harness/bin/python \
-		$(CONSTRAINTS) -e '.[harness]' pytest pytest-timeout
+		$(CONSTRAINTS) -e '.[harness,figures]' pytest pytest-timeout
 	$(if $(CONSTRAINTS),.venv-harness/bin/uv pip uninstall -q --python .venv-harness/bin/python torchvision)
 	touch $@
 
