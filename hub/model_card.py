@@ -209,7 +209,11 @@ def describe_run(run: dict) -> dict:
         "stage": run["stage"],
         "row": [*row, ", ".join(losses) or "–"],
         "plan": "\n".join(run["plan"]),
-        "settings": [(key, _cell(value)) for key, value in settings.items() if key not in NOT_LISTED],
+        "settings": [
+            (key, _cell(value))
+            for key, value in settings.items()
+            if key not in NOT_LISTED and not key.endswith("_token")
+        ],
         "versions": ", ".join([*versions, *commit]) + ".",
     }
 

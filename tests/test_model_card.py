@@ -21,7 +21,13 @@ LINE |= {"blind_high": 0.4}
 RUN = {
     "stage": "joint",
     "plan": ["Stage joint: loss = 1 · L_lm + 1 · L_vm", "  vm_head  1,000 parameters  0 learn"],
-    "settings": {"model": "/home/me/start", "dataset": "someone/pictures", "image_folder": "/home/me/p", "seed": 3},
+    "settings": {
+        "model": "/home/me/start",
+        "dataset": "someone/pictures",
+        "image_folder": "/home/me/p",
+        "seed": 3,
+        "hub_token": "hf_SECRET",
+    },
     "learning_rate": 2e-5,
     "steps": 100,
     "epochs": 1.0,
@@ -76,6 +82,7 @@ def test_a_card_says_what_was_done_and_measured(folder, tmp_path):
     assert "| joint | start | someone/pictures | 800 | 100 | 1 | 2e-05 | 8 × a GPU | 2 |" in card.text
     assert "lm_loss 1.25, visual_loss 0.5 |" in card.text and "commit abc1234" in card.text
     assert "| count | 40 | 75.0% | 60.0% – 90.0% | 25.0% | 10.0% – 40.0% |" in card.text
+    assert "hf_SECRET" not in card.text  # old records have it
     assert "SUBSET: the first 40 of 90 rows" in card.text and "![patches.png](patches.png)" in card.text
     assert '"revision": "…"' in card.text and "inproceedings{peng2024multimodal" in card.text
     published = [card.text, *(file.read_text() for file in (folder / "results").iterdir())]

@@ -51,7 +51,8 @@ def recipe(tmp_path):
 
 def test_train_writes_a_model_and_what_it_did(recipe, tmp_path, capsys):
     with pytest.warns(UserWarning, match="1 of 6 rows are left out"):
-        assert main(["train", "--config", str(recipe), "learning_rate=1e-2"]) == 0
+        assert main(["train", "--config", str(recipe), "learning_rate=1e-2", "hub_token=hf_SECRET"]) == 0
+    assert "hf_SECRET" not in (tmp_path / "out" / RUN_RECORD).read_text()  # it is published with the weights
     text = capsys.readouterr().out
     assert "row 5: missing picture" in text and "Stage joint: loss = 1 · L_lm + 1 · L_vm" in text
     loaded = VTLMMForConditionalGeneration.from_pretrained(tmp_path / "out")

@@ -275,7 +275,9 @@ def write_record(trainer: VTLMMTrainer, settings: dict, metrics: dict, seconds: 
         {
             "stage": trainer.stage.name,
             "plan": describe(trainer.model, trainer.stage).splitlines(),
-            "settings": settings,
+            "settings": {
+                name: value for name, value in settings.items() if not name.endswith("_token")
+            },  # is published
             "learning_rate": trainer.args.learning_rate,
             "steps": trainer.state.global_step,
             "epochs": trainer.state.epoch,
