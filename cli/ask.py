@@ -21,7 +21,7 @@ def add_arguments(parser):
 def run(args) -> int:
     if args.data is not None:
         return ask_rows(args)
-    from os.path import isfile
+    from os.path import isfile  # a long question is no file, where Path raises
 
     from vtlmm.evaluation.answers import answer_batch, open_picture
 

@@ -150,7 +150,7 @@ def run_demo(output: str | Path, seed: int = 0) -> dict:
     blind = accuracy_by_kind(control, answer(model, processor, control, batch_size=64))
     print(table(accuracy, blind))
 
-    first_question = {}
+    first_question = {}  # of each picture
     for i, question in enumerate(asked):
         first_question.setdefault(picture_key(question["images"][0]), i)
     chosen = list(first_question.values())[:8]

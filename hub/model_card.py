@@ -67,11 +67,7 @@ def write_card(
     folder = Path(folder)
     path = folder / CARD_FILE
     _add_pictures(folder, pictures)
-    added = [_add_results(folder, _read_results(Path(file))) for file in results]
-    if len(set(added)) < len(added):
-        raise ValueError(
-            f"Two of the results would be one file of {', '.join(sorted(set(added)))}: publish one of them."
-        )
+    _add_results(folder, results)
     tables = [_read_results(file) for file in sorted(folder.glob(f"{RESULTS_FOLDER}/*.json"))]
     _write_eval_results(folder, tables)
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -245,17 +241,31 @@ def _read_results(path: Path) -> dict:
         raise ValueError(f"{path} holds no results: pass a results.json of `vtlmm eval`.") from error
 
 
-def _add_results(folder: Path, table: dict) -> str:
-    """Into the folder, without the paths of this machine that `vtlmm eval` noted; the file's name."""
+def _kept(table: dict) -> dict:
+    """What is published, without the paths of this machine that `vtlmm eval` noted."""
     kept = {key: table[key] for key in RESULT_KEYS if key in table} | {"data": _named(table["data"])}
     if not is_hub_id(table["data"]):
         kept.pop("split", None)  # a file is one split, which the loader calls train whatever it holds
+    return kept
+
+
+def _result_name(table: dict) -> str:
+    kept = _kept(table)
     parts = [kept["data"], kept.get("split"), table["scorer"], table.get("subset")]
-    name = re.sub(r"\W+", "_", "_".join(filter(None, parts)))
-    file = folder / RESULTS_FOLDER / f"{name}.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return file.name
+    return re.sub(r"\W+", "_", "_".join(filter(None, parts))) + ".json"
+
+
+def _add_results(folder: Path, files) -> None:
+    tables = {}
+    for table in map(_read_results, map(Path, files)):
+        name = _result_name(table)
+        if name in tables:
+            raise ValueError(f"Two of the results would be one file, {name}: publish one of them.")
+        tables[name] = table
+    for name, table in tables.items():
+        file = folder / RESULTS_FOLDER / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(_kept(table), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _title(table: dict) -> str:

@@ -20,7 +20,7 @@ from transformers import LlavaForConditionalGeneration
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
 from vtlmm.train.config import VTLMMTrainingConfig
-from vtlmm.train.merge import round_weights
+from vtlmm.train.merge import merge, round_weights
 from vtlmm.train.qlora import DECODER_PROJECTIONS
 from vtlmm.train.run import build_trainer, run_training
 from vtlmm.train.stages import describe
@@ -166,6 +166,7 @@ def test_lora_must_not_leave_the_decoder(settings):
         ({"quantization": "int8", "adapter": "dora"}, "DoRA does not work on an int8 base"),
         ({"dtype": "bfloat16", "bf16": False}, "set `bf16: true`"),
         ({"vm_head_init": "random"}, "add vm_head to `trainable_modules`"),
+        ({"vm_head_type": "mlp"}, "add vm_head to `trainable_modules`"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, changes, message):
@@ -372,6 +373,16 @@ def test_an_adapter_of_a_local_base_names_no_folder_in_its_card(settings, tmp_pa
     build_trainer({**settings, **LORA, "output_dir": str(tmp_path)}).save_model()
     card = (tmp_path / "README.md").read_text()
     assert "library_name: peft" in card and settings["model"] not in card and "base_model" not in card
+
+
+@pytest.mark.parametrize(
+    "changes", [{"use_pseudo_image_features": True}, {"stage": "visual_head", "vm_head_type": "attention"}]
+)
+def test_merging_keeps_what_the_run_changed_of_the_model(settings, tmp_path, changes):
+    """An adapter's folder has no configuration of the model: it stands in the record of the run."""
+    trainer = run_training({**settings, **LORA, **changes, "output_dir": str(tmp_path / "adapter")})
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    assert_equal_outputs(trainer, VTLMMForConditionalGeneration.from_pretrained(tmp_path / "merged"))
 
 
 def test_stage_four_after_stage_three_on_a_quantised_base(settings, tmp_path, capsys):

@@ -107,6 +107,8 @@ def test_every_form_in_one_file(tmp_path, streaming):
         picture(tmp_path / f"{name}.png")
     path = write(tmp_path / "rows.jsonl", [form[0] for form in FORMS.values()])
     rows = load_rows(DataConfig(dataset=path, streaming=streaming))
+    held_out = load_rows(DataConfig(dataset=path, eval_split="train", streaming=streaming), "eval")
+    assert len(held_out) == len(list(rows))  # never a stream
     assert rows.features == ROW_FEATURES
     for row, (name, (_, messages, num_images, num_context)) in zip(rows, FORMS.items(), strict=True):
         assert short(row) == messages, name

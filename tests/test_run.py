@@ -14,7 +14,8 @@ from PIL import Image as PILImage
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
-from vtlmm.train.run import RUN_RECORD, loss_curves, read_settings, split_stages
+from vtlmm.train.run import RUN_RECORD, loss_curves, read_settings, run_training, split_stages
+from vtlmm.train.trainer import VTLMMTrainer
 
 
 def test_settings(tmp_path):
@@ -102,6 +103,42 @@ def test_a_recipe_of_several_stages(recipe, tmp_path, capsys):
     assert main([*command, "resume_from_checkpoint=true"]) == 0
     text = capsys.readouterr().out
     assert text.count("is finished") == 2 and "Resuming" not in text
+    assert main([*command, "stages.joint.learning_rate=1e-5", "resume_from_checkpoint=true"]) == 1
+    assert "was finished with other settings (learning_rate)" in capsys.readouterr().err
+
+
+def test_a_rerun_that_was_stopped_is_not_finished(recipe, tmp_path, monkeypatch):
+    """The record of the run before it goes when training begins."""
+    settings = read_settings(recipe, ["save_strategy=no"])
+    with pytest.warns(UserWarning, match="left out"):
+        run_training(settings)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VTLMMTrainer, "training_step", stop)
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(KeyboardInterrupt):
+        run_training(settings)
+    assert not (tmp_path / "out" / RUN_RECORD).exists()
+
+
+def test_a_fault_in_the_last_evaluation_loses_no_weights(recipe, tmp_path, monkeypatch):
+    def fault(*args, **kwargs):
+        raise RuntimeError("evaluation failed")
+
+    monkeypatch.setattr(VTLMMTrainer, "evaluate", fault)
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(RuntimeError, match="evaluation failed"):
+        run_training(read_settings(recipe, ["save_strategy=no", "run_name=2026-03-01"]))
+    trained = VTLMMForConditionalGeneration.from_pretrained(tmp_path / "out")
+    start = VTLMMForConditionalGeneration.from_pretrained(tmp_path / "start")
+    assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)
+
+
+def test_a_date_in_a_recipe_is_written_down(recipe, tmp_path):
+    with pytest.warns(UserWarning, match="left out"):
+        run_training(read_settings(recipe, ["save_strategy=no", "run_name=2026-03-01"]))
+    (record,) = json.loads((tmp_path / "out" / RUN_RECORD).read_text())
+    assert record["settings"]["run_name"] == "2026-03-01"
 
 
 @pytest.mark.parametrize(

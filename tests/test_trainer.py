@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import build_processor
 from safetensors.torch import load_file
 from training_setup import build_rows, build_trainer, weights
@@ -260,12 +261,33 @@ def test_the_projector_can_have_its_own_learning_rate(tmp_path):
         ({"stage": "projector", "lm_loss_coef": 0}, "Both losses have weight 0"),
         ({"stage": "joint", "visual_loss_coef": -1}, "must not be negative"),
         ({"stage": "joint", "visual_student": "decoder"}, "must be 'vm_head' or 'lm_head'"),
+        ({"stage": "joint", "visual_student": "vm_head"}, "teaches the VM head, which rests"),
+        ({"stage": "joint", "label_smoothing_factor": 0.1}, "`label_smoothing_factor` has no effect"),
+        ({"stage": "joint", "loss_type": "dft"}, "`loss_type` has no effect"),
         ({"stage": "joint", "vm_head_init": "zeros"}, "`vm_head_init` is 'zeros'"),
     ],
 )
 def test_impossible_settings_are_refused_before_anything_is_loaded(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         VTLMMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_lengths_are_padded_to_a_multiple(tmp_path):
+    trainer = build_trainer(tmp_path, pad_to_multiple_of=64)
+    assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[1] % 64 == 0
+
+
+def test_a_stream_is_not_evaluated_on_several_processes(tmp_path, monkeypatch):
+    """It has no length, so rows that fill up the last batch cannot be told from others."""
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    with pytest.raises(ValueError, match="load `eval_dataset` as a whole"):
+        build_trainer(tmp_path, eval_dataset=build_rows().to_iterable_dataset())
+
+
+def test_candidates_need_a_picture_to_be_chosen_by(tmp_path):
+    settings = {"stage": "visual_head", "vm_head_candidates": [{"learning_rate": 1e-2}, {"learning_rate": 1e-3}]}
+    with pytest.raises(ValueError, match="no picture"):
+        build_trainer(tmp_path, eval_dataset=build_rows((0, 0)), **settings)
 
 
 def test_stage_defaults(tmp_path):

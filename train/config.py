@@ -100,6 +100,9 @@ class VTLMMTrainingConfig(SFTConfig):
             raise ValueError(
                 f"`vm_head_init` is {self.vm_head_init!r}; it must be lm_head, input_embeddings, random or keep."
             )
+        for name, without in (("label_smoothing_factor", 0.0), ("loss_type", "nll"), ("eval_packing", None)):
+            if getattr(self, name) != without:
+                raise ValueError(f"`{name}` has no effect on the losses of a stage: leave it out.")
         if "paged" in self.optim and (self.use_cpu or not torch.cuda.is_available()):
             raise ValueError(
                 f"`optim: {self.optim}` moves its state between the memories of GPU and CPU and needs CUDA: without "

@@ -49,7 +49,8 @@ class DataConfig:
             by exact match, with their pictures and with shuffled ones: `eval_accuracy`, `eval_accuracy_shuffled`.
         eval_task_pictures (`int`, *optional*, defaults to 100): only questions about the first so many pictures.
         image_folder (`str`, *optional*): where the pictures' paths start, by default beside the file that names them.
-        streaming (`bool`, *optional*, defaults to `False`): read while training, keep nothing on the disk.
+        streaming (`bool`, *optional*, defaults to `False`): read while training, keep nothing on the disk. Data for
+            evaluation are never streamed: on several processes nobody could tell which rows fill up the last batch.
         max_rows (`int`, *optional*): only the first so many rows of each split.
         one_question_per_row (`bool`, *optional*, defaults to `False`): make a row of each question of a conversation,
             without those before it. In one row a small model finds answers in earlier ones instead of the picture.
@@ -110,6 +111,7 @@ def load_rows(
         if config.eval_dataset is None and config.eval_split is None:
             return None
         name, part = config.eval_dataset or config.dataset, config.eval_split or "train"
+    streaming = config.streaming and split == "train"
     path = Path(name)
     is_file = path.suffix in (".json", ".jsonl", ".parquet")
     if is_file and not path.is_file():
@@ -117,10 +119,10 @@ def load_rows(
     folder = config.image_folder or (path.parent if is_file else path if path.is_dir() else None)
     folder = None if folder is None else os.path.abspath(folder)
     if path.suffix in (".json", ".jsonl"):
-        rows = _first_rows(_load_json(path, part, folder, config.streaming, columns), config.max_rows)
+        rows = _first_rows(_load_json(path, part, folder, streaming, columns), config.max_rows)
     else:
         source = {"path": "parquet", "data_files": name} if is_file else {"path": name, "name": config.dataset_config}
-        dataset = load_dataset(**source, split=part, streaming=config.streaming)
+        dataset = load_dataset(**source, split=part, streaming=streaming)
         rows = _convert_table(_first_rows(dataset, config.max_rows), name, folder, columns)
     return _one_question_per_row(rows) if config.one_question_per_row else rows
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 
 from .qlora import quantization_config, require_fit
-from .run import RUN_RECORD
+from .run import RUN_RECORD, change_model
 from .stages import module_of
 
 
@@ -69,6 +69,14 @@ def merge(
         model = VTLMMForConditionalGeneration.from_pretrained(base, revision=revision, dtype=torch.float32)
     except OSError as error:
         raise ValueError(f"The base {base} of {adapter} is not found: say where it is with `--base`.") from error
+    if not record.is_file():
+        logger.warning(
+            "No %s of %s says what its run changed of the model: the VM head's type and what the decoder reads are "
+            "taken from the base.",
+            RUN_RECORD,
+            adapter,
+        )
+    change_model(model, settings.get("use_pseudo_image_features"), settings.get("vm_head_type"), seed=0)
     if dequantize:
         round_weights(model, base, revision, quantization, settings.get("dtype", "float32"))
     model = merge_into(model, adapter).to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)

@@ -189,6 +189,11 @@ def build_trainer(settings: dict, task_scores=None, **kwargs) -> VTLMMTrainer:
             f"What learns beside a base in {model_config.dtype} is float32, and only mixed precision multiplies the "
             "two: set `bf16: true`, or `dtype: float32`."
         )
+    if adapter.adapter != "none" and model_config.vm_head_type and "vm_head" not in args.resolved_stage().trains:
+        raise ValueError(
+            f"`vm_head_type` makes a new VM head, which an adapter of stage {args.stage} does not carry: leave it "
+            "out, or add vm_head to `trainable_modules`."
+        )
     load = {"revision": model_config.revision, "trust_remote_code": args.trust_remote_code}
     processor = AutoProcessor.from_pretrained(model_config.model, **load)
     train_dataset = prepare_dataset(data, "train", processor, args.max_length)
@@ -200,10 +205,7 @@ def build_trainer(settings: dict, task_scores=None, **kwargs) -> VTLMMTrainer:
         quantization_config=quantization_config(adapter.quantization, torch.bfloat16 if args.bf16 else torch.float32),
         **load,
     )
-    if model_config.use_pseudo_image_features is not None:
-        model.config.use_pseudo_image_features = model_config.use_pseudo_image_features
-    if model_config.vm_head_type is not None:
-        replace_vm_head(model, model_config.vm_head_type, args.seed)
+    change_model(model, model_config.use_pseudo_image_features, model_config.vm_head_type, args.seed)
     keep_differentiable_on_cpu(model)
     if data.eval_task_data is not None:
         if task_scores is None:
@@ -229,6 +231,14 @@ def build_trainer(settings: dict, task_scores=None, **kwargs) -> VTLMMTrainer:
     )
 
 
+def change_model(model, use_pseudo_image_features: bool | None, vm_head_type: str | None, seed: int) -> None:
+    """What a run changes of the model that it begins with; an adapter's folder does not say it, its record does."""
+    if use_pseudo_image_features is not None:
+        model.config.use_pseudo_image_features = use_pseudo_image_features
+    if vm_head_type is not None:
+        replace_vm_head(model, vm_head_type, seed)
+
+
 def run_training(settings: dict, **kwargs) -> VTLMMTrainer:
     """
     Trains one stage and saves a complete Hub-format folder in `output_dir`.
@@ -242,10 +252,12 @@ def run_training(settings: dict, **kwargs) -> VTLMMTrainer:
     if checkpoint is True:
         checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
         print(f"Resuming from {checkpoint}" if checkpoint else "No checkpoint yet: starting from the beginning")
+    if trainer.is_world_process_zero():  # of an earlier run: this one is not finished
+        (output_dir / RUN_RECORD).unlink(missing_ok=True)
     started = time.time()
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()  # before the evaluation, whose faults must not cost the training
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         write_record(trainer, settings, metrics, time.time() - started)
@@ -254,16 +266,35 @@ def run_training(settings: dict, **kwargs) -> VTLMMTrainer:
 
 
 def run_stages(settings: dict, **kwargs) -> None:
-    """[`run_training`] for each of [`split_stages`]; with `resume_from_checkpoint` finished stages are passed over."""
+    """
+    [`run_training`] for each of [`split_stages`]; with `resume_from_checkpoint` finished stages are passed over.
+
+    Raises:
+        `ValueError`: for a stage that was finished with other settings.
+    """
     for run in split_stages(settings):
         if "stages" in settings and run.get("resume_from_checkpoint"):
             record = Path(run["output_dir"], RUN_RECORD)
             if record.is_file():
+                done, wanted = json.loads(record.read_text(encoding="utf-8"))[-1]["settings"], recorded(run)
+                names = {*done, *wanted} - {"resume_from_checkpoint"}
+                differing = sorted(name for name in names if done.get(name) != wanted.get(name))
+                if differing:
+                    raise ValueError(
+                        f"{run['output_dir']} was finished with other settings ({', '.join(differing)}): choose "
+                        "another `output_dir`, delete that folder and those of the stages after it, or set them back."
+                    )
                 print(f"Stage {run['stage']} is finished: {record}")
                 continue
         run_training(run, **kwargs)
         gc.collect()  # a trainer is full of cycles, and its model need not stay beside the next one's
         torch.cuda.empty_cache()
+
+
+def recorded(settings: dict) -> dict:
+    """Settings as JSON says them, without tokens: a record is published."""
+    kept = {name: value for name, value in settings.items() if not name.endswith("_token")}
+    return json.loads(json.dumps(kept, default=str))
 
 
 def write_record(trainer: VTLMMTrainer, settings: dict, metrics: dict, seconds: float) -> None:
@@ -275,9 +306,7 @@ def write_record(trainer: VTLMMTrainer, settings: dict, metrics: dict, seconds: 
         {
             "stage": trainer.stage.name,
             "plan": describe(trainer.model, trainer.stage).splitlines(),
-            "settings": {
-                name: value for name, value in settings.items() if not name.endswith("_token")
-            },  # is published
+            "settings": recorded(settings),
             "learning_rate": trainer.args.learning_rate,
             "steps": trainer.state.global_step,
             "epochs": trainer.state.epoch,

@@ -62,6 +62,13 @@ class Stage:
                 "`visual_target: basic` teaches the projector, which rests: add multi_modal_projector to "
                 "`trainable_modules`."
             )
+        taught = {"vm_head", "multi_modal_projector", "vision_tower"}
+        if self.visual_student == "vm_head" and self.visual_loss_coef and self.detach_visual_teacher:
+            if not taught & set(self.trains):
+                raise ValueError(
+                    "The visual loss teaches the VM head, which rests: add vm_head to `trainable_modules`, or set "
+                    "`visual_student: lm_head`."
+                )
 
 
 # Section 3 of the paper as far as it is told. Learning rates are LLaVA-1.5's, whose stages I and II are the same;

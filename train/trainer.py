@@ -95,7 +95,7 @@ class VTLMMTrainer(SFTTrainer):
         # saved in full of a base loaded in bfloat16
         learning = {p: p.data.float() for p in learner.parameters() if p.requires_grad and adapter is not None}
         if data_collator is None:
-            data_collator = VTLMMCollator(processing_class, max_length=args.max_length)
+            data_collator = VTLMMCollator(processing_class, args.max_length, args.pad_to_multiple_of)
         datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         if args.cache_image_features:
             train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
@@ -119,6 +119,8 @@ class VTLMMTrainer(SFTTrainer):
             raise ValueError("A sharded model does not answer questions here: take `eval_task_data` out.")
         for parameter, values in learning.items():
             parameter.data = values.to(parameter.device)
+        if isinstance(eval_dataset, IterableDataset) and self.accelerator.num_processes > 1:
+            raise ValueError("On several processes a stream is not evaluated exactly: load `eval_dataset` as a whole.")
         if self.is_fsdp_enabled:
             self._keep_exact_when_sharded(model)
         if args.cache_image_features:
@@ -144,6 +146,11 @@ class VTLMMTrainer(SFTTrainer):
         if args.vm_head_candidates:
             if eval_dataset is None or isinstance(eval_dataset, dict) or adapter is not None:
                 raise ValueError("`vm_head_candidates` need one `eval_dataset`, to choose by, and no adapter.")
+            streamed = isinstance(eval_dataset, IterableDataset)
+            if not streamed and not any(row["images"] for row in undecoded(eval_dataset)):
+                raise ValueError(
+                    "`vm_head_candidates` are chosen by held-out pictures: `eval_dataset` has no picture."
+                )
         elif args.vm_head_init != "keep":
             model.initialize_vm_head(args.vm_head_init)
         if adapter is None:
