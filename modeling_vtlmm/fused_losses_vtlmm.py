@@ -24,8 +24,10 @@ from .losses_vtlmm import accumulation_dtype
 # At most so many; the chunks of a call are even, as one of a few rows would read and write (V, D) numbers for little.
 # Below some 700 rows adding to the float32 (V, D) gradient takes a GPU longer than the product it adds.
 ROWS_PER_CHUNK = 1024
-# On a CPU the addition costs 3 % of the time at 256 rows and 14 % at 64; the two (C, V) tiles are its memory.
-ROWS_PER_CHUNK_CPU = 144
+# On a CPU the (C, V) tile of logits is the memory, and with fewer rows the products of the backward are slower (G W by
+# a quarter at 144 rows). The teacher has one product, which bears small tiles: its rows of a chunk come in so many.
+ROWS_PER_CHUNK_CPU = 288
+TEACHER_TILES_PER_CHUNK_CPU = 4
 # The softmax passes over a block of logits should find it in the cache of each thread (4 rows of 32000 words in
 # float32 are 0.5 MB).
 LOGITS_PER_BLOCK_AND_THREAD_CPU = 2**17
@@ -60,11 +62,17 @@ def fused_visual_loss_sum(
     teacher_features, teacher_weight = (
         tensor.detach().to(_product_dtype(tensor)) for tensor in (teacher_features, teacher_weight)
     )
-    teacher_tile = _logits_tile(student_features, teacher_weight)
+    on_cpu = student_features.device.type == "cpu"
+    tile = _logits_tile(student_features, teacher_weight, TEACHER_TILES_PER_CHUNK_CPU if on_cpu else 1)
 
     def divergence(student_logits, rows, grad_dtype):
-        teacher_logits = _multiply(teacher_features[rows], teacher_weight.t(), teacher_tile[: len(student_logits)])
-        return _run(_divergence, _divergence_in_blocks, student_logits, teacher_logits, grad_dtype)
+        losses = []
+        for student, teacher in zip(*(rows.split(len(tile)) for rows in (student_logits, teacher_features[rows]))):
+            teacher_logits = _multiply(teacher, teacher_weight.t(), tile[: len(teacher)])
+            part, gradient = _run(_divergence, _divergence_in_blocks, student, teacher_logits, grad_dtype)
+            losses.append(part)
+        # Several tiles are a CPU's, where each leaves its G in its rows of the student's logits.
+        return (losses[0], gradient) if len(losses) == 1 else (torch.cat(losses), student_logits)
 
     return _linear_loss_sum(student_features, student_weight, divergence)
 
@@ -120,7 +128,7 @@ class _LinearLossSum(torch.autograd.Function):
         grad_dtype = features.dtype if needs_features or needs_weight else None
 
         tile = _logits_tile(features, weight)
-        total = tile.new_zeros(())
+        losses = tile.new_empty(len(features))
         # Sums and gradients stay in float32 until the scale is in: one rounding, and float16 cannot overflow.
         grad_features = tile.new_empty(features.shape) if needs_features else None
         grad_weight = tile.new_zeros(weight.shape) if needs_weight else None
@@ -129,8 +137,8 @@ class _LinearLossSum(torch.autograd.Function):
             for rows in _chunks(features):
                 inputs = features[rows]
                 logits = _multiply(inputs, weight.t(), tile[: len(inputs)])
-                losses, gradient = chunk_loss(logits, rows, grad_dtype)
-                total += losses.sum()
+                losses[rows], gradient = chunk_loss(logits, rows, grad_dtype)
+                gradient = None if grad_dtype is None else gradient.to(grad_dtype)
                 if needs_features:
                     _multiply(gradient, weight, grad_features[rows])
                 if needs_weight:
@@ -138,7 +146,7 @@ class _LinearLossSum(torch.autograd.Function):
                 # Or this G would still be alive while the next chunk's is made.
                 del gradient
         ctx.gradients = grad_features, grad_weight
-        return total
+        return losses.sum()
 
     @staticmethod
     @once_differentiable
@@ -222,7 +230,7 @@ def _divergence(student_logits, teacher_logits, grad_dtype):
 
 
 def _divergence_in_blocks(student_logits, teacher_logits, grad_dtype):
-    """The same without a compiler: few passes over few rows; overwrites both logits."""
+    """The same without a compiler: few passes over few rows; G is left in the student's logits, in their dtype."""
     losses = []
     for student, teacher in _blocks(student_logits, teacher_logits):
         # log Σ exp z = max z − log max softmax(z): no second pass of exponentials.
@@ -233,7 +241,7 @@ def _divergence_in_blocks(student_logits, teacher_logits, grad_dtype):
         losses.append(constants - student_probs.amax(-1).log())
         if grad_dtype is not None:
             torch.sub(student_probs, teacher_probs, out=student)
-    return torch.cat(losses), None if grad_dtype is None else student_logits.to(grad_dtype)
+    return torch.cat(losses), student_logits
 
 
 def _cross_entropy(logits, targets, grad_dtype):
@@ -247,14 +255,14 @@ def _cross_entropy(logits, targets, grad_dtype):
 
 
 def _cross_entropy_in_blocks(logits, targets, grad_dtype):
-    """The same without a compiler; overwrites the logits."""
+    """The same without a compiler; G is left in the logits, in their dtype."""
     losses = []
     for block, words in _blocks(logits, targets[:, None]):
         probs = block.softmax(-1)
         losses.append(block.amax(-1) - block.gather(1, words)[:, 0] - probs.amax(-1).log())
         if grad_dtype is not None:
             block.copy_(probs).scatter_add_(1, words, probs.new_full(words.shape, -1.0))
-    return torch.cat(losses), None if grad_dtype is None else logits.to(grad_dtype)
+    return torch.cat(losses), logits
 
 
 _compiled = {}
@@ -307,9 +315,9 @@ def _blocks(logits, *others):
     return zip(*(tensor.split(num_rows) for tensor in (logits, *others)), strict=True)
 
 
-def _logits_tile(features, weight):
-    """Room for the logits of one chunk: fresh memory for each chunk costs a CPU its page faults."""
-    size = _rows_per_chunk(features), weight.shape[0]
+def _logits_tile(features, weight, tiles_per_chunk=1):
+    """Room for the logits of a chunk, or of a part of it: fresh memory for each costs a CPU its page faults."""
+    size = math.ceil(_rows_per_chunk(features) / tiles_per_chunk), weight.shape[0]
     return torch.empty(size, dtype=accumulation_dtype(features.dtype), device=features.device)
 
 
