@@ -67,7 +67,8 @@ def fused_visual_loss_sum(
 
     def divergence(student_logits, rows, grad_dtype):
         losses = []
-        for student, teacher in zip(*(rows.split(len(tile)) for rows in (student_logits, teacher_features[rows]))):
+        students, teachers = student_logits.split(len(tile)), teacher_features[rows].split(len(tile))
+        for student, teacher in zip(students, teachers, strict=True):
             teacher_logits = _multiply(teacher, teacher_weight.t(), tile[: len(teacher)])
             part, gradient = _run(_divergence, _divergence_in_blocks, student, teacher_logits, grad_dtype)
             losses.append(part)

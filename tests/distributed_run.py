@@ -11,31 +11,45 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import patch
 
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from conftest import build_processor
+from datasets import Dataset, Image, List
 from safetensors.torch import save_file
 from torch.multiprocessing import ProcessExitedException, start_processes
 from training_setup import build_rows, build_trainer
 from transformers import TrainerCallback
+
+from vtlmm.train.data_check import check_rows
+from vtlmm.train.qlora import AdapterConfig
 
 
 FSDP2 = Path(__file__).parents[1] / "recipes/accelerate/fsdp2.yaml"
 RAGGED = (1, 0, 2, 1, 0, 3, 1, 1)
 TEXT_ON_ONE = (1, 2, 1, 1, 0, 0, 0, 0)  # batches of four: the second process has no picture
 HALF, QUARTER = {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2}
+LORA = AdapterConfig(adapter="lora", lora_r=2, lora_dropout=0.0)
+PROJECTOR_TOO = ["multi_modal_projector", "language_model", "lm_head"]
 PSEUDO = {"use_pseudo_image_features": True}
 
 # name: (pictures of the rows, settings of `build_trainer`), one optimizer step over all eight rows
 UPDATES = {
     "ddp_ragged": (RAGGED, HALF),
     "ddp_text_on_one": (TEXT_ON_ONE, HALF),
+    "ddp_cached": (RAGGED, HALF | {"cache_image_features": True}),
+    "ddp_feature": (TEXT_ON_ONE, HALF | {"visual_target": "feature", "visual_loss_coef": 20.0}),
+    "ddp_basic": (TEXT_ON_ONE, HALF | {"visual_target": "basic", "trainable_modules": PROJECTOR_TOO}),
     "fsdp_joint": (TEXT_ON_ONE, HALF | {"gradient_checkpointing": True}),
     "fsdp_accumulated": (RAGGED, QUARTER | {"gradient_accumulation_steps": 2}),
     "fsdp_visual_head": (TEXT_ON_ONE, HALF | {"stage": "visual_head"}),
     "fsdp_tied": (TEXT_ON_ONE, HALF | {"model_options": {"text": "qwen2"}, "max_steps": 2, "learning_rate": 1.0}),
+    "fsdp_lora": (RAGGED, HALF | {"adapter": LORA}),
+    "fsdp_feature": (TEXT_ON_ONE, HALF | {"visual_target": "feature", "visual_loss_coef": 20.0}),
+    "fsdp_basic": (TEXT_ON_ONE, HALF | {"visual_target": "basic", "trainable_modules": PROJECTOR_TOO}),
     "fsdp_pseudo": (TEXT_ON_ONE, HALF | {"stage": "decoder", "model_options": PSEUDO}),
 }
 RESUMED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
@@ -67,6 +81,13 @@ def build(name: str, folder: Path, rows, **settings):
     return trainer
 
 
+def broken_rows():
+    """Seven rows, of which the fourth has a mark too many."""
+    rows = list(build_rows(RAGGED[:7]))
+    rows[3]["messages"][0]["content"].append({"type": "image", "text": None})
+    return Dataset.from_list(rows).cast_column("images", List(Image()))
+
+
 def save(trainer, path: Path):
     state = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.is_world_process_zero():
@@ -75,6 +96,10 @@ def save(trainer, path: Path):
 
 def run(name: str, folder: Path):
     kind, _, what = name.partition("_")
+    if what == "checked":
+        report = check_rows(broken_rows(), build_processor(), max_length=30)
+        Path(folder, f"{name}_{PartialState().process_index}.json").write_text(json.dumps(asdict(report)))
+        return
     if name in UPDATES:
         images, settings = UPDATES[name]
         trainer = build(name, folder / name, build_rows(images), **settings)
@@ -119,7 +144,7 @@ def start(folder: Path, cases: list[str]):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    others = ["ddp_evaluated", "ddp_whole", "fsdp_evaluated", "fsdp_bf16", "fsdp_whole"]
+    others = ["ddp_checked", "ddp_evaluated", "ddp_whole", "fsdp_evaluated", "fsdp_bf16", "fsdp_whole"]
     for kind in ("ddp", "fsdp"):  # in processes of their own, since FSDP is asked for by the environment
         start(folder, [case for case in (*UPDATES, *others) if case.startswith(kind)])
         try:

@@ -235,6 +235,16 @@ def test_splits_slices_and_max_rows(tmp_path):
     other = write(tmp_path / "other.jsonl", [llava("other")])
     assert questions("eval", DataConfig(dataset=str(path), eval_dataset=other)) == ["user: other"]
     assert load_rows(DataConfig(dataset=str(path)), "eval") is None
+    tables = {}
+    for name in ("train", "other"):  # folders with a configuration each
+        folder = tmp_path / name
+        folder.mkdir()
+        Dataset.from_list([{"question": name, "answer": "a"}]).to_parquet(folder / "rows.parquet")
+        header = f"---\nconfigs:\n- config_name: {name}_config\n  data_files: rows.parquet\n---\n"
+        (folder / "README.md").write_text(header)
+        tables[name] = str(folder)
+    both = DataConfig(tables["train"], "train_config", eval_dataset=tables["other"], eval_config="other_config")
+    assert questions("train", both) == ["user: train"] and questions("eval", both) == ["user: other"]
     assert len(load_rows(DataConfig(dataset=other, max_rows=5))) == 1
 
 

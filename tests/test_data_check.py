@@ -205,6 +205,9 @@ def test_stream(folder, processor, report):
     assert rows[0]["images"][0].size == (64, 64)
     with pytest.raises(ValueError, match="row 1: missing picture"):
         list(checked_stream(stream, processor, max_length=60))
+    both = datasets.concatenate_datasets([stream, stream])
+    with pytest.raises(ValueError, match="row 1: missing picture.*counted by each worker"):
+        list(checked_stream(both, processor, max_length=60))
 
 
 @pytest.mark.filterwarnings("ignore:Skipped a broken row")

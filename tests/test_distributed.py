@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
-from distributed_run import FSDP2, RESUMED, TEXT_ON_ONE, UPDATES
+from conftest import build_processor
+from distributed_run import FSDP2, RAGGED, RESUMED, TEXT_ON_ONE, UPDATES, broken_rows
 from safetensors.torch import load_file
 from test_trainer import assert_same_update, update
 from training_setup import build_rows, build_trainer, weights
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
+from vtlmm.train.data_check import check_rows
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +36,29 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", UPDATES)
 def test_two_processes_equal_one(folder, tmp_path, name):
-    """Ragged pictures; no picture at all in one process; a frozen head, a tied one, accumulation."""
+    """Ragged pictures; no picture at all in one process; a frozen head, a tied one, accumulation, an adapter; features
+    that the processes computed together; rivals of the visual loss."""
     images, settings = UPDATES[name]
     settings = {**settings, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    settings.pop("cache_image_features", None)
     alone = build_trainer(tmp_path, build_rows(images), **settings)
     before = weights(alone.model)
     expected = update(alone)
     after = load_file(folder / f"{name}.safetensors")
     assert_same_update({key: after[key] - before[key] for key in expected}, expected)
+
+
+def test_processes_share_the_pictures_of_a_cache(folder):
+    """Each computes its half, without a picture twice."""
+    files = [load_file(path) for path in (folder / "image_features").glob("*/*.safetensors")]
+    assert sorted(map(len, files)) == [4, 5] and len({key for file in files for key in file}) == sum(RAGGED)
+
+
+def test_processes_share_the_rows_of_a_check(folder):
+    expected = asdict(check_rows(broken_rows(), build_processor(), max_length=30))
+    assert [problem["row"] for problem in expected["problems"] if problem["kind"] == "picture count"] == [3]
+    for rank in range(2):
+        assert json.loads((folder / f"ddp_checked_{rank}.json").read_text()) == expected
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

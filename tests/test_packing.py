@@ -4,11 +4,14 @@
 import pytest
 import torch
 from conftest import build_processor
+from datasets import Image
 from test_trainer import assert_same_update, update
 from training_setup import build_rows, build_trainer
 
 from vtlmm.train.collator import VTLMMCollator
+from vtlmm.train.data_check import check_rows
 from vtlmm.train.packing import ROW_BY_ROW, pack_dataset, pack_lengths
+from vtlmm.train.trainer import VTLMMTrainer
 
 
 def test_packs_hold_every_row_once_and_fit():
@@ -86,6 +89,15 @@ def test_a_packed_step_is_the_padded_step(tmp_path):
     logged = next(entry for entry in packed.state.log_history if "lm_loss" in entry)
     assert logged["samples_per_second"] > 0
     assert packed.args.packing  # TRL is not told, but whoever reads the settings is
+
+
+def test_lengths_need_no_picture(monkeypatch):
+    """Nor a column that rows of other makers lack."""
+    rows, processor = build_rows(), build_processor()
+    expected = check_rows(rows, processor).lengths
+    monkeypatch.setattr(Image, "decode_example", lambda *_, **__: pytest.fail("decoded"))
+    found = VTLMMTrainer._with_lengths(rows.remove_columns("num_context_messages"), processor, 50)
+    assert found["length"][:] == expected
 
 
 @pytest.mark.parametrize("settings", [{"packing": True}, {"train_sampling_strategy": "group_by_length"}])

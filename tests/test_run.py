@@ -6,15 +6,25 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_config, build_processor
 from PIL import Image as PILImage
+from transformers import AutoProcessor
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
-from vtlmm.train.run import RUN_RECORD, loss_curves, read_settings, run_training, split_stages
+from vtlmm.train.run import (
+    RUN_RECORD,
+    loss_curves,
+    parse_settings,
+    prepare_datasets,
+    read_settings,
+    run_training,
+    split_stages,
+)
 from vtlmm.train.trainer import VTLMMTrainer
 
 
@@ -99,7 +109,7 @@ def test_a_recipe_of_several_stages(recipe, tmp_path, capsys):
         for folder in ("start", "out/visual_head", "out/joint")
     ]
     assert not torch.equal(heads[0], heads[1]) and torch.equal(heads[1], heads[2])
-    capsys.readouterr()
+    assert capsys.readouterr().out.count("rows        6") == 2  # train and eval, once for both stages
     assert main([*command, "resume_from_checkpoint=true"]) == 0
     text = capsys.readouterr().out
     assert text.count("is finished") == 2 and "Resuming" not in text
@@ -148,6 +158,14 @@ def test_a_date_in_a_recipe_is_written_down(recipe, tmp_path):
         ("  visual_head: {adapter: lora}\n  joint: {adapter: lora}", [], "Stage visual_head would leave an adapter"),
         ("  visual_head: {model: here}\n  joint:", [], "stages.visual_head.model follows from their order"),
         ("  visual_head:\n  joint:", ["stage=joint"], "stage follows from their order"),
+        ("  visual_head:\n  joint: {adapter: lora, dtype: bfloat16}", [], "only mixed precision multiplies the two"),
+        ("  visual_head:\n  joint: {adapter: lora, vm_head_type: mlp}", [], "`vm_head_type` makes a new VM head"),
+        ("  visual_head:\n  joint: {streaming: true, packing: true}", [], "lengths, which packing goes by"),
+        ("  visual_head:\n  joint: {streaming: true, cache_image_features: x}", [], "does not know its pictures"),
+        ("  visual_head:\n  joint: {eval_task_data: gone.json}", [], "gone.json: there is no such file"),
+        ("  visual_head:\n  joint: {eval_dataset: gone.json}", [], "gone.json: there is no such file"),
+        ("  visual_head:\n  joint: {bad_rows: raise}", [], "row 5: missing picture"),
+        ("  [visual_head, joint]", [], "`stages` must name its stages"),
     ],
 )
 def test_a_later_stage_s_mistakes_stop_the_first(recipe, tmp_path, capsys, stages, override, message):
@@ -167,6 +185,22 @@ def test_the_check_looks_at_the_data_of_every_stage(recipe, tmp_path, capsys):
     assert main(["data", "check", "--config", str(recipe)]) == 1
     text = capsys.readouterr().out
     assert re.findall(r"^rows +(\d+)", text, re.MULTILINE) == ["6", "6", "2"]
+
+
+def test_a_stream_is_shuffled(recipe):
+    """In a buffer of files: pictures are decoded behind it."""
+    orders = {}
+    for shuffle in (False, True):
+        changes = ["streaming=true", "bad_rows=skip", "eval_dataset=null", f"shuffle_dataset={shuffle}", "seed=3"]
+        _, data, _, args = parse_settings(read_settings(recipe, changes))
+        path = Path(data.dataset)
+        rows = json.loads(path.read_text())
+        path.write_text(json.dumps([{**row, "image": f"{i}.png"} for i, row in enumerate(rows[:5])]))
+        for i in range(5):
+            PILImage.new("RGB", (28, 28), (i, 0, 0)).save(path.with_name(f"{i}.png"))
+        stream, _ = prepare_datasets(data, AutoProcessor.from_pretrained(path.with_name("start")), args)
+        orders[shuffle] = [row["images"][0].getpixel((0, 0))[0] for row in stream]
+    assert orders[False] == [0, 1, 2, 3, 4] and orders[True] != orders[False] == sorted(orders[True])
 
 
 def test_packs_of_a_recipe_that_groups_by_length(recipe, tmp_path, monkeypatch):

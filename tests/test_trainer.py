@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,16 @@ def test_a_stage_changes_exactly_its_modules(tmp_path, settings):
             assert difference.abs().max() > 0 or name.endswith("k_proj.bias"), name
         elif module_of(name) not in trains:
             assert difference.abs().max() == 0, name
+
+
+def test_evaluation_is_no_part_of_the_speed(tmp_path):
+    rows = build_rows()
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = build_trainer(tmp_path, rows, eval_dataset=rows, **settings)
+    trainer.task_scores = lambda model: time.sleep(2) or {}
+    trainer.train()
+    speeds = [entry["samples_per_second"] for entry in trainer.state.log_history if "samples_per_second" in entry]
+    assert len(speeds) == 2 and speeds[1] > len(rows) / 2
 
 
 def test_the_control_sees_no_visual_loss(tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 
 from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration
 from vtlmm.train.config import VTLMMTrainingConfig
+from vtlmm.train.qlora import AdapterConfig, peft_config
 from vtlmm.train.trainer import VTLMMTrainer
 
 
@@ -41,6 +42,7 @@ def build_trainer(
     rows: Dataset | None = None,
     model_options: dict | None = None,
     eval_dataset: Dataset | None = None,
+    adapter: AdapterConfig | None = None,
     **settings,
 ):
     """A trainer on a tiny random model (seeded); SGD, so that one step shows the gradient."""
@@ -76,6 +78,7 @@ def build_trainer(
             train_dataset=build_rows() if rows is None else rows,
             eval_dataset=eval_dataset,
             processing_class=build_processor(),
+            peft_config=None if adapter is None else peft_config(adapter, args.resolved_stage()),
         )
 
 

@@ -44,6 +44,7 @@ class DataConfig:
         dataset_split (`str`, *optional*, defaults to `"train"`): split, or a slice of one as in `"train[:2000]"`. A
             file is one split, `"train"`.
         eval_dataset (`str`, *optional*): data for evaluation, if from elsewhere.
+        eval_config (`str`, *optional*): the configuration of `eval_dataset`.
         eval_split (`str`, *optional*): its split (by default `"train"`); alone, a split of `dataset`.
         eval_task_data (`str`, *optional*): a file of rows whose questions are answered at every evaluation and scored
             by exact match, with their pictures and with shuffled ones: `eval_accuracy`, `eval_accuracy_shuffled`.
@@ -65,6 +66,7 @@ class DataConfig:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split, or a slice of one: train[:2000]."})
     eval_dataset: str | None = field(default=None, metadata={"help": "Data for evaluation, if from elsewhere."})
+    eval_config: str | None = field(default=None, metadata={"help": "Configuration of `eval_dataset`."})
     eval_split: str | None = field(default=None, metadata={"help": "Split for evaluation."})
     eval_task_data: str | None = field(default=None, metadata={"help": "File of questions to answer at evaluations."})
     eval_task_pictures: int = field(default=100, metadata={"help": "Only questions about the first so many pictures."})
@@ -106,11 +108,13 @@ def load_rows(
         `ValueError`: for a row of no known form, a file that is not JSON, or picture paths that start nowhere.
         `FileNotFoundError`: for a missing file.
     """
-    name, part = config.dataset, config.dataset_split
+    name, configuration, part = config.dataset, config.dataset_config, config.dataset_split
     if split == "eval":
         if config.eval_dataset is None and config.eval_split is None:
             return None
-        name, part = config.eval_dataset or config.dataset, config.eval_split or "train"
+        part = config.eval_split or "train"
+        if config.eval_dataset is not None:
+            name, configuration = config.eval_dataset, config.eval_config
     streaming = config.streaming and split == "train"
     path = Path(name)
     is_file = path.suffix in (".json", ".jsonl", ".parquet")
@@ -121,7 +125,7 @@ def load_rows(
     if path.suffix in (".json", ".jsonl"):
         rows = _first_rows(_load_json(path, part, folder, streaming, columns), config.max_rows)
     else:
-        source = {"path": "parquet", "data_files": name} if is_file else {"path": name, "name": config.dataset_config}
+        source = {"path": "parquet", "data_files": name} if is_file else {"path": name, "name": configuration}
         dataset = load_dataset(**source, split=part, streaming=streaming)
         rows = _convert_table(_first_rows(dataset, config.max_rows), name, folder, columns)
     return _one_question_per_row(rows) if config.one_question_per_row else rows

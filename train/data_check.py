@@ -5,6 +5,8 @@ import os
 import warnings
 from dataclasses import dataclass
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.utils import tqdm
 from PIL import Image as PILImage
@@ -144,15 +146,17 @@ class RowChecker:
     Args:
         processor ([`VTLMMProcessor`])
         max_length (`int`, *optional*)
+        pictures (`bool`, *optional*, defaults to `True`): whether to decode the pictures.
 
     Raises:
         `ValueError`: when the chat template does not mark the answers, or pictures come out in different sizes.
     """
 
-    def __init__(self, processor, max_length: int | None = None):
+    def __init__(self, processor, max_length: int | None = None, pictures: bool = True):
         answer_template(processor)
         self.processor = processor
         self.max_length = max_length
+        self.pictures = pictures
         self.tokens_per_image = image_tokens_per_picture(processor)
         tokens = {*processor.tokenizer.all_special_tokens, processor.image_token}
         self.control_tokens = sorted(token for token in tokens if token)
@@ -164,14 +168,14 @@ class RowChecker:
         length = num_supervised_tokens = 0
         if not problems:
             try:
-                input_ids, supervised = encode_messages(self.processor, messages, row["num_context_messages"])
+                input_ids, supervised = encode_messages(self.processor, messages, row.get("num_context_messages") or 0)
             except ValueError as error:
                 problems.append(("chat template", str(error), None))
             else:
                 length = len(input_ids) + len(images) * (self.tokens_per_image - 1)
                 num_supervised_tokens = int(supervised.sum())
                 problems += self.encoding_problems(length, num_supervised_tokens, len(images))
-        for image in images:
+        for image in images if self.pictures else ():
             problems += picture_problems(image)
         return {
             "length": length,
@@ -264,12 +268,17 @@ def image_tokens_per_picture(processor) -> int:
 
 
 def check_rows(
-    dataset: Dataset | IterableDataset, processor, max_length: int | None = None, num_proc: int | None = None
+    dataset: Dataset | IterableDataset,
+    processor,
+    max_length: int | None = None,
+    num_proc: int | None = None,
+    pictures: bool = True,
 ) -> DataReport:
     r"""
     Reads every row and decodes every picture, and counts tokens as the collator will make them.
 
-    Always from the files: pictures may change where rows do not.
+    Always from the files: pictures may change where rows do not. The processes of a distributed run share the rows
+    of a dataset that is not streamed, and each gets the whole report.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): rows of [`load_rows`]; a stream is read to
@@ -277,28 +286,18 @@ def check_rows(
         processor ([`VTLMMProcessor`])
         max_length (`int`, *optional*): longest row in tokens.
         num_proc (`int`, *optional*): processes; by default as many as there are cores, for many rows.
+        pictures (`bool`, *optional*, defaults to `True`): `False` leaves them closed, which is all that lengths need.
 
     Raises:
         `ValueError`: for a chat template without generation marks, or no rows at all.
     """
-    checker = RowChecker(processor, max_length)
+    checker = RowChecker(processor, max_length, pictures)
     if isinstance(dataset, IterableDataset):
         dataset = dataset.decode(False)
         results = [checker(row) for row in tqdm(dataset, desc="Checking rows")]
     else:
         dataset = dataset.cast_column("images", List(Image(decode=False)))
-        if num_proc is None:
-            num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            num_proc = min(num_cores, len(dataset) // ROWS_PER_PROCESS)
-        results = dataset.map(
-            checker,
-            remove_columns=dataset.column_names,
-            features=RESULT_FEATURES,
-            num_proc=num_proc if num_proc > 1 else None,
-            keep_in_memory=True,  # so there is no cache to read either
-            new_fingerprint="unused",  # else the processor would be hashed
-            desc="Checking rows",
-        ).to_list()
+        results = gather_object(_check_share(dataset, checker, num_proc))
     if not results:
         raise ValueError("There are no rows: look at dataset, dataset_split and max_rows.")
     report = DataReport(
@@ -316,9 +315,28 @@ def check_rows(
     return report
 
 
+def _check_share(dataset: Dataset, checker: RowChecker, num_proc: int | None) -> list[dict]:
+    """The results of this process's rows. One process for all would keep the others waiting past their time limit."""
+    state = PartialState()
+    share = dataset.shard(state.num_processes, state.process_index, contiguous=True)
+    if num_proc is None:
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        num_cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        num_proc = min(num_cores, len(share) // ROWS_PER_PROCESS)
+    return share.map(
+        checker,
+        remove_columns=dataset.column_names,
+        features=RESULT_FEATURES,
+        num_proc=num_proc if num_proc > 1 else None,
+        keep_in_memory=True,  # so there is no cache to read either
+        new_fingerprint="unused",  # else the processor would be hashed
+        desc="Checking rows",
+    ).to_list()
+
+
 def mark_supervised(processor, row: dict) -> str:
     """One row as the model reads it, one image token a picture, its supervised part between ⟦ and ⟧."""
-    input_ids, supervised = encode_messages(processor, row["messages"], row["num_context_messages"])
+    input_ids, supervised = encode_messages(processor, row["messages"], row.get("num_context_messages") or 0)
     changes = (supervised[1:] != supervised[:-1]).nonzero().flatten() + 1
     runs = zip(input_ids.tensor_split(changes), supervised.tensor_split(changes), strict=True)
     return "".join(
@@ -342,7 +360,7 @@ def checked_stream(
     Raises:
         `ValueError`: at a broken row, when it comes.
     """
-    checker = RowChecker(processor, max_length)
+    checker, num_shards = RowChecker(processor, max_length), dataset.num_shards
 
     def keep_good(batch: dict, indices: list[int]) -> dict:
         row, index = {name: values[0] for name, values in batch.items()}, indices[0]
@@ -350,6 +368,8 @@ def checked_stream(
         if not problems:
             return batch
         text = "; ".join(f"{problem}. Mend: {problem.mend}" for problem in problems) + f". It is {describe_row(row)}."
+        if num_shards > 1:
+            text += " (Rows of a stream of several files are counted by each worker that reads some of them.)"
         if bad_rows == "raise":
             raise ValueError(f"A broken row in the stream: {text} `bad_rows: skip` trains on the other rows.")
         warnings.warn(f"Skipped a broken row of the stream: {text}")

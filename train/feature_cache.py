@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, Image, IterableDataset, List
 from datasets.utils import tqdm
 from safetensors import safe_open
@@ -87,7 +89,8 @@ class VisionFeatureCache:
             if key not in self.files:
                 raise ValueError(
                     f"The picture {image['path'] or key[:12]} has no features in {self.folder}: its file has changed "
-                    "since the run began. Start again, and the new one is computed."
+                    "since the run began (start again, and the new one is computed), or not every machine sees that "
+                    "folder."
                 )
         if not keys:  # of a batch without pictures: their shape alone
             key, path = next(iter(self.files.items()))
@@ -97,6 +100,9 @@ class VisionFeatureCache:
     def fill(self, dataset: Dataset | None, encode: Callable[[list], torch.Tensor], batch_size: int = 16) -> int:
         r"""
         Computes what is missing; a run that was killed here goes on after the last whole file.
+
+        The processes of a distributed run share the work, evenly and without a picture twice, and all of them wait for
+        the last: each calls this with the same dataset, and the folder is one that all of them see.
 
         Args:
             dataset ([`~datasets.Dataset`]): its pictures are wanted; the same one may come many times.
@@ -108,13 +114,10 @@ class VisionFeatureCache:
         """
         if dataset is None:
             return 0
-        missing, dataset = {}, undecoded(dataset.select_columns("images"))
-        for index, row in enumerate(dataset):
-            for number, image in enumerate(row["images"]):
-                key = picture_key(image)
-                if key not in self.files:
-                    missing.setdefault(key, (index, number))
-        keys = list(missing)
+        state, dataset = PartialState(), undecoded(dataset.select_columns("images"))
+        missing = self._missing(dataset, range(state.process_index, len(dataset), state.num_processes))
+        missing = {key: place for found in gather_object([missing]) for key, place in found.items()}
+        keys = list(missing)[state.process_index :: state.num_processes]
         for start in tqdm(range(0, len(keys), PICTURES_PER_FILE), desc="Vision features", disable=not keys):
             features = {}
             of_file = keys[start : start + PICTURES_PER_FILE]
@@ -128,9 +131,20 @@ class VisionFeatureCache:
                         for key, tensor in zip(batch, found.cpu(), strict=True)
                     }
                 )
-            self._write(of_file[0], features)
+            self._write(features)
+        state.wait_for_everyone()
         self.refresh()
-        return len(keys)
+        return len(missing)
+
+    def _missing(self, dataset: Dataset, indices: range) -> dict[str, tuple[int, int]]:
+        """Of each picture in those rows that has no features: its row, and its number there."""
+        missing = {}
+        for index in indices:
+            for number, image in enumerate(dataset[index]["images"]):
+                key = picture_key(image)
+                if key not in self.files:
+                    missing.setdefault(key, (index, number))
+        return missing
 
     def describe(self) -> str:
         """One line for people, and one more when the folder holds what is not used."""
@@ -141,8 +155,9 @@ class VisionFeatureCache:
             lines.append(f"  ({len(others)} other folders beside it are {text})")
         return "\n".join(lines)
 
-    def _write(self, name: str, features: dict[str, torch.Tensor]) -> None:
+    def _write(self, features: dict[str, torch.Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256("".join(features).encode()).hexdigest()  # never that of other pictures
         path = self.folder / f"{name[:32]}.safetensors"
         unfinished = path.with_suffix(f".{os.getpid()}")  # a file is there as a whole or not at all
         save_file(features, unfinished)

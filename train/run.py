@@ -8,21 +8,20 @@ import re
 import subprocess
 import time
 import warnings
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import find_adapter_config_file
 
 from .config import VTLMMTrainingConfig
-from .data import DataConfig, load_rows
+from .data import ROW_FEATURES, DataConfig, load_rows
 from .data_check import check_rows, checked_stream
 from .qlora import AdapterConfig, keep_differentiable_on_cpu, peft_config, quantization_config
 from .stages import describe
@@ -88,6 +87,8 @@ def check_settings(settings: dict, path: str | Path) -> dict:
     """Settings of `path`, of one stage or several, with known keys only and numbers that YAML reads as text."""
     if "stages" not in settings:
         return _checked(settings, path)
+    if not isinstance(settings["stages"], dict):
+        raise ValueError(f"{path}: `stages` must name its stages, each with its settings below it (or nothing).")
     stages = {stage: _checked(own or {}, path) for stage, own in settings["stages"].items()}
     return {**_checked({key: value for key, value in settings.items() if key != "stages"}, path), "stages": stages}
 
@@ -131,7 +132,9 @@ def split_stages(settings: dict) -> list[dict]:
         runs.append({**shared, **own, "stage": stage, "model": model, "output_dir": output_dir})
         model = output_dir
     for number, run in enumerate(runs, 1):
-        if parse_settings(run)[2].adapter != "none" and number < len(runs):
+        model_config, data, adapter, args = parse_settings(run)
+        check_run(model_config, data, adapter, args)
+        if adapter.adapter != "none" and number < len(runs):
             raise ValueError(
                 f"Stage {run['stage']} would leave an adapter, and the next begins with a whole model: run the stages "
                 "one by one, with `vtlmm merge` between."
@@ -144,6 +147,31 @@ def parse_settings(settings: dict) -> tuple[ModelConfig, DataConfig, AdapterConf
     return HfArgumentParser(CONFIGS).parse_dict(settings)
 
 
+def check_run(model: ModelConfig, data: DataConfig, adapter: AdapterConfig, args: VTLMMTrainingConfig) -> None:
+    """
+    Raises:
+        `ValueError`: for settings of one run that do not go together, as far as the settings alone tell.
+        `FileNotFoundError`: for a missing `eval_task_data`.
+    """
+    if adapter.adapter != "none" and model.dtype != "float32" and not (args.bf16 or args.fp16):
+        raise ValueError(
+            f"What learns beside a base in {model.dtype} is float32, and only mixed precision multiplies the two: set "
+            "`bf16: true`, or `dtype: float32`."
+        )
+    if adapter.adapter != "none" and model.vm_head_type and "vm_head" not in args.resolved_stage().trains:
+        raise ValueError(
+            f"`vm_head_type` makes a new VM head, which an adapter of stage {args.stage} does not carry: leave it "
+            "out, or add vm_head to `trainable_modules`."
+        )
+    by_length = "packing" if args.packing else args.train_sampling_strategy
+    if data.streaming and by_length in ("packing", "group_by_length"):
+        raise ValueError(f"A stream does not know its rows' lengths, which {by_length} goes by: take one of them out.")
+    if data.streaming and args.cache_image_features:
+        raise ValueError("A stream does not know its pictures before: take `streaming` or `cache_image_features` out.")
+    if data.eval_task_data is not None and not Path(data.eval_task_data).is_file():
+        raise FileNotFoundError(f"{data.eval_task_data}: there is no such file (eval_task_data).")
+
+
 def prepare_dataset(data: DataConfig, split: str, processor, max_length: int | None):
     """Rows of one split, checked before anything is trained; a stream is checked row by row as it comes."""
     dataset = load_rows(data, split)
@@ -151,30 +179,35 @@ def prepare_dataset(data: DataConfig, split: str, processor, max_length: int | N
         return dataset
     if isinstance(dataset, IterableDataset):
         return checked_stream(dataset, processor, max_length, data.bad_rows)
-    # One process looks, and the others take its word: every picture is decoded once.
-    found = [None]
-    state = PartialState()
-    if state.is_main_process:
-        report = check_rows(dataset, processor, max_length)
+    report, is_main_process = check_rows(dataset, processor, max_length), PartialState().is_main_process
+    if is_main_process:
         print(report.format())
-        found = [report]
-    report = broadcast_object_list(found)[0]
     good_rows = report.good_rows
     if data.bad_rows == "raise":
         report.raise_for_problems()
     if not good_rows:
         raise ValueError("No row is left to train on: every one of them is broken (see the report above).")
-    if len(good_rows) < len(dataset) and state.is_main_process:
+    if len(good_rows) < len(dataset) and is_main_process:
         warnings.warn(f"{len(dataset) - len(good_rows)} of {len(dataset)} rows are left out.", stacklevel=2)
     # the column `length` is what packing and grouping by length go by
     return dataset.add_column("length", report.lengths).select(good_rows)
 
 
-def build_trainer(settings: dict, task_scores=None, **kwargs) -> VTLMMTrainer:
+def prepare_datasets(data: DataConfig, processor, args: VTLMMTrainingConfig) -> list:
+    """Rows to train on and rows to evaluate on, by [`prepare_dataset`]; a stream is shuffled by `shuffle_dataset`."""
+    train, evaluation = (prepare_dataset(data, split, processor, args.max_length) for split in ("train", "eval"))
+    if args.shuffle_dataset and isinstance(train, IterableDataset):  # other rows are shuffled by the sampler
+        # a buffer of files, not of decoded pictures
+        train = train.decode(False).shuffle(seed=args.seed).cast(ROW_FEATURES)
+    return [train, evaluation]
+
+
+def build_trainer(settings: dict, datasets: list | None = None, task_scores=None, **kwargs) -> VTLMMTrainer:
     r"""
     The trainer of a run; `kwargs` go to [`VTLMMTrainer`].
 
     Args:
+        datasets (`list`, *optional*): what [`prepare_datasets`] gave for these settings, if it has run before.
         task_scores (callable, *optional*): makes the function that scores `eval_task_data`: (rows, processor, number
             of pictures, batch size) → (model → `dict` of scores). Whoever evaluates gives it: this package trains.
     """
@@ -184,20 +217,10 @@ def build_trainer(settings: dict, task_scores=None, **kwargs) -> VTLMMTrainer:
             f"{model_config.model} is an adapter, and a stage begins with a whole model: `vtlmm merge "
             f"{model_config.model} --output FOLDER`, then set `model: FOLDER`."
         )
-    if adapter.adapter != "none" and model_config.dtype != "float32" and not (args.bf16 or args.fp16):
-        raise ValueError(
-            f"What learns beside a base in {model_config.dtype} is float32, and only mixed precision multiplies the "
-            "two: set `bf16: true`, or `dtype: float32`."
-        )
-    if adapter.adapter != "none" and model_config.vm_head_type and "vm_head" not in args.resolved_stage().trains:
-        raise ValueError(
-            f"`vm_head_type` makes a new VM head, which an adapter of stage {args.stage} does not carry: leave it "
-            "out, or add vm_head to `trainable_modules`."
-        )
+    check_run(model_config, data, adapter, args)
     load = {"revision": model_config.revision, "trust_remote_code": args.trust_remote_code}
     processor = AutoProcessor.from_pretrained(model_config.model, **load)
-    train_dataset = prepare_dataset(data, "train", processor, args.max_length)
-    eval_dataset = prepare_dataset(data, "eval", processor, args.max_length)
+    train_dataset, eval_dataset = datasets or prepare_datasets(data, processor, args)
     model = AutoModelForImageTextToText.from_pretrained(
         model_config.model,
         dtype=model_config.dtype,
@@ -269,26 +292,48 @@ def run_stages(settings: dict, **kwargs) -> None:
     """
     [`run_training`] for each of [`split_stages`]; with `resume_from_checkpoint` finished stages are passed over.
 
+    The data of all stages are checked before the first learns, and once, where several stages have the same.
+
     Raises:
-        `ValueError`: for a stage that was finished with other settings.
+        `ValueError`: for a stage that was finished with other settings, and for broken data of any stage.
     """
-    for run in split_stages(settings):
-        if "stages" in settings and run.get("resume_from_checkpoint"):
-            record = Path(run["output_dir"], RUN_RECORD)
-            if record.is_file():
-                done, wanted = json.loads(record.read_text(encoding="utf-8"))[-1]["settings"], recorded(run)
-                names = {*done, *wanted} - {"resume_from_checkpoint"}
-                differing = sorted(name for name in names if done.get(name) != wanted.get(name))
-                if differing:
-                    raise ValueError(
-                        f"{run['output_dir']} was finished with other settings ({', '.join(differing)}): choose "
-                        "another `output_dir`, delete that folder and those of the stages after it, or set them back."
-                    )
-                print(f"Stage {run['stage']} is finished: {record}")
-                continue
-        run_training(run, **kwargs)
+    runs = [run for run in split_stages(settings) if not ("stages" in settings and is_finished(run))]
+    prepared, keys = {}, []
+    for run in runs:
+        model_config, data, _, args = parse_settings(run)
+        if not prepared:  # a later stage's model is not there yet; its processor is the first one's
+            load = {"revision": model_config.revision, "trust_remote_code": args.trust_remote_code}
+            processor = AutoProcessor.from_pretrained(model_config.model, **load)
+        key = astuple(data), args.max_length, args.shuffle_dataset, args.seed
+        if key not in prepared:
+            prepared[key] = prepare_datasets(data, processor, args)
+        keys.append(key)
+    for run, key in zip(runs, keys, strict=True):
+        run_training(run, datasets=prepared[key], **kwargs)
         gc.collect()  # a trainer is full of cycles, and its model need not stay beside the next one's
         torch.cuda.empty_cache()
+
+
+def is_finished(run: dict) -> bool:
+    """
+    Whether a run that may resume has left its record.
+
+    Raises:
+        `ValueError`: when it was finished with other settings.
+    """
+    record = Path(run["output_dir"], RUN_RECORD)
+    if not run.get("resume_from_checkpoint") or not record.is_file():
+        return False
+    done, wanted = json.loads(record.read_text(encoding="utf-8"))[-1]["settings"], recorded(run)
+    names = {*done, *wanted} - {"resume_from_checkpoint"}
+    differing = sorted(name for name in names if done.get(name) != wanted.get(name))
+    if differing:
+        raise ValueError(
+            f"{run['output_dir']} was finished with other settings ({', '.join(differing)}): choose another "
+            "`output_dir`, delete that folder and those of the stages after it, or set them back."
+        )
+    print(f"Stage {run['stage']} is finished: {record}")
+    return True
 
 
 def recorded(settings: dict) -> dict:

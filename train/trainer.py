@@ -191,10 +191,10 @@ class VTLMMTrainer(SFTTrainer):
             )
         if "length" in dataset.column_names:
             return dataset
-        return dataset.add_column("length", check_rows(dataset, processor, max_length).lengths)
+        return dataset.add_column("length", check_rows(dataset, processor, max_length, pictures=False).lengths)
 
     def _cache_vision_features(self, model, datasets) -> VisionFeatureCache | None:
-        """The features of all pictures, as training would compute them; the main process computes what lacks."""
+        """The features of all pictures, as training would compute them; the processes share what lacks."""
         if not isinstance(self.data_collator, VTLMMCollator):
             raise ValueError("`cache_image_features` works with a VTLMMCollator: leave `data_collator` out.")
         image_processor, tower = self.processing_class.image_processor, model.model.vision_tower.eval()
@@ -214,10 +214,8 @@ class VTLMMTrainer(SFTTrainer):
             with self.accelerator.autocast():
                 return model.get_image_features(pixel_values.to(tower.device)).vision_features
 
-        with self.accelerator.main_process_first():
-            cache.refresh()
-            for dataset in datasets:
-                cache.fill(dataset, encode)
+        for dataset in datasets:
+            cache.fill(dataset, encode)
         if self.is_world_process_zero():
             print(cache.describe())
         return cache if cache.files else None
@@ -385,6 +383,7 @@ class VTLMMTrainer(SFTTrainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """As in the base class, with the losses as exact means over the evaluation set."""
+        started = time.perf_counter()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self._drain("eval")
         loss = self.stage.lm_loss_coef * metrics.get("lm_loss", 0.0)
@@ -396,6 +395,7 @@ class VTLMMTrainer(SFTTrainer):
             with self.compute_loss_context_manager():
                 scores = self.task_scores(self.model)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        self._log_time += time.perf_counter() - started  # no part of how fast training goes
         return output
 
     # ---- Checkpoints ----
