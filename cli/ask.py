@@ -1,7 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`vtlmm ask MODEL IMAGE QUESTION` and `vtlmm ask MODEL --data … --output …`"""
 
-from .load import add_model_arguments, load_model
+from .load import MODEL_ARGUMENTS, add_model_arguments, load_model, refuse_unused
 
 
 def add_arguments(parser):
@@ -19,8 +19,11 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
+    if args.batch_size < 1 or args.max_new_tokens < 1:
+        raise ValueError("--batch-size and --max-new-tokens must be 1 or more.")
     if args.data is not None:
         return ask_rows(args)
+    refuse_unused(args, add_arguments, "without --data", (*MODEL_ARGUMENTS, "model", "asked", "max_new_tokens"))
     from os.path import isfile  # a long question is no file, where Path raises
 
     from vtlmm.evaluation.answers import answer_batch, open_picture
@@ -42,8 +45,8 @@ def ask_rows(args) -> int:
 
     if args.asked:
         raise ValueError(f"With --data the questions are its rows; {args.asked[-1]!r} has no place.")
-    if args.output is None or args.batch_size < 1:
-        raise ValueError("--data needs --output, the file for the answers, and a --batch-size of 1 or more.")
+    if args.output is None:
+        raise ValueError("--data needs --output, the file for the answers.")
     questions, load_picture = read_rows(Path(args.data), args.image_folder)
     model, processor = load_model(args)
     answer_rows(

@@ -1,7 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`vtlmm eval MODEL --data …`, `vtlmm eval MODEL --tasks …` and `vtlmm eval --compare RUN RUN`"""
 
-from .load import add_model_arguments, load_model
+from .load import add_model_arguments, load_model, refuse_unused
 
 
 def add_arguments(parser):
@@ -29,11 +29,13 @@ def add_arguments(parser):
 
 def run(args) -> int:
     if args.compare:
+        refuse_unused(args, add_arguments, "with --compare", ("compare", "output"))
         return compare(args)
     if not args.model or not (args.data or args.tasks):
         raise ValueError("Name a model and --data or --tasks, or two finished runs to --compare.")
-    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
-        raise ValueError("--batch-size and --limit must be 1 or more.")
+    for name in ("batch_size", "limit", "max_new_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more.")
     return run_tasks(args) if args.tasks else evaluate(args)
 
 
@@ -42,11 +44,10 @@ def run_tasks(args) -> int:
 
     from vtlmm.evaluation.harness import run_harness
 
-    if args.pseudo or args.device_map or args.quantization != "none":
-        raise ValueError("--pseudo, --quantization and --device-map do not reach a harness: use --data.")
+    names = ("data", "include_path", "limit", "batch_size", "dtype", "revision", "trust_remote_code")
+    refuse_unused(args, add_arguments, "with --tasks", ("model", "tasks", "harness", "output", *names))
     tasks = args.tasks.split(",")
     output = Path(args.output or Path("outputs", "eval", f"{Path(args.model).name}_{args.harness}_{'_'.join(tasks)}"))
-    names = ("data", "include_path", "limit", "batch_size", "dtype", "revision", "trust_remote_code")
     table = run_harness(args.harness, args.model, tasks, output, **{name: getattr(args, name) for name in names})
     if args.limit is not None:
         print(f"SUBSET: the first {args.limit} questions of each task")

@@ -300,12 +300,15 @@ def _eval_results(table: dict) -> list[EvalResult]:
 
 
 def _write_eval_results(folder: Path, tables: list[dict]) -> None:
-    """One file for each data set of the Hub that was taken whole: its page can show the result too."""
+    """One file for each data set of the Hub that was taken whole: its page can show the results too."""
+    entries = {}
     for table in tables:
         if is_hub_id(table["data"]) and not table.get("subset"):
             blind = table["all"].get("blind")
             notes = f"scorer {table['scorer']}" + ("" if blind is None else f"; shuffled pictures: {blind:.4f}")
             entry = EvalResultEntry(table["data"], "default", round(table["all"]["score"], 4), notes=notes)
-            file = folder / ".eval_results" / (re.sub(r"\W+", "_", table["data"]) + ".yaml")
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry])), encoding="utf-8")
+            entries.setdefault(table["data"], []).append(entry)
+    for data, of_data in entries.items():
+        file = folder / ".eval_results" / (re.sub(r"\W+", "_", data) + ".yaml")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(yaml.safe_dump(eval_result_entries_to_yaml(of_data)), encoding="utf-8")

@@ -70,6 +70,9 @@ def push(
         raise ValueError(f"`form` is {form!r}; it must be adapter, twin, {' or '.join(QUANTIZATIONS)}.")
     if form == "adapter" and kind_of(folder)[0] != ADAPTER:
         raise ValueError(f"{folder} is no adapter (it has no adapter_config.json): push it without `--adapter`.")
+    card["license"] = card.get("license") or _license_of(folder)
+    if not card["license"]:
+        raise ValueError("Nothing says under which licence the weights are: pass `license` (`--license apache-2.0`).")
     if not dry_run:
         with hub_errors(repo_id):
             HfApi().whoami()  # a wrong token now, not after minutes; and told apart from a repository it may not see
@@ -77,7 +80,6 @@ def push(
         with tempfile.TemporaryDirectory() as place:
             _make_form(form, folder, Path(place, form))
             options = {"private": private, "revision": revision, "tag": tag, "dry_run": dry_run}
-            card["license"] = card.get("license") or _license_of(folder)
             return push(Path(place, form), repo_id, **options, **card)
     write_card(folder, repo_id, **card)
     if kind_of(folder)[0] == VTLMM and not (folder / CHECK_FILE).is_file():

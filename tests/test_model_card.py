@@ -51,8 +51,8 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def write_results(path, data: str, subset: str | None = None):
-    values = {"model": "/home/me/model", "data": data, "split": "test", "subset": subset, "scorer": "exact"}
+def write_results(path, data: str, subset: str | None = None, scorer: str = "exact"):
+    values = {"model": "/home/me/model", "data": data, "split": "test", "subset": subset, "scorer": scorer}
     path.write_text(json.dumps({**values, "kinds": [{"kind": "count", **LINE}, {"kind": "all", **LINE}]}))
     return path
 
@@ -100,6 +100,10 @@ def test_results_do_not_replace_each_other(folder, tmp_path):
     text = (folder / "README.md").read_text()
     assert len(list((folder / "results").iterdir())) == 2 and "split test" not in text
     assert "**test.parquet**, scorer exact." in text
+    scored = [write_results(tmp_path / f"{name}.json", "someone/set", scorer=name) for name in ("exact", "vqa")]
+    write_card(folder, "me/model", license="mit", results=scored)
+    entries = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results/someone_set.yaml").read_text()))
+    assert [entry.notes.partition(";")[0] for entry in entries] == ["scorer exact", "scorer vqa"]
     other = write_results(tmp_path / "c.json", "/home/me/two/test.parquet")
     with pytest.raises(ValueError, match="Two of the results would be one file"):
         write_card(folder, "me/model", license="mit", results=[whole, other])

@@ -98,6 +98,8 @@ def test_one_answer_is_all_that_stdout_gets(work, model_and_processor, capfd):
         ([], "There is no question"),
         (["red.png", QUESTION, "--data", "rows.json"], "the questions are its rows"),
         (["--data", "rows.json"], "--data needs --output"),
+        (["red.png", QUESTION, "--output", "a.jsonl"], "--output has no effect without --data"),
+        (["red.png", QUESTION, "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
     ],
 )
 def test_what_cannot_be_asked_is_said_before_a_model_is_loaded(work, capfd, asked, said):
