@@ -66,9 +66,8 @@ def read_patches(model, processor, images: list) -> Patches:
     norm = getattr(model.model.language_model, "norm", None)
     layers = {}
     for layer, states in enumerate(outputs.hidden_states[:-1]):
-        if (
-            norm is not None
-        ):  # CODEPATH: a decoder that names its last norm otherwise has a lens at the last layer only
+        # CODEPATH: a decoder that names its last norm otherwise has a lens at the last layer only
+        if norm is not None:
             layers[layer] = norm(states[mask]).view(shape)
     layers[last] = outputs.last_hidden_state[mask].view(shape)
     return Patches(
