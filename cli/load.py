@@ -32,9 +32,9 @@ def refuse_unused(args, parser_of, what: str, used: tuple[str, ...]) -> None:
     parser = ArgumentParser()
     parser_of(parser)
     ignored = [
-        f"--{name.replace('_', '-')}"
-        for name, value in vars(args).items()
-        if name not in ("command", *used) and value != parser.get_default(name)
+        action.option_strings[0] if action.option_strings else action.dest.upper()
+        for action in parser._actions
+        if action.dest not in ("help", *used) and getattr(args, action.dest) != action.default
     ]
     if ignored:
         raise ValueError(f"{', '.join(ignored)} {'has' if len(ignored) == 1 else 'have'} no effect {what}: leave out.")

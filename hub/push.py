@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import yaml
 from huggingface_hub import HfApi, ModelCard
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
@@ -72,7 +73,10 @@ def push(
         raise ValueError(f"{folder} is no adapter (it has no adapter_config.json): push it without `--adapter`.")
     card["license"] = card.get("license") or _license_of(folder)
     if not card["license"]:
-        raise ValueError("Nothing says under which licence the weights are: pass `license` (`--license apache-2.0`).")
+        raise ValueError(
+            "Nothing says under which licence the weights are: pass `license` (`--license apache-2.0`), or write "
+            f"`license:` into the front matter of a {CARD_FILE} of your own."
+        )
     if not dry_run:
         with hub_errors(repo_id):
             HfApi().whoami()  # a wrong token now, not after minutes; and told apart from a repository it may not see
@@ -134,7 +138,10 @@ def _make_twin(folder: Path, output: Path) -> None:
 def _license_of(folder: Path) -> str | None:
     """What the card in `folder` says."""
     card = folder / CARD_FILE
-    return ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    try:
+        return ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{card}: the front matter cannot be read: {error}") from error
 
 
 def _upload(folder: Path, repo_id: str, private: bool | None, revision: str | None, tag: str | None) -> str:

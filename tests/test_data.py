@@ -245,6 +245,10 @@ def test_splits_slices_and_max_rows(tmp_path):
         tables[name] = str(folder)
     both = DataConfig(tables["train"], "train_config", eval_dataset=tables["other"], eval_config="other_config")
     assert questions("train", both) == ["user: train"] and questions("eval", both) == ["user: other"]
+    same = DataConfig(tables["train"], "train_config", eval_dataset=tables["train"])
+    assert questions("eval", same) == ["user: train"]
+    with pytest.raises(ValueError, match="other_config"):  # of no such configuration, where one is named
+        load_rows(DataConfig(tables["train"], "train_config", eval_split="train", eval_config="other_config"), "eval")
     assert len(load_rows(DataConfig(dataset=other, max_rows=5))) == 1
 
 

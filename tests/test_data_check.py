@@ -5,6 +5,7 @@ import argparse
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -175,6 +176,22 @@ def test_several_processes(folder, processor, report):
     assert again == report
 
 
+def test_more_processes_than_rows(folder, processor, monkeypatch):
+    """Every process reaches the collective in which they tell each other what they found."""
+    write(folder, [GOOD] * 3)
+    found = []
+    for rank in range(5):
+        state = SimpleNamespace(num_processes=5, process_index=rank)
+        monkeypatch.setattr("vtlmm.train.data_check.PartialState", lambda state=state: state)
+        monkeypatch.setattr("vtlmm.train.data_check.gather_object", lambda share: found.append(len(share)) or share)
+        if rank < 3:
+            assert check_rows(load(folder), processor).num_rows == 1
+        else:  # the others' rows are not gathered here
+            with pytest.raises(ValueError, match="There are no rows"):
+                check_rows(load(folder), processor)
+    assert found == [1, 1, 1, 0, 0]
+
+
 def test_a_changed_picture_is_looked_at_again(folder, processor):
     write(folder, [GOOD])
     assert not check_rows(load(folder), processor).problems
@@ -206,7 +223,7 @@ def test_stream(folder, processor, report):
     with pytest.raises(ValueError, match="row 1: missing picture"):
         list(checked_stream(stream, processor, max_length=60))
     both = datasets.concatenate_datasets([stream, stream])
-    with pytest.raises(ValueError, match="row 1: missing picture.*counted by each worker"):
+    with pytest.raises(ValueError, match="row 1: missing picture.*counted as they come"):
         list(checked_stream(both, processor, max_length=60))
 
 

@@ -348,6 +348,8 @@ def test_two_runs_are_compared_question_by_question(work, finished, tmp_path, ca
     assert main(["eval"]) == 1 and "Name a model and --data" in capsys.readouterr().err
     assert main(["eval", "--compare", *copies, "--scorer", "vqa", "--seed", "1"]) == 1
     assert "--scorer, --seed have no effect with --compare" in capsys.readouterr().err
+    assert main(["eval", "a model", "--compare", *copies]) == 1
+    assert "MODEL has no effect with --compare" in capsys.readouterr().err
     for options, said in (
         (["--tasks", "mme", "--pseudo", "--scorer", "mme"], "--scorer, --pseudo have no effect with --tasks"),
         (["--data", "rows.json", "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),

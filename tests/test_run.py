@@ -115,6 +115,9 @@ def test_a_recipe_of_several_stages(recipe, tmp_path, capsys):
     assert text.count("is finished") == 2 and "Resuming" not in text
     assert main([*command, "stages.joint.learning_rate=1e-5", "resume_from_checkpoint=true"]) == 1
     assert "was finished with other settings (learning_rate)" in capsys.readouterr().err
+    (tmp_path / "out/visual_head" / RUN_RECORD).unlink()
+    assert main([*command, "resume_from_checkpoint=true"]) == 1
+    assert "visual_head is not finished, but a later stage is" in capsys.readouterr().err
 
 
 def test_a_rerun_that_was_stopped_is_not_finished(recipe, tmp_path, monkeypatch):
@@ -166,11 +169,22 @@ def test_a_date_in_a_recipe_is_written_down(recipe, tmp_path):
         ("  visual_head:\n  joint: {eval_dataset: gone.json}", [], "gone.json: there is no such file"),
         ("  visual_head:\n  joint: {bad_rows: raise}", [], "row 5: missing picture"),
         ("  [visual_head, joint]", [], "`stages` must name its stages"),
+        ("  [visual_head, joint]", ["stages.joint.seed=1"], "'stages' holds ['visual_head', 'joint']"),
+        ("  {joint: 5}", [], "`stages` must name its stages"),
     ],
 )
 def test_a_later_stage_s_mistakes_stop_the_first(recipe, tmp_path, capsys, stages, override, message):
     assert main(["train", "--config", str(with_stages(recipe, stages)), *override]) == 1
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [(["adapter=lora", "dtype=bfloat16"], "only mixed precision"), (["streaming=true", "packing=true"], "lengths")],
+)
+def test_settings_that_do_not_fit_stop_before_the_data_are_read(recipe, capsys, monkeypatch, settings, message):
+    monkeypatch.setattr("vtlmm.train.run.prepare_datasets", lambda *_: pytest.fail("the data were read"))
+    assert main(["train", "--config", str(recipe), *settings]) == 1 and message in capsys.readouterr().err
 
 
 def test_a_recipe_of_stages_needs_its_folders():

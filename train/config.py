@@ -43,8 +43,8 @@ class VTLMMTrainingConfig(SFTConfig):
         cache_image_features (`str` or `bool`, *optional*):
             Folder where the frozen tower's features of every picture are kept (`True`: `image_features` beside
             `output_dir`, which further stages find too). Each picture is decoded and encoded once, whatever the
-            epochs and runs. Takes num_patches · vision_feature_size numbers a picture: 1.2 MB with CLIP-L/336 in
-            bfloat16.
+            epochs and runs; several processes share the work, so all machines must see the folder. Takes num_patches ·
+            vision_feature_size numbers a picture: 1.2 MB with CLIP-L/336 in bfloat16.
 
     > Defaults other than TRL's: `learning_rate` (the stage's), `lr_scheduler_type` (cosine), `warmup_steps` (0.03 of
     > the steps), `max_length` (2048, and a longer row is refused, never cut), `bf16` (where the GPU has it),

@@ -44,7 +44,7 @@ class DataConfig:
         dataset_split (`str`, *optional*, defaults to `"train"`): split, or a slice of one as in `"train[:2000]"`. A
             file is one split, `"train"`.
         eval_dataset (`str`, *optional*): data for evaluation, if from elsewhere.
-        eval_config (`str`, *optional*): the configuration of `eval_dataset`.
+        eval_config (`str`, *optional*): the configuration for evaluation; by default that of the same Hub dataset.
         eval_split (`str`, *optional*): its split (by default `"train"`); alone, a split of `dataset`.
         eval_task_data (`str`, *optional*): a file of rows whose questions are answered at every evaluation and scored
             by exact match, with their pictures and with shuffled ones: `eval_accuracy`, `eval_accuracy_shuffled`.
@@ -66,7 +66,7 @@ class DataConfig:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split, or a slice of one: train[:2000]."})
     eval_dataset: str | None = field(default=None, metadata={"help": "Data for evaluation, if from elsewhere."})
-    eval_config: str | None = field(default=None, metadata={"help": "Configuration of `eval_dataset`."})
+    eval_config: str | None = field(default=None, metadata={"help": "Configuration for evaluation, if another."})
     eval_split: str | None = field(default=None, metadata={"help": "Split for evaluation."})
     eval_task_data: str | None = field(default=None, metadata={"help": "File of questions to answer at evaluations."})
     eval_task_pictures: int = field(default=100, metadata={"help": "Only questions about the first so many pictures."})
@@ -112,9 +112,8 @@ def load_rows(
     if split == "eval":
         if config.eval_dataset is None and config.eval_split is None:
             return None
-        part = config.eval_split or "train"
-        if config.eval_dataset is not None:
-            name, configuration = config.eval_dataset, config.eval_config
+        name, part = config.eval_dataset or name, config.eval_split or "train"
+        configuration = config.eval_config or (configuration if name == config.dataset else None)
     streaming = config.streaming and split == "train"
     path = Path(name)
     is_file = path.suffix in (".json", ".jsonl", ".parquet")

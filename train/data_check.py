@@ -318,6 +318,8 @@ def check_rows(
 def _check_share(dataset: Dataset, checker: RowChecker, num_proc: int | None) -> list[dict]:
     """The results of this process's rows. One process for all would keep the others waiting past their time limit."""
     state = PartialState()
+    if state.process_index >= len(dataset) > 0:  # `shard` makes no empty share
+        return []
     share = dataset.shard(state.num_processes, state.process_index, contiguous=True)
     if num_proc is None:
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -369,7 +371,7 @@ def checked_stream(
             return batch
         text = "; ".join(f"{problem}. Mend: {problem.mend}" for problem in problems) + f". It is {describe_row(row)}."
         if num_shards > 1:
-            text += " (Rows of a stream of several files are counted by each worker that reads some of them.)"
+            text += " (Rows of a stream of several files are counted as they come, by each worker for itself.)"
         if bad_rows == "raise":
             raise ValueError(f"A broken row in the stream: {text} `bad_rows: skip` trains on the other rows.")
         warnings.warn(f"Skipped a broken row of the stream: {text}")

@@ -89,8 +89,7 @@ class VisionFeatureCache:
             if key not in self.files:
                 raise ValueError(
                     f"The picture {image['path'] or key[:12]} has no features in {self.folder}: its file has changed "
-                    "since the run began (start again, and the new one is computed), or not every machine sees that "
-                    "folder."
+                    "since the run began. Start again, and the new one is computed."
                 )
         if not keys:  # of a batch without pictures: their shape alone
             key, path = next(iter(self.files.items()))
@@ -134,6 +133,11 @@ class VisionFeatureCache:
             self._write(features)
         state.wait_for_everyone()
         self.refresh()
+        if missing.keys() - self.files.keys():
+            raise ValueError(
+                f"Not every process sees what the others wrote into {self.folder}: name a folder that all machines "
+                "share, or fill it on each by a run on that machine alone."
+            )
         return len(missing)
 
     def _missing(self, dataset: Dataset, indices: range) -> dict[str, tuple[int, int]]:

@@ -80,6 +80,8 @@ def change_settings(settings: dict, overrides: list[str]) -> None:
         place = settings
         for parent in parents:
             place[parent] = place = place.get(parent) or {}
+            if not isinstance(place, dict):
+                raise ValueError(f"{override!r}: {parent!r} holds {place!r}, which has no settings below it.")
         place[key] = yaml.safe_load(value)
 
 
@@ -87,9 +89,10 @@ def check_settings(settings: dict, path: str | Path) -> dict:
     """Settings of `path`, of one stage or several, with known keys only and numbers that YAML reads as text."""
     if "stages" not in settings:
         return _checked(settings, path)
-    if not isinstance(settings["stages"], dict):
+    stages = settings["stages"]
+    if not isinstance(stages, dict) or not all(own is None or isinstance(own, dict) for own in stages.values()):
         raise ValueError(f"{path}: `stages` must name its stages, each with its settings below it (or nothing).")
-    stages = {stage: _checked(own or {}, path) for stage, own in settings["stages"].items()}
+    stages = {stage: _checked(own or {}, path) for stage, own in stages.items()}
     return {**_checked({key: value for key, value in settings.items() if key != "stages"}, path), "stages": stages}
 
 
@@ -168,8 +171,20 @@ def check_run(model: ModelConfig, data: DataConfig, adapter: AdapterConfig, args
         raise ValueError(f"A stream does not know its rows' lengths, which {by_length} goes by: take one of them out.")
     if data.streaming and args.cache_image_features:
         raise ValueError("A stream does not know its pictures before: take `streaming` or `cache_image_features` out.")
-    if data.eval_task_data is not None and not Path(data.eval_task_data).is_file():
+    if data.eval_task_data is not None and not Path(data.eval_task_data).exists():
         raise FileNotFoundError(f"{data.eval_task_data}: there is no such file (eval_task_data).")
+
+
+def refuse_adapter(model_config: ModelConfig) -> None:
+    """
+    Raises:
+        `ValueError`: where a run would begin with an adapter.
+    """
+    if find_adapter_config_file(model_config.model, revision=model_config.revision) is not None:
+        raise ValueError(
+            f"{model_config.model} is an adapter, and a stage begins with a whole model: `vtlmm merge "
+            f"{model_config.model} --output FOLDER`, then set `model: FOLDER`."
+        )
 
 
 def prepare_dataset(data: DataConfig, split: str, processor, max_length: int | None):
@@ -212,11 +227,7 @@ def build_trainer(settings: dict, datasets: list | None = None, task_scores=None
             of pictures, batch size) → (model → `dict` of scores). Whoever evaluates gives it: this package trains.
     """
     model_config, data, adapter, args = parse_settings(settings)
-    if find_adapter_config_file(model_config.model, revision=model_config.revision) is not None:
-        raise ValueError(
-            f"{model_config.model} is an adapter, and a stage begins with a whole model: `vtlmm merge "
-            f"{model_config.model} --output FOLDER`, then set `model: FOLDER`."
-        )
+    refuse_adapter(model_config)
     check_run(model_config, data, adapter, args)
     load = {"revision": model_config.revision, "trust_remote_code": args.trust_remote_code}
     processor = AutoProcessor.from_pretrained(model_config.model, **load)
@@ -295,13 +306,25 @@ def run_stages(settings: dict, **kwargs) -> None:
     The data of all stages are checked before the first learns, and once, where several stages have the same.
 
     Raises:
-        `ValueError`: for a stage that was finished with other settings, and for broken data of any stage.
+        `ValueError`: for a stage that was finished with other settings or before an earlier one, and for broken data
+            of any stage.
     """
-    runs = [run for run in split_stages(settings) if not ("stages" in settings and is_finished(run))]
+    runs = split_stages(settings)
+    if "stages" in settings:
+        finished = [is_finished(run) for run in runs]
+        number = finished.index(False) if False in finished else len(runs)
+        if any(finished[number:]):
+            raise ValueError(
+                f"{runs[number]['output_dir']} is not finished, but a later stage is: it began with another model. "
+                "Delete the folders of the stages after it."
+            )
+        runs = runs[number:]
     prepared, keys = {}, []
     for run in runs:
-        model_config, data, _, args = parse_settings(run)
+        model_config, data, adapter, args = parse_settings(run)
         if not prepared:  # a later stage's model is not there yet; its processor is the first one's
+            refuse_adapter(model_config)
+            check_run(model_config, data, adapter, args)
             load = {"revision": model_config.revision, "trust_remote_code": args.trust_remote_code}
             processor = AutoProcessor.from_pretrained(model_config.model, **load)
         key = astuple(data), args.max_length, args.shuffle_dataset, args.seed
