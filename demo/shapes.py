@@ -220,6 +220,13 @@ def describe_patches(scene: Scene) -> list[tuple[str, str, str]]:
     return [(*found.get(cell, (BLANK, BLANK)), POSITIONS[cell]) for cell in cells]
 
 
+def patch_caption(scene: Scene) -> str:
+    """Names what is at every patch, in their order. A projector that learns from captions alone can be right without
+    saying a patch in words that the decoder has for it; this cannot be answered otherwise."""
+    told = describe_patches(scene)
+    return " ".join(color if color == BLANK else f"{color} {shape}" for color, shape, _ in told)
+
+
 def _conversation(turns: list[tuple[str, str]]) -> list[dict]:
     messages = []
     for i, (question, answer) in enumerate(turns):
@@ -234,14 +241,18 @@ def _row(scene: Scene, turns: list[tuple[str, str]], kind: str) -> dict:
     return {"messages": _conversation(turns), "images": [draw(scene)], "num_context_messages": 0, "kind": kind}
 
 
-CAPTION_QUESTION = "describe the picture"
+CAPTION_QUESTION, PATCH_QUESTION = "describe the picture", "name the patches"
 
 
 def caption_rows(num: int, seed: int) -> list[dict]:
-    """`num` pictures with a caption each, of scenes that are not held out."""
+    """`num` pictures with a caption each, of scenes that are not held out; two in three name every patch."""
     rng = random.Random(seed)
-    scenes = make_scenes(rng, held_out=False)
-    return [_row(scene, [(CAPTION_QUESTION, caption(scene, rng))], "caption") for scene in islice(scenes, num)]
+    rows = []
+    for scene in islice(make_scenes(rng, held_out=False), num):
+        dense = rng.random() < 2 / 3
+        turn = (PATCH_QUESTION, patch_caption(scene)) if dense else (CAPTION_QUESTION, caption(scene, rng))
+        rows.append(_row(scene, [turn], "caption"))
+    return rows
 
 
 def question_rows(num: int, seed: int, held_out: bool = False, one_each: bool = False) -> list[dict]:
@@ -263,7 +274,7 @@ def question_rows(num: int, seed: int, held_out: bool = False, one_each: bool = 
 def words() -> list[str]:
     """Every word and mark that a caption, a question or an answer can have, in a fixed order."""
     rng = random.Random(0)
-    found = {CAPTION_QUESTION, BLANK}
+    found = {CAPTION_QUESTION, PATCH_QUESTION, BLANK}
     for scene in islice(make_scenes(rng, held_out=False), 500):
         found.add(caption(scene, rng))
         found.update(text for q in questions(scene, rng) for text in (q.question, q.answer))

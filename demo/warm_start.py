@@ -32,6 +32,7 @@ from .shapes import (
     COLORS,
     GRID_SIZE,
     IMAGE_SIZE,
+    PATCH_QUESTION,
     POSITIONS,
     SHAPES,
     Scene,
@@ -39,6 +40,7 @@ from .shapes import (
     describe_patches,
     draw,
     make_scenes,
+    patch_caption,
     questions,
     words,
 )
@@ -46,6 +48,7 @@ from .shapes import (
 
 NUM_PATCHES = (2 * GRID_SIZE) ** 2
 TOWER_STEPS, LOOKUP_STEPS, QUESTION_STEPS = 250, 250, 600
+PATCH_WEIGHT = 0.4  # in the decoder's loss, where an answer has 1
 LOOKUPS, TURNS = 30, 8  # in a row of the decoder's text, about one picture
 
 
@@ -136,7 +139,9 @@ class DescribedPictures:
         return turns
 
     def questions(self, scene: Scene) -> list[tuple[str, str]]:
-        turns = [(CAPTION_QUESTION, caption(scene, self.rng))] if self.rng.random() < 0.25 else []
+        turns = [(PATCH_QUESTION, patch_caption(scene))] if self.rng.random() < 0.5 else []
+        turns += [(CAPTION_QUESTION, caption(scene, self.rng))] if self.rng.random() < 0.25 else []
+        self.rng.shuffle(turns)
         while len(turns) < TURNS:
             asked = questions(scene, self.rng)
             self.rng.shuffle(asked)
@@ -176,7 +181,7 @@ class DescribedPictures:
 
 
 def decoder_loss(decoder: LlamaForCausalLM, batch: dict[str, torch.Tensor], prefix: int) -> torch.Tensor:
-    """Cross-entropy of answers, with a little weight on questions and on a word of the next patch. A turn that cannot
+    """Cross-entropy of answers and, with less weight, of questions and of a word of the next patch. A turn that cannot
     see the other turns has to look at the patches, which is learnt faster."""
     input_ids, turn = batch["input_ids"], batch["turn"]
     patches = slice(prefix, prefix + NUM_PATCHES)
@@ -189,12 +194,13 @@ def decoder_loss(decoder: LlamaForCausalLM, batch: dict[str, torch.Tensor], pref
     logits = decoder(
         inputs_embeds=embeds, attention_mask=visible[:, None], position_ids=batch["position_ids"], use_cache=False
     ).logits
-    # one of a patch's three words, at random, is the target at the position before it
-    chosen = torch.randint(3, batch["told"].shape[:2] + (1,))
+    # a patch's colour or its shape, at random, is the target at the position before it; its place would be no news
+    chosen = torch.randint(2, batch["told"].shape[:2] + (1,))
     targets = input_ids.clone()
     targets[:, patches] = batch["told"].gather(2, chosen)[..., 0]
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), reduction="none")
     weights = torch.where(batch["is_answer"], 1.0, 0.1) * (turn >= 0)
+    weights[:, patches] = PATCH_WEIGHT
     weights = weights[:, 1:].flatten()
     return (losses * weights).sum() / weights.sum()
 

@@ -22,6 +22,7 @@ from vtlmm.demo.shapes import (
     describe_patches,
     draw,
     make_scenes,
+    patch_caption,
     question_rows,
     questions,
     words,
@@ -168,6 +169,14 @@ def test_caption_names_every_shape_once():
         told = re.findall(r"at the ([\w-]+) a (\w+) (\w+)", caption(scene, random.Random(0)))
         cells = grid(scene)
         assert sorted(told) == sorted((POSITIONS[y * GRID_SIZE + x], *pair) for (x, y), pair in cells.items())
+
+
+def test_a_patch_caption_names_every_patch_in_order():
+    for scene in scenes(200, seed=8):
+        words = iter(patch_caption(scene).split())
+        for color, shape, _ in describe_patches(scene):
+            assert next(words) == color and (color == BLANK or next(words) == shape)
+        assert next(words, None) is None
 
 
 @pytest.mark.parametrize("held_out", [False, True])
