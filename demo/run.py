@@ -58,7 +58,7 @@ def save_questions(path: Path, asked: list[dict]) -> None:
 
 def train_stage(stage: str, model, processor, rows: Dataset, held_out: Dataset, output: Path, seed: int):
     """One stage in place. Gives its log and the held-out losses before and after."""
-    args = VTLMMTrainingConfig(output_dir=str(output / stage), stage=stage, seed=seed, **COMMON, **SETTINGS[stage])
+    args = VTLMMTrainingConfig(output_dir=str(output), stage=stage, seed=seed, **COMMON, **SETTINGS[stage])
     trainer = VTLMMTrainer(
         model=model, args=args, train_dataset=rows, eval_dataset=held_out, processing_class=processor
     )
@@ -110,6 +110,16 @@ def named_patches(model, processor, seed: int) -> dict[str, float]:
         return sum(word in what for word, what in patches) / len(patches)
 
     return {"share": share(there), "shuffled": share(there[1:] + there[:1])}
+
+
+def save_words(path: Path, model, processor, asked: list[dict], answers: list[str], num_pictures: int = 8) -> None:
+    """The words of the first pictures' patches, each picture under its first question and the answer."""
+    first_question = {}
+    for i, question in enumerate(asked):
+        first_question.setdefault(picture_key(question["images"][0]), i)
+    chosen = list(first_question.values())[:num_pictures]
+    titles = [f"{asked[i]['question']}\n{answers[i]} (truth: {asked[i]['answer']})" for i in chosen]
+    save_patch_words(path, model, processor, [asked[i]["images"][0] for i in chosen], titles)
 
 
 def table(accuracy: dict, blind: dict) -> str:
@@ -175,21 +185,15 @@ def run_demo(output: str | Path, seed: int = 0) -> dict:
         f"(what is there in another picture: {named['shuffled']:.1%})."
     )
 
-    first_question = {}  # of each picture
-    for i, question in enumerate(asked):
-        first_question.setdefault(picture_key(question["images"][0]), i)
-    chosen = list(first_question.values())[:8]
-    titles = [f"{asked[i]['question']}\n{answers[i]} (truth: {asked[i]['answer']})" for i in chosen]
-    images = [asked[i]["images"][0] for i in chosen]
-    save_patch_words(output / "patches.png", model, processor, images, titles)
+    save_words(output / "patches.png", model, processor, asked, answers)
     save_curves(output / "curves.png", histories)
-    images[0].save(output / "picture.png")
-    elsewhere = ask_elsewhere(output / "model", output / "picture.png", asked[chosen[0]]["question"])
-    print(f"\nIn a process without this package: {asked[chosen[0]]['question']} → {elsewhere}")
+    asked[0]["images"][0].save(output / "picture.png")
+    elsewhere = ask_elsewhere(output / "model", output / "picture.png", asked[0]["question"])
+    print(f"\nIn a process without this package: {asked[0]['question']} → {elsewhere}")
 
     results = {"accuracy": accuracy, "blind": blind, "named_patches": named, "losses": losses}
     results["seconds"] = round(time.time() - started, 1)
-    results["pipeline"] = {"question": asked[chosen[0]]["question"], "answer": elsewhere}
+    results["pipeline"] = {"question": asked[0]["question"], "answer": elsewhere}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"\n{results['seconds']:.0f} s. Pictures and numbers: {output}/patches.png, curves.png, results.json")
     return results
