@@ -62,8 +62,8 @@ class VTLMMProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         **kwargs: Unpack[ProcessingKwargs],
     ):
-        """As in the base class; lists without any picture (`[]`, `[[], []]`) count as none, and texts that begin with
-        BOS, as some chat templates write them, get no second one."""
+        """As in the base class; lists without any picture (`[]`, `[[], []]`) count as none, and texts that all
+        begin with BOS, as some chat templates write it, get no second one."""
         if isinstance(images, list | tuple) and all(isinstance(row, list | tuple) and not row for row in images):
             images = None
         texts, bos = [text] if isinstance(text, str) else text, self.tokenizer.bos_token

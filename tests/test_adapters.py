@@ -117,6 +117,10 @@ def test_exactly_this_learns(settings, tmp_path, stage, in_full, adapter, quanti
             if "modules_to_save" in name and "vm_head" not in name:
                 own = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
                 assert torch.equal(parameter, start[own]), name
+            elif name.endswith("vm_head.modules_to_save.default.weight"):  # begins as a copy of the LM head
+                assert torch.equal(parameter, start["lm_head.weight"][: len(parameter)])
+            elif "lora_A" in name:
+                assert not torch.equal(parameter, parameter.bfloat16().float()), name
     trainer.save_model()
     saved = load_file(tmp_path / "adapter_model.safetensors")
     short = {name.replace(".modules_to_save.default", "").replace(".default", "") for name in expected}
@@ -152,10 +156,16 @@ def test_tied_embeddings_stay_one_matrix(tied, tmp_path):
     assert_equal_outputs(trainer, merged)
 
 
-def test_lora_must_not_leave_the_decoder(settings):
-    """A tower has modules of the same names."""
-    leaking = DECODER_PROJECTIONS.replace(".*language_model", "")
-    with pytest.raises(ValueError, match=r"reaches .*vision_tower.*outside the decoder"):
+@pytest.mark.parametrize(
+    ("leaking", "reached"),
+    [
+        (DECODER_PROJECTIONS.replace(".*language_model", ""), "vision_tower"),  # it has modules of the same names
+        (r".*(language_model.*q_proj|linear_1)", "multi_modal_projector"),
+        (r".*(language_model.*q_proj|vm_head\.mixer\.input)", "vm_head"),
+    ],
+)
+def test_lora_must_not_leave_the_decoder(settings, leaking, reached):
+    with pytest.raises(ValueError, match=rf"reaches .*{reached}.*outside the decoder"):
         build_trainer({**settings, **LORA, "lora_target_modules": leaking})
 
 

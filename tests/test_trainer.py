@@ -234,6 +234,16 @@ def test_resuming_from_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"missing \['model.multi_modal_projector.linear_1.weight'\]"):
         build_trainer(tmp_path, **RESUMED).train(resume_from_checkpoint=True)
+    tensors = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    tensors["model.multi_modal_projector.linear_1.weight"] = trainer.model.model.multi_modal_projector.linear_1.weight
+    save_file({**tensors, "model.another": torch.zeros(1)}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"unexpected \['model.another'\]"):
+        build_trainer(tmp_path, **RESUMED).train(resume_from_checkpoint=True)
+
+
+def test_a_longer_row_than_max_length_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Rows are never cut"):
+        build_trainer(tmp_path, max_length=5).train()
 
 
 def test_the_saved_folder_is_a_complete_model(tmp_path):
@@ -304,7 +314,8 @@ def test_candidates_need_a_picture_to_be_chosen_by(tmp_path):
 def test_stage_defaults(tmp_path):
     config = VTLMMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, stage="visual_head")
     assert (config.learning_rate, config.vm_head_init, config.bf16) == (1e-3, "lm_head", False)
-    assert config.get_warmup_steps(1000) == 30  # a share, not 0.03 of a step
+    # a share, neither 0.03 of a step nor 30 steps
+    assert [config.get_warmup_steps(steps) for steps in (1000, 2000)] == [30, 60]
     early = resolve_stage("projector", visual_loss_coef=1.0)
     assert early.visual_student == "lm_head" and early.trains == ("multi_modal_projector",)
 
