@@ -26,8 +26,8 @@ from .losses_vtlmm import accumulation_dtype
 ROWS_PER_CHUNK = 1024
 # On a CPU the (C, V) tile of logits is the memory, and with fewer rows the products of the backward are slower (G W by
 # a quarter at 144 rows). The teacher has one product, which bears small tiles: its rows of a chunk come in so many.
-ROWS_PER_CHUNK_CPU = 288
-TEACHER_TILES_PER_CHUNK_CPU = 4
+ROWS_PER_CHUNK_CPU = 240
+TEACHER_TILES_PER_CHUNK_CPU = 2
 # The softmax passes over a block of logits should find it in the cache of each thread (4 rows of 32000 words in
 # float32 are 0.5 MB).
 LOGITS_PER_BLOCK_AND_THREAD_CPU = 2**17
