@@ -1,7 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`vtlmm ask MODEL IMAGE QUESTION` and `vtlmm ask MODEL --data … --output …`"""
 
-from .load import MODEL_ARGUMENTS, add_model_arguments, load_model, refuse_unused
+from .load import add_model_arguments, load_model
 
 
 def add_arguments(parser):
@@ -23,7 +23,9 @@ def run(args) -> int:
         raise ValueError("--batch-size and --max-new-tokens must be 1 or more.")
     if args.data is not None:
         return ask_rows(args)
-    refuse_unused(args, add_arguments, "without --data", (*MODEL_ARGUMENTS, "model", "asked", "max_new_tokens"))
+    for name in ("output", "image_folder"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without --data: leave it out.")
     from os.path import isfile  # a long question is no file, where Path raises
 
     from vtlmm.evaluation.answers import answer_batch, open_picture

@@ -1,7 +1,9 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`vtlmm eval MODEL --data …`, `vtlmm eval MODEL --tasks …` and `vtlmm eval --compare RUN RUN`"""
 
-from .load import add_model_arguments, load_model, refuse_unused
+from argparse import ArgumentParser
+
+from .load import add_model_arguments, load_model
 
 
 def add_arguments(parser):
@@ -29,7 +31,7 @@ def add_arguments(parser):
 
 def run(args) -> int:
     if args.compare:
-        refuse_unused(args, add_arguments, "with --compare", ("compare", "output"))
+        refuse_unused(args, "with --compare", ("compare", "output"))
         return compare(args)
     if not args.model or not (args.data or args.tasks):
         raise ValueError("Name a model and --data or --tasks, or two finished runs to --compare.")
@@ -39,13 +41,29 @@ def run(args) -> int:
     return run_tasks(args) if args.tasks else evaluate(args)
 
 
+def refuse_unused(args, what: str, used: tuple[str, ...]) -> None:
+    """
+    Raises:
+        `ValueError`: for arguments that `what` would ignore.
+    """
+    parser = ArgumentParser()
+    add_arguments(parser)
+    ignored = [
+        action.option_strings[0] if action.option_strings else action.dest.upper()
+        for action in parser._actions
+        if action.dest not in ("help", *used) and getattr(args, action.dest) != action.default
+    ]
+    if ignored:
+        raise ValueError(f"{', '.join(ignored)} {'has' if len(ignored) == 1 else 'have'} no effect {what}: leave out.")
+
+
 def run_tasks(args) -> int:
     from pathlib import Path
 
     from vtlmm.evaluation.harness import run_harness
 
     names = ("data", "include_path", "limit", "batch_size", "dtype", "revision", "trust_remote_code")
-    refuse_unused(args, add_arguments, "with --tasks", ("model", "tasks", "harness", "output", *names))
+    refuse_unused(args, "with --tasks", ("model", "tasks", "harness", "output", *names))
     tasks = args.tasks.split(",")
     output = Path(args.output or Path("outputs", "eval", f"{Path(args.model).name}_{args.harness}_{'_'.join(tasks)}"))
     table = run_harness(args.harness, args.model, tasks, output, **{name: getattr(args, name) for name in names})

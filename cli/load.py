@@ -1,11 +1,6 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """How every command that uses a model loads it."""
 
-from argparse import ArgumentParser
-
-
-MODEL_ARGUMENTS = ("dtype", "quantization", "device_map", "pseudo", "revision", "trust_remote_code")
-
 
 def add_model_arguments(parser):
     parser.add_argument(
@@ -22,22 +17,6 @@ def add_model_arguments(parser):
     parser.add_argument("--pseudo", action="store_true", help="pseudo image features in place of image features")
     parser.add_argument("--revision", help="commit, tag or branch of a Hub id")
     parser.add_argument("--trust-remote-code", action="store_true", help="allow code of the model's folder to run")
-
-
-def refuse_unused(args, parser_of, what: str, used: tuple[str, ...]) -> None:
-    """
-    Raises:
-        `ValueError`: for options of a command that `what` would ignore.
-    """
-    parser = ArgumentParser()
-    parser_of(parser)
-    ignored = [
-        action.option_strings[0] if action.option_strings else action.dest.upper()
-        for action in parser._actions
-        if action.dest not in ("help", *used) and getattr(args, action.dest) != action.default
-    ]
-    if ignored:
-        raise ValueError(f"{', '.join(ignored)} {'has' if len(ignored) == 1 else 'have'} no effect {what}: leave out.")
 
 
 def check_vtlmm(name: str, args, revision: str | None = None) -> None:

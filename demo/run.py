@@ -112,12 +112,12 @@ def named_patches(model, processor, seed: int) -> dict[str, float]:
     return {"share": share(there), "shuffled": share(there[1:] + there[:1])}
 
 
-def save_words(path: Path, model, processor, asked: list[dict], answers: list[str], num_pictures: int = 8) -> None:
-    """The words of the first pictures' patches, each picture under its first question and the answer."""
+def draw_first_questions(path: Path, model, processor, asked: list[dict], answers: list[str]) -> None:
+    """The words of the first eight pictures' patches, each picture under its first question and the answer."""
     first_question = {}
     for i, question in enumerate(asked):
         first_question.setdefault(picture_key(question["images"][0]), i)
-    chosen = list(first_question.values())[:num_pictures]
+    chosen = list(first_question.values())[:8]
     titles = [f"{asked[i]['question']}\n{answers[i]} (truth: {asked[i]['answer']})" for i in chosen]
     save_patch_words(path, model, processor, [asked[i]["images"][0] for i in chosen], titles)
 
@@ -185,7 +185,7 @@ def run_demo(output: str | Path, seed: int = 0) -> dict:
         f"(what is there in another picture: {named['shuffled']:.1%})."
     )
 
-    save_words(output / "patches.png", model, processor, asked, answers)
+    draw_first_questions(output / "patches.png", model, processor, asked, answers)
     save_curves(output / "curves.png", histories)
     asked[0]["images"][0].save(output / "picture.png")
     elsewhere = ask_elsewhere(output / "model", output / "picture.png", asked[0]["question"])

@@ -52,6 +52,7 @@ UPDATES = {
     "fsdp_basic": (TEXT_ON_ONE, HALF | {"visual_target": "basic", "trainable_modules": PROJECTOR_TOO}),
     "fsdp_pseudo": (TEXT_ON_ONE, HALF | {"stage": "decoder", "model_options": PSEUDO}),
 }
+EVALUATED = ["ddp_evaluated", "fsdp_evaluated", "fsdp_evaluated_decoder"]  # the last has no visual loss
 RESUMED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
 RESUMED |= {"lr_scheduler_type": "cosine", "train_sampling_strategy": "random", "per_device_train_batch_size": 2}
 
@@ -103,9 +104,10 @@ def run(name: str, folder: Path):
     if name in UPDATES:
         images, settings = UPDATES[name]
         trainer = build(name, folder / name, build_rows(images), **settings)
-    elif what == "evaluated":
-        rows = build_rows(TEXT_ON_ONE[:7])
-        trainer = build(name, folder / name, rows, **HALF, learning_rate=0.0, per_device_eval_batch_size=2)
+    elif what.startswith("evaluated"):
+        rows, stage = build_rows(TEXT_ON_ONE[:7]), what.partition("_")[2] or "joint"
+        settings = HALF | {"stage": stage, "learning_rate": 0.0, "per_device_eval_batch_size": 2}
+        trainer = build(name, folder / name, rows, **settings)
     elif what == "bf16":
         trainer = build(name, folder / name, build_rows(), **HALF, bf16=True)
     else:
@@ -114,7 +116,7 @@ def run(name: str, folder: Path):
             trainer.add_callback(Kill())
     checkpoint = str(Path(trainer.args.output_dir, "checkpoint-2")) if what.endswith("_resumed") else None
     trainer.train(resume_from_checkpoint=checkpoint)
-    if what == "evaluated":
+    if what.startswith("evaluated"):
         metrics = trainer.evaluate(build_rows(TEXT_ON_ONE[:7]))
         if trainer.is_world_process_zero():  # two processes writing one file would leave a mixture
             Path(folder, f"{name}.json").write_text(json.dumps(metrics))
@@ -144,7 +146,7 @@ def start(folder: Path, cases: list[str]):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    others = ["ddp_checked", "ddp_evaluated", "ddp_whole", "fsdp_evaluated", "fsdp_bf16", "fsdp_whole"]
+    others = ["ddp_checked", *EVALUATED, "ddp_whole", "fsdp_bf16", "fsdp_whole"]
     for kind in ("ddp", "fsdp"):  # in processes of their own, since FSDP is asked for by the environment
         start(folder, [case for case in (*UPDATES, *others) if case.startswith(kind)])
         try:

@@ -235,6 +235,11 @@ def test_splits_slices_and_max_rows(tmp_path):
     other = write(tmp_path / "other.jsonl", [llava("other")])
     assert questions("eval", DataConfig(dataset=str(path), eval_dataset=other)) == ["user: other"]
     assert load_rows(DataConfig(dataset=str(path)), "eval") is None
+    assert len(load_rows(DataConfig(dataset=other, max_rows=5))) == 1
+
+
+def test_configurations(tmp_path):
+    """That of the training data is the evaluation's where both are one data set."""
     tables = {}
     for name in ("train", "other"):  # folders with a configuration each
         folder = tmp_path / name
@@ -243,13 +248,17 @@ def test_splits_slices_and_max_rows(tmp_path):
         header = f"---\nconfigs:\n- config_name: {name}_config\n  data_files: rows.parquet\n---\n"
         (folder / "README.md").write_text(header)
         tables[name] = str(folder)
+
+    def question(config, split="train"):
+        [row] = load_rows(config, split)
+        return short(row)[0]
+
     both = DataConfig(tables["train"], "train_config", eval_dataset=tables["other"], eval_config="other_config")
-    assert questions("train", both) == ["user: train"] and questions("eval", both) == ["user: other"]
+    assert question(both) == "user: train" and question(both, "eval") == "user: other"
     same = DataConfig(tables["train"], "train_config", eval_dataset=tables["train"])
-    assert questions("eval", same) == ["user: train"]
+    assert question(same, "eval") == "user: train"
     with pytest.raises(ValueError, match="other_config"):  # of no such configuration, where one is named
         load_rows(DataConfig(tables["train"], "train_config", eval_split="train", eval_config="other_config"), "eval")
-    assert len(load_rows(DataConfig(dataset=other, max_rows=5))) == 1
 
 
 def test_an_edited_file_is_read_again(tmp_path):

@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from conftest import build_processor
-from distributed_run import FSDP2, RAGGED, RESUMED, TEXT_ON_ONE, UPDATES, broken_rows
+from distributed_run import EVALUATED, FSDP2, RAGGED, RESUMED, TEXT_ON_ONE, UPDATES, broken_rows
 from safetensors.torch import load_file
 from test_trainer import assert_same_update, update
 from training_setup import build_rows, build_trainer, weights
@@ -61,14 +61,17 @@ def test_processes_share_the_rows_of_a_check(folder):
         assert json.loads((folder / f"ddp_checked_{rank}.json").read_text()) == expected
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_evaluation_counts_every_row_once(folder, tmp_path, kind):
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_counts_every_row_once(folder, tmp_path, name):
     """Seven rows in batches of two: the last process gets a row a second time, and pictures stand on one side only."""
-    rows = build_rows(TEXT_ON_ONE[:7])
-    alone = build_trainer(tmp_path, rows, per_device_eval_batch_size=7).evaluate(rows)
-    found = json.loads((folder / f"{kind}_evaluated.json").read_text())
-    for name in ("eval_loss", "eval_lm_loss", "eval_visual_loss", "eval_visual_token_entropy", "eval_head_agreement"):
-        assert found[name] == pytest.approx(alone[name], rel=1e-5), name
+    rows, stage = build_rows(TEXT_ON_ONE[:7]), "decoder" if name.endswith("decoder") else "joint"
+    alone = build_trainer(tmp_path, rows, stage=stage, per_device_eval_batch_size=7).evaluate(rows)
+    found = json.loads((folder / f"{name}.json").read_text())
+    metrics = ["eval_loss", "eval_lm_loss"]
+    if stage == "joint":
+        metrics += ["eval_visual_loss", "eval_visual_token_entropy", "eval_head_agreement"]
+    for metric in metrics:
+        assert found[metric] == pytest.approx(alone[metric], rel=1e-5), metric
 
 
 def test_sums_stay_float32_in_a_sharded_bfloat16_run(folder):

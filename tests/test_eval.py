@@ -345,16 +345,20 @@ def test_two_runs_are_compared_question_by_question(work, finished, tmp_path, ca
     assert main(["eval", "--compare", *copies]) == 1
     assert "is not finished (17 of 18 answers)" in capsys.readouterr().err
     assert main(["eval", "--compare", copies[0], str(tmp_path)]) == 1
-    assert main(["eval"]) == 1 and "Name a model and --data" in capsys.readouterr().err
-    assert main(["eval", "--compare", *copies, "--scorer", "vqa", "--seed", "1"]) == 1
-    assert "--scorer, --seed have no effect with --compare" in capsys.readouterr().err
-    assert main(["eval", "a model", "--compare", *copies]) == 1
-    assert "MODEL has no effect with --compare" in capsys.readouterr().err
-    for options, said in (
-        (["--tasks", "mme", "--pseudo", "--scorer", "mme"], "--scorer, --pseudo have no effect with --tasks"),
-        (["--data", "rows.json", "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
-    ):
-        assert main(["eval", "no model", *options]) == 1 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "Name a model and --data"),
+        (["--compare", "one", "other", "--scorer", "vqa", "--seed", "1"], "--scorer, --seed have no effect with --co"),
+        (["a model", "--compare", "one", "other"], "MODEL has no effect with --compare"),
+        (["no model", "--tasks", "mme", "--pseudo", "--scorer", "mme"], "--scorer, --pseudo have no effect with --ta"),
+        (["no model", "--data", "rows.json", "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
+    ],
+)
+def test_arguments_without_effect_are_refused(capsys, arguments, said):
+    assert main(["eval", *arguments]) == 1 and said in capsys.readouterr().err
 
 
 def test_the_run_is_known_before_anything_is_written(work, tmp_path, capsys):

@@ -223,7 +223,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
         assert torch.equal(a, b), name
 
 
-def test_resuming_from_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
+def test_resuming_from_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     trainer = build_trainer(tmp_path, **RESUMED | {"max_steps": 3})
     trainer.train()
     path = tmp_path / "checkpoint-3" / "model.safetensors"

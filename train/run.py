@@ -135,9 +135,7 @@ def split_stages(settings: dict) -> list[dict]:
         runs.append({**shared, **own, "stage": stage, "model": model, "output_dir": output_dir})
         model = output_dir
     for number, run in enumerate(runs, 1):
-        model_config, data, adapter, args = parse_settings(run)
-        check_run(model_config, data, adapter, args)
-        if adapter.adapter != "none" and number < len(runs):
+        if parse_settings(run)[2].adapter != "none" and number < len(runs):
             raise ValueError(
                 f"Stage {run['stage']} would leave an adapter, and the next begins with a whole model: run the stages "
                 "one by one, with `vtlmm merge` between."
@@ -311,30 +309,42 @@ def run_stages(settings: dict, **kwargs) -> None:
     """
     runs = split_stages(settings)
     if "stages" in settings:
-        finished = [is_finished(run) for run in runs]
-        number = finished.index(False) if False in finished else len(runs)
-        if any(finished[number:]):
-            raise ValueError(
-                f"{runs[number]['output_dir']} is not finished, but a later stage is: it began with another model. "
-                "Delete the folders of the stages after it."
-            )
-        runs = runs[number:]
-    prepared, keys = {}, []
-    for run in runs:
-        model_config, data, adapter, args = parse_settings(run)
-        if not prepared:  # a later stage's model is not there yet; its processor is the first one's
-            refuse_adapter(model_config)
-            check_run(model_config, data, adapter, args)
-            load = {"revision": model_config.revision, "trust_remote_code": args.trust_remote_code}
-            processor = AutoProcessor.from_pretrained(model_config.model, **load)
-        key = astuple(data), args.max_length, args.shuffle_dataset, args.seed
-        if key not in prepared:
-            prepared[key] = prepare_datasets(data, processor, args)
-        keys.append(key)
+        runs = unfinished(runs)
+    if not runs:
+        return
+    parsed = [parse_settings(run) for run in runs]
+    first, _, _, args = parsed[0]
+    refuse_adapter(first)
+    for configs in parsed:
+        check_run(*configs)
+    # a later stage's model is not there yet; its processor is the first one's
+    load = {"revision": first.revision, "trust_remote_code": args.trust_remote_code}
+    processor, prepared, keys = AutoProcessor.from_pretrained(first.model, **load), {}, []
+    for _, data, _, args in parsed:
+        keys.append((astuple(data), args.max_length, args.shuffle_dataset, args.seed))
+        if keys[-1] not in prepared:
+            prepared[keys[-1]] = prepare_datasets(data, processor, args)
     for run, key in zip(runs, keys, strict=True):
         run_training(run, datasets=prepared[key], **kwargs)
         gc.collect()  # a trainer is full of cycles, and its model need not stay beside the next one's
         torch.cuda.empty_cache()
+
+
+def unfinished(runs: list[dict]) -> list[dict]:
+    """
+    Those of a recipe's runs that are still to do.
+
+    Raises:
+        `ValueError`: when one of them stands before a finished one.
+    """
+    finished = [is_finished(run) for run in runs]
+    number = finished.index(False) if False in finished else len(runs)
+    if any(finished[number:]):
+        raise ValueError(
+            f"{runs[number]['output_dir']} is not finished, but a later stage is: it began with another model. Delete "
+            "the folders of the stages after it."
+        )
+    return runs[number:]
 
 
 def is_finished(run: dict) -> bool:
