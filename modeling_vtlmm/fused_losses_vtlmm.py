@@ -24,10 +24,8 @@ from .losses_vtlmm import accumulation_dtype
 # At most so many; the chunks of a call are even, as one of a few rows would read and write (V, D) numbers for little.
 # Below some 700 rows adding to the float32 (V, D) gradient takes a GPU longer than the product it adds.
 ROWS_PER_CHUNK = 1024
-# On a CPU the (C, V) tile of logits is the memory, and with fewer rows the products of the backward are slower (G W by
-# a quarter at 144 rows). The teacher has one product, which bears small tiles: its rows of a chunk come in so many.
-ROWS_PER_CHUNK_CPU = 240
-TEACHER_TILES_PER_CHUNK_CPU = 2
+# On a CPU the (C, V) tiles of logits are the memory; with fewer rows products are slower (G W by a quarter at 144).
+ROWS_PER_CHUNK_CPU = 192
 # The softmax passes over a block of logits should find it in the cache of each thread (4 rows of 32000 words in
 # float32 are 0.5 MB).
 LOGITS_PER_BLOCK_AND_THREAD_CPU = 2**17
@@ -62,18 +60,11 @@ def fused_visual_loss_sum(
     teacher_features, teacher_weight = (
         tensor.detach().to(_product_dtype(tensor)) for tensor in (teacher_features, teacher_weight)
     )
-    on_cpu = student_features.device.type == "cpu"
-    tile = _logits_tile(student_features, teacher_weight, TEACHER_TILES_PER_CHUNK_CPU if on_cpu else 1)
+    tile = _logits_tile(student_features, teacher_weight)
 
     def divergence(student_logits, rows, grad_dtype):
-        losses = []
-        students, teachers = student_logits.split(len(tile)), teacher_features[rows].split(len(tile))
-        for student, teacher in zip(students, teachers, strict=True):
-            teacher_logits = _multiply(teacher, teacher_weight.t(), tile[: len(teacher)])
-            part, gradient = _run(_divergence, _divergence_in_blocks, student, teacher_logits, grad_dtype)
-            losses.append(part)
-        # Several tiles are a CPU's, where each leaves its G in its rows of the student's logits.
-        return (losses[0], gradient) if len(losses) == 1 else (torch.cat(losses), student_logits)
+        teacher_logits = _multiply(teacher_features[rows], teacher_weight.t(), tile[: len(student_logits)])
+        return _run(_divergence, _divergence_in_blocks, student_logits, teacher_logits, grad_dtype)
 
     return _linear_loss_sum(student_features, student_weight, divergence)
 
@@ -132,7 +123,9 @@ class _LinearLossSum(torch.autograd.Function):
         losses = tile.new_empty(len(features))
         # Sums and gradients stay in float32 until the scale is in: one rounding, and float16 cannot overflow.
         grad_features = tile.new_empty(features.shape) if needs_features else None
-        grad_weight = tile.new_zeros(weight.shape) if needs_weight else None
+        # The first chunk writes it, the others add to it; without rows it is 0.
+        new_weight = tile.new_empty if len(features) else tile.new_zeros
+        grad_weight = new_weight(weight.shape) if needs_weight else None
 
         with torch.autocast(features.device.type, enabled=False):
             for rows in _chunks(features):
@@ -143,7 +136,7 @@ class _LinearLossSum(torch.autograd.Function):
                 if needs_features:
                     _multiply(gradient, weight, grad_features[rows])
                 if needs_weight:
-                    _add_product(grad_weight, gradient.t(), inputs)
+                    _add_product(grad_weight, gradient.t(), inputs, beta=0 if rows.start == 0 else 1)
                 # Or this G would still be alive while the next chunk's is made.
                 del gradient
         ctx.gradients = grad_features, grad_weight
@@ -316,9 +309,9 @@ def _blocks(logits, *others):
     return zip(*(tensor.split(num_rows) for tensor in (logits, *others)), strict=True)
 
 
-def _logits_tile(features, weight, tiles_per_chunk=1):
-    """Room for the logits of a chunk, or of a part of it: fresh memory for each costs a CPU its page faults."""
-    size = math.ceil(_rows_per_chunk(features) / tiles_per_chunk), weight.shape[0]
+def _logits_tile(features, weight):
+    """Room for the logits of a chunk: fresh memory for each would cost a CPU its page faults."""
+    size = _rows_per_chunk(features), weight.shape[0]
     return torch.empty(size, dtype=accumulation_dtype(features.dtype), device=features.device)
 
 
@@ -353,8 +346,8 @@ def _multiply(left, right, out):
     return out.copy_(left @ right)
 
 
-def _add_product(out, left, right):
-    """out += left @ right, the product always unrounded."""
+def _add_product(out, left, right, beta=1):
+    """out = beta · out + left @ right, the product always unrounded."""
     if left.dtype != out.dtype and _multiplies_into(left.dtype, left.device, out.dtype):
-        return torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
-    return out.addmm_(left.to(out.dtype), right.to(out.dtype))
+        return torch.addmm(out, left, right, out_dtype=out.dtype, beta=beta, out=out)
+    return out.addmm_(left.to(out.dtype), right.to(out.dtype), beta=beta)
