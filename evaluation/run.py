@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 import torch
-from accelerate.utils import align_module_device
+from accelerate.state import PartialState
+from accelerate.utils import align_module_device, gather_object
 from datasets import Image, List
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -329,6 +330,7 @@ def task_scores(rows, processor, num_pictures: int, batch_size: int = 8, seed: i
     A function that answers the questions about the first pictures of `rows` and scores them by exact match.
 
     It draws no random number and leaves the model in the mode that it found, so training goes on as without it.
+    Several processes share the questions, and each gets the scores over all of them.
 
     Args:
         rows ([`~datasets.Dataset`]): see [`read_questions`].
@@ -362,9 +364,19 @@ def task_scores(rows, processor, num_pictures: int, batch_size: int = 8, seed: i
         training = model.training
         found = {}
         for name, side in sides.items():
-            answers = answer(model, processor, side, batch_size, longest)
+            answers = _answer_together(model, processor, side, batch_size, longest)
             found[name] = accuracy_by_kind(side, answers)["all"][0]
         model.train(training)
         return found
 
     return score
+
+
+def _answer_together(model, processor, questions: list[dict], *arguments) -> list[str]:
+    """As [`answer`], where each process answers its share and gets all answers."""
+    state = PartialState()
+    shares = [range(rank, len(questions), state.num_processes) for rank in range(state.num_processes)]
+    own = [questions[i] for i in shares[state.process_index]]
+    answers = gather_object(answer(model, processor, own, *arguments))
+    order = [i for share in shares for i in share]
+    return [text for _, text in sorted(zip(order, answers, strict=True))]

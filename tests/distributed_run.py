@@ -24,6 +24,8 @@ from torch.multiprocessing import ProcessExitedException, start_processes
 from training_setup import build_rows, build_trainer
 from transformers import TrainerCallback
 
+from vtlmm.evaluation.answers import answer_batch
+from vtlmm.evaluation.run import task_scores
 from vtlmm.train.data_check import check_rows
 from vtlmm.train.qlora import AdapterConfig
 
@@ -89,6 +91,19 @@ def broken_rows():
     return Dataset.from_list(rows).cast_column("images", List(Image()))
 
 
+def with_scored_questions(trainer):
+    """Five questions, scored at evaluations: the truth of the second and fourth is what the model answers."""
+    rows = list(build_rows((1, 1, 2, 1, 1), seed=2))
+    trainer.model.generation_config.eos_token_id = list(range(2, 64))  # a random model would hardly ever stop
+    for row in (rows[1], rows[3]):
+        question = {"images": row["images"], "question": row["messages"][0]["content"][-1]["text"]}
+        truth = answer_batch(trainer.model, build_processor(), [question])[0]
+        row["messages"][1]["content"][0]["text"] = truth
+    rows = Dataset.from_list(rows).cast_column("images", List(Image()))
+    trainer.task_scores = task_scores(rows, build_processor(), num_pictures=6, batch_size=2)
+    return trainer
+
+
 def save(trainer, path: Path):
     state = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.is_world_process_zero():
@@ -108,6 +123,8 @@ def run(name: str, folder: Path):
         rows, stage = build_rows(TEXT_ON_ONE[:7]), what.partition("_")[2] or "joint"
         settings = HALF | {"stage": stage, "learning_rate": 0.0, "per_device_eval_batch_size": 2}
         trainer = build(name, folder / name, rows, **settings)
+        if kind == "ddp":
+            with_scored_questions(trainer)
     elif what == "bf16":
         trainer = build(name, folder / name, build_rows(), **HALF, bf16=True)
     else:

@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from conftest import build_processor
-from distributed_run import EVALUATED, FSDP2, RAGGED, RESUMED, TEXT_ON_ONE, UPDATES, broken_rows
+from distributed_run import EVALUATED, FSDP2, RAGGED, RESUMED, TEXT_ON_ONE, UPDATES, broken_rows, with_scored_questions
 from safetensors.torch import load_file
 from test_trainer import assert_same_update, update
 from training_setup import build_rows, build_trainer, weights
@@ -65,11 +65,15 @@ def test_processes_share_the_rows_of_a_check(folder):
 def test_evaluation_counts_every_row_once(folder, tmp_path, name):
     """Seven rows in batches of two: the last process gets a row a second time, and pictures stand on one side only."""
     rows, stage = build_rows(TEXT_ON_ONE[:7]), "decoder" if name.endswith("decoder") else "joint"
-    alone = build_trainer(tmp_path, rows, stage=stage, per_device_eval_batch_size=7).evaluate(rows)
+    trainer = build_trainer(tmp_path, rows, stage=stage, per_device_eval_batch_size=7)
+    alone = (with_scored_questions(trainer) if name.startswith("ddp") else trainer).evaluate(rows)
     found = json.loads((folder / f"{name}.json").read_text())
     metrics = ["eval_loss", "eval_lm_loss"]
     if stage == "joint":
         metrics += ["eval_visual_loss", "eval_visual_token_entropy", "eval_head_agreement"]
+    if name.startswith("ddp"):  # of the questions about the model's pictures each process answers its share
+        metrics += ["eval_accuracy", "eval_accuracy_shuffled"]
+        assert 0 < alone["eval_accuracy"] < 1
     for metric in metrics:
         assert found[metric] == pytest.approx(alone[metric], rel=1e-5), metric
 
