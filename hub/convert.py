@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMProcessor
 
 from .assembly import part_config
-from .chat_templates import has_marks, load_template
+from .chat_templates import end_of_turn, has_marks, load_template
 from .tensors import (
     LM_HEAD,
     SHARD_SIZE,
@@ -302,10 +302,10 @@ def _llava_processor(folder: Path, config: VTLMMConfig, chat_template: str | Non
             f"{theirs.image_token} as {theirs.image_token_id}."
         )
     template = load_template(chat_template) if chat_template else theirs.chat_template or load_template("vicuna_v1")
-    if not has_marks(template):
+    if not has_marks(template) or end_of_turn(template, theirs.tokenizer) is None:
         logger.warning(
-            "The chat template does not mark answers: it serves for generation; for training on answers pass "
-            "`chat_template`, for a LLaVA-1.5 with Vicuna vicuna_v1."
+            "The chat template does not mark answers with their end-of-turn token: it serves for generation; for "
+            "training on answers pass `chat_template`, for a LLaVA-1.5 with Vicuna vicuna_v1."
         )
     strategy = config.vision_feature_select_strategy
     theirs.tokenizer.chat_template = template

@@ -94,7 +94,7 @@ def load(task: dict) -> list[str]:
             lines = str(error).strip().splitlines() or [""]
             problems.append(f"{what}: {type(error).__name__}: {lines[0]}")
 
-    attempt("AutoConfig", lambda: AutoConfig.from_pretrained(name, **options))
+    config = attempt("AutoConfig", lambda: AutoConfig.from_pretrained(name, **options))
     processor = attempt("AutoProcessor", lambda: AutoProcessor.from_pretrained(name, **options))
 
     def load_model(auto_class):
@@ -114,7 +114,9 @@ def load(task: dict) -> list[str]:
         gc.collect()
 
     def ask():
-        answer = pipeline("image-text-to-text", model=name, dtype="auto", **options)
+        # As the classes above: a GPU may be too small for what is right. Quantised weights choose their own place.
+        device = None if getattr(config, "quantization_config", None) else "cpu"
+        answer = pipeline("image-text-to-text", model=name, dtype="auto", device=device, **options)
         return answer(text=question(), max_new_tokens=2, do_sample=False)[0]["generated_text"][-1]["content"]
 
     attempt("pipeline", ask)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import WORDS, build_processor
 from PIL import Image
-from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaImageProcessorPil
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
 from vtlmm.hub.chat_templates import load_template
 from vtlmm.train.collator import VTLMMCollator, encode_messages
@@ -278,11 +279,31 @@ def test_templates_that_cannot_supervise():
         own.chat_template = template
         with pytest.raises(ValueError, match="does not mark the answers"):
             VTLMMCollator(own)
+    own.chat_template = marked.replace(" + eos_token", " + ' '")
+    with pytest.raises(ValueError, match="no end-of-turn token"):
+        VTLMMCollator(own)
     own.chat_template = marked.replace("{% generation %}", "{% if loop.last %}{% generation %}").replace(
         "{% endgeneration %}", "{% endgeneration %}{% endif %}"
     )
     with pytest.raises(ValueError, match="marks 1 answers where there are 3"):
         VTLMMCollator(own)([ROWS[1]])
+
+
+def test_a_token_that_ends_after_the_mark_is_no_target():
+    """A tokenizer of the SentencePiece kind takes the space before a word into the word's token."""
+    vocabulary = ["<unk>", "<s>", "</s>", "▁USER", "▁:", "▁ASSISTANT", "▁red", "▁what", "▁"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    own = build_processor()
+    own.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    own.chat_template = own.chat_template.replace("{% endgeneration %}{{ ' ' }}", "{{ ' ' }}{% endgeneration %}")
+    input_ids, supervised = encode_messages(own, row("what", "red", "what", "red")["messages"])
+    words = own.tokenizer.convert_ids_to_tokens(input_ids)
+    assert words == ["▁USER", "▁:", "▁what", "▁ASSISTANT", "▁:", "▁red", "</s>"] * 2 + ["▁"]
+    targets = [word for word, is_target in zip(words, supervised, strict=True) if is_target]
+    assert targets == ["▁red", "</s>", "▁red", "</s>", "▁"]
 
 
 def test_dataloader_workers(processor):

@@ -1,7 +1,9 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Cached features of the tower: the same training without the tower, and never those of another one."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,6 +174,19 @@ def test_a_fill_that_was_killed_goes_on(tmp_path, monkeypatch):
     images = [image for row in undecoded(rows) for image in row["images"]]
     red = rows[0]["images"][0].getpixel((0, 0))[0]
     assert cache[images].shape == (len(images), 4, 16) and cache[images][0].unique() == red
+
+
+def test_a_disk_without_room_for_all_is_refused_at_the_first_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=9 * 4 * 16 * 4 - 1))
+    cache, rows, encoded = VisionFeatureCache(tmp_path, "tower"), build_rows(), []
+
+    def encode(images):
+        encoded.extend(images)
+        return torch.zeros(len(images), 4, 16)
+
+    with pytest.raises(ValueError, match="features of 9 pictures take .* free: name a larger disk"):
+        cache.fill(rows, encode, batch_size=2)
+    assert len(encoded) == 2 and not cache.files
 
 
 def test_what_cannot_be_cached_is_refused(tmp_path):

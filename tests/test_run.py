@@ -187,6 +187,13 @@ def test_settings_that_do_not_fit_stop_before_the_data_are_read(recipe, capsys, 
     assert main(["train", "--config", str(recipe), *settings]) == 1 and message in capsys.readouterr().err
 
 
+def test_quantisation_without_bitsandbytes_stops_before_the_data_are_read(recipe, capsys, monkeypatch):
+    monkeypatch.setattr("vtlmm.train.run.prepare_datasets", lambda *_: pytest.fail("the data were read"))
+    monkeypatch.setattr("vtlmm.train.qlora.is_bitsandbytes_available", lambda: False)
+    assert main(["train", "--config", str(recipe), "adapter=lora", "quantization=nf4"]) == 1
+    assert "nf4 needs bitsandbytes: pip install 'vtlmm[qlora]'" in capsys.readouterr().err
+
+
 def test_a_recipe_of_stages_needs_its_folders():
     with pytest.raises(ValueError, match="needs `output_dir`"):
         split_stages({"model": "here", "stages": {"joint": {}}})

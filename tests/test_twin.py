@@ -302,12 +302,13 @@ def test_llava_tensors_that_do_not_fit_are_named(llava, tmp_path, style):
         convert(llava(style, change=change), tmp_path / "out")
 
 
-def test_the_processor_of_a_llava(llava, tmp_path, caplog):
-    """One of an older folder, which has neither a patch size nor marks in its template."""
+@pytest.mark.parametrize("mark", ["", "{% generation %}{% endgeneration %}"])
+def test_the_processor_of_a_llava(llava, tmp_path, caplog, mark):
+    """One of an older folder, which has no patch size; its template marks no answers, or without an end of turn."""
     tokenizer, side = build_tokenizer(), {"height": 28, "width": 28}
     folder = llava()
     values = json.loads((folder / "config.json").read_text())
-    template = "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"
+    template = "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}" + mark
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=side).save_pretrained(folder)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 from vtlmm.cli.main import main
+from vtlmm.hub import load_alone
 from vtlmm.hub.load_alone import differences, probe
 from vtlmm.hub.model_card import write_card
 from vtlmm.hub.push import record_logits
@@ -177,6 +178,18 @@ def test_as_much_may_differ_as_16_bits_round(whole):
     found = probe(model, VTLMMProcessor.from_pretrained(whole))
     (said,) = differences(found, recorded, torch.bfloat16)
     assert said.startswith("logits differ from the recorded ones")
+
+
+@pytest.mark.parametrize(("change", "device"), [({}, "cpu"), ({"quantization_config": {"load_in_8bit": True}}, None)])
+def test_the_pipeline_takes_no_gpu(folder, monkeypatch, change, device):
+    """A model that is too large for this machine's is right all the same; bitsandbytes places its own."""
+    found = {}
+    monkeypatch.setattr(load_alone, "pipeline", lambda *args, **kwargs: found.update(kwargs))
+    edit_json(folder / "config.json", lambda config: config.update(change))
+    load_alone.load(
+        {"name": str(folder), "revision": None, "trust_remote_code": True, "classes": [], "recorded": None}
+    )
+    assert found["device"] == device
 
 
 def test_no_model_and_no_folder(tmp_path, capsys):

@@ -28,6 +28,30 @@ def answer_template(processor) -> str:
     return template
 
 
+def require_end_of_turn(processor) -> None:
+    """
+    Trained on answers without an end, a model never stops.
+
+    Raises:
+        `ValueError`: when no special token ends a marked answer, and as [`answer_template`].
+    """
+    answer_template(processor)
+    texts = {"user": "question", "assistant": "answer"}
+    probe = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
+    try:
+        input_ids, supervised = encode_messages(processor, probe)
+    except ValueError:
+        return  # a template may want other conversations than this one; the rows will tell
+    tokens = processor.tokenizer.added_tokens_decoder
+    special = {*processor.tokenizer.all_special_ids, *(i for i, token in tokens.items() if token.special)}
+    if not special & set(input_ids[supervised].tolist()):
+        raise ValueError(
+            "The processor's chat template marks answers that have no end-of-turn token, so a model trained on them "
+            "never stops: put {{ eos_token }} before {% endgeneration %} in chat_template.jinja, or make the model "
+            "with `vtlmm convert` or `vtlmm compose` and `--chat-template vicuna_v1` (or mistral)."
+        )
+
+
 def encode_messages(processor, messages: list[dict], num_context_messages: int = 0):
     r"""
     Token ids of one conversation, and which of them are supervised.
@@ -74,7 +98,8 @@ def encode_messages(processor, messages: list[dict], num_context_messages: int =
     supervised = torch.zeros_like(input_ids, dtype=torch.bool)
     for index, (start, end) in zip(answers, spans, strict=True):
         if index >= num_context_messages:
-            supervised |= (token_starts < end) & (token_ends > start)
+            # The first token may begin before the mark, with a space; one that ends after it is of the next turn
+            supervised |= (token_starts < end) & (token_ends > start) & (token_ends <= end)
     return input_ids, supervised & (input_ids != processor.image_token_id)
 
 
@@ -118,14 +143,14 @@ class VTLMMCollator:
         `vision_features` of shape `(num_images, num_patches, vision_feature_size)` in its place, for no pictures too.
 
     Raises:
-        `ValueError`: for a chat template without generation marks, and for a row that is too long, has no target, or
-        whose pictures are not as many as its marks.
+        `ValueError`: for a chat template without generation marks or end of turn, and for a row that is too long, has
+        no target, or whose pictures are not as many as its marks.
     """
 
     def __init__(
         self, processor, max_length: int | None = None, pad_to_multiple_of: int | None = None, feature_cache=None
     ):
-        answer_template(processor)
+        require_end_of_turn(processor)
         self.processor = processor
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of

@@ -12,7 +12,7 @@ from datasets.utils import tqdm
 from PIL import Image as PILImage
 from PIL import ImageFile, UnidentifiedImageError
 
-from .collator import answer_template, describe_row, encode_messages
+from .collator import describe_row, encode_messages, require_end_of_turn
 from .data import ROW_FEATURES
 
 
@@ -149,11 +149,12 @@ class RowChecker:
         pictures (`bool`, *optional*, defaults to `True`): whether to decode the pictures.
 
     Raises:
-        `ValueError`: when the chat template does not mark the answers, or pictures come out in different sizes.
+        `ValueError`: when the chat template does not mark the answers or gives them no end, or pictures come out in
+            different sizes.
     """
 
     def __init__(self, processor, max_length: int | None = None, pictures: bool = True):
-        answer_template(processor)
+        require_end_of_turn(processor)
         self.processor = processor
         self.max_length = max_length
         self.pictures = pictures
@@ -289,7 +290,7 @@ def check_rows(
         pictures (`bool`, *optional*, defaults to `True`): `False` leaves them closed, which is all that lengths need.
 
     Raises:
-        `ValueError`: for a chat template without generation marks, or no rows at all.
+        `ValueError`: for a chat template without generation marks or end of turn, or no rows at all.
     """
     checker = RowChecker(processor, max_length, pictures)
     if isinstance(dataset, IterableDataset):

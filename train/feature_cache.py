@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +111,10 @@ class VisionFeatureCache:
 
         Returns:
             `int`: how many pictures were computed.
+
+        Raises:
+            `ValueError`: when the disk has no room for all of them, before the first file, and when a process does not
+                see what the others wrote.
         """
         if dataset is None:
             return 0
@@ -124,6 +129,8 @@ class VisionFeatureCache:
                 batch = of_file[i : i + batch_size]
                 pictures = [dataset[index]["images"][number] for index, number in map(missing.get, batch)]
                 found = encode([Image().decode_example(picture) for picture in pictures])
+                if start == i == 0:
+                    self._require_room(len(missing), found[0].nbytes)
                 features.update(
                     {
                         key: tensor.clone(memory_format=torch.contiguous_format)
@@ -159,8 +166,16 @@ class VisionFeatureCache:
             lines.append(f"  ({len(others)} other folders beside it are {text})")
         return "\n".join(lines)
 
-    def _write(self, features: dict[str, torch.Tensor]) -> None:
+    def _require_room(self, num_pictures: int, picture_bytes: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        needed, free = num_pictures * picture_bytes, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ValueError(
+                f"The features of {num_pictures:,} pictures take {needed / 1e9:.3g} GB, and {self.folder} has "
+                f"{free / 1e9:.3g} GB free: name a larger disk, or take `cache_image_features` out."
+            )
+
+    def _write(self, features: dict[str, torch.Tensor]) -> None:
         name = hashlib.sha256("".join(features).encode()).hexdigest()  # never that of other pictures
         path = self.folder / f"{name[:32]}.safetensors"
         unfinished = path.with_suffix(f".{os.getpid()}")  # a file is there as a whole or not at all

@@ -10,6 +10,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import is_bitsandbytes_available
 
 from .stages import Stage, module_of
 
@@ -62,7 +63,14 @@ class AdapterConfig:
 
 
 def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How a model is loaded as none, nf4 or int8; the tower, the projector and both heads are never quantised."""
+    """
+    How a model is loaded as none, nf4 or int8; the tower, the projector and both heads are never quantised.
+
+    Raises:
+        `ValueError`: when bitsandbytes is not installed.
+    """
+    if quantization != "none" and not is_bitsandbytes_available():
+        raise ValueError(f"{quantization} needs bitsandbytes: pip install 'vtlmm[qlora]'.")
     if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,

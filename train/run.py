@@ -151,9 +151,11 @@ def parse_settings(settings: dict) -> tuple[ModelConfig, DataConfig, AdapterConf
 def check_run(model: ModelConfig, data: DataConfig, adapter: AdapterConfig, args: VTLMMTrainingConfig) -> None:
     """
     Raises:
-        `ValueError`: for settings of one run that do not go together, as far as the settings alone tell.
+        `ValueError`: for settings of one run that do not go together, as far as the settings alone tell, and for a
+            quantised decoder without bitsandbytes.
         `FileNotFoundError`: for a missing `eval_task_data`.
     """
+    quantization_config(adapter.quantization, torch.float32)  # or bitsandbytes would be missed when the model loads
     if adapter.adapter != "none" and model.dtype != "float32" and not (args.bf16 or args.fp16):
         raise ValueError(
             f"What learns beside a base in {model.dtype} is float32, and only mixed precision multiplies the two: set "
