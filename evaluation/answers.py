@@ -7,6 +7,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,23 +19,32 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 def split_turns(rows) -> list[dict]:
     """
     One question per row: each answered turn of a conversation becomes a row of its own, without the turns before it.
+    What a row gives (`num_context_messages`) is no question and goes before its own, as a system message does.
 
     Args:
         rows: rows with `messages` and `images` as `load_rows` gives them; `kind` is kept if there is one. The image
-            parts of a conversation go with every question.
+            parts of a conversation go with every question, before its text.
 
     Returns:
-        `list[dict]` with `images`, `question`, `answer` and `kind`.
+        `list[dict]` with `images`, `question`, `answer` and `kind`, and `before` (messages) where something is.
     """
     questions = []
     for row in rows:
-        texts = [("".join(part["text"] or "" for part in m["content"]), m["role"]) for m in row["messages"]]
-        for (question, role), (answer, next_role) in zip(texts, texts[1:], strict=False):
-            if (role, next_role) == ("user", "assistant"):
-                questions.append(
-                    {"images": row["images"], "question": question, "answer": answer, "kind": row.get("kind", "all")}
-                )
+        context, kind = row.get("num_context_messages") or 0, row.get("kind", "all")
+        messages = [
+            {"role": m["role"], "content": [{"type": "text", "text": _text(m["content"])}]} for m in row["messages"]
+        ]
+        for i, turn in enumerate(pairwise(messages)):
+            if [message["role"] for message in turn] == ["user", "assistant"] and i + 1 >= context:
+                question, answer = (_text(message["content"]) for message in turn)
+                before = messages[:i] if i < context else [m for m in messages if m["role"] == "system"]
+                asked = {"images": row["images"], "question": question, "answer": answer, "kind": kind}
+                questions.append({**asked, "before": before} if before else asked)
     return questions
+
+
+def _text(parts: list[dict]) -> str:
+    return " ".join(part["text"] for part in parts if part["text"])
 
 
 def picture_key(image) -> str:
@@ -107,9 +117,10 @@ def open_picture(source) -> Image.Image:
 
 
 def conversation(question: dict) -> list[dict]:
-    """The user's turn of a question: its pictures, then its text."""
+    """What goes before a question, and the user's turn: its pictures, then its text."""
     content = [{"type": "image", "image": image} for image in question["images"]]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": question["question"]}]}]
+    turn = {"role": "user", "content": [*content, {"type": "text", "text": question["question"]}]}
+    return [*question.get("before", ()), turn]
 
 
 @torch.inference_mode()

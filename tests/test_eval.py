@@ -20,7 +20,15 @@ from safetensors.torch import load_file, save_file
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.eval import check_submission
 from vtlmm.cli.main import main
-from vtlmm.evaluation.answers import accuracy_by_kind, answer, answer_batch, picture_key, with_shuffled_images
+from vtlmm.evaluation.answers import (
+    accuracy_by_kind,
+    answer,
+    answer_batch,
+    conversation,
+    picture_key,
+    split_turns,
+    with_shuffled_images,
+)
 from vtlmm.evaluation.intervals import bootstrap_interval, mcnemar
 from vtlmm.evaluation.report import SAMPLES_FILE, by_kind, score_answers
 
@@ -265,6 +273,31 @@ def test_scores_of_several_references():
 
 
 # ---- The blind control ----
+
+
+def test_what_a_row_gives_goes_before_its_question(processor):
+    def message(role, *texts):
+        return {"role": role, "content": [{"type": "text" if text else "image", "text": text} for text in texts]}
+
+    system, answer = message("system", "be short"), message("assistant", "red")
+    messages = [system, message("user", None, "what colour ?"), answer, message("user", "and", None, "that ?"), answer]
+    row = {"messages": messages, "images": ["a", "b"]}
+    first, second = split_turns([row])
+    assert (first["question"], second["question"]) == ("what colour ?", "and that ?")
+    assert first["before"] == second["before"] == [message("system", "be short")]
+    (given,) = split_turns([{**row, "num_context_messages": 4}])  # a prompt with an answer in it, and a completion
+    assert [m["role"] for m in given["before"]] == ["system", "user", "assistant"]
+    assert [m["role"] for m in conversation(given)] == ["system", "user", "assistant", "user"]
+    (plain,) = split_turns([{"messages": messages[1:3], "images": ["a"]}])
+    assert "before" not in plain
+
+    model_says = processor.apply_chat_template(
+        conversation(
+            split_turns([{**row, "messages": messages[1:], "num_context_messages": 3}])[0] | {"images": [None, None]}
+        ),
+        tokenize=False,
+    )
+    assert model_says == "USER : what colour ? ASSISTANT : red</s> USER : <image>\n<image>\nand that ? ASSISTANT :"
 
 
 def test_no_question_keeps_its_picture():
