@@ -22,7 +22,7 @@ def run(args) -> int:
     from vtlmm.train.config import VTLMMTrainingConfig
     from vtlmm.train.data import DataConfig, load_rows
     from vtlmm.train.data_check import check_rows
-    from vtlmm.train.run import read_settings, split_stages
+    from vtlmm.train.settings import read_settings, split_stages
 
     settings = read_settings(args.config) if args.config else {}
     given = {key: getattr(args, key) for key in ("dataset", "model", "image_folder", "max_length")}

@@ -9,7 +9,8 @@ def add_arguments(parser):
 
 def run(args) -> int:
     from vtlmm.evaluation.run import task_scores
-    from vtlmm.train.run import read_settings, run_stages
+    from vtlmm.train.run import run_stages
+    from vtlmm.train.settings import read_settings
 
     run_stages(read_settings(args.config, args.settings), task_scores=task_scores)
     return 0

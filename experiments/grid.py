@@ -12,7 +12,7 @@ import yaml
 
 from vtlmm.evaluation.run import digest
 from vtlmm.train.data import DataConfig
-from vtlmm.train.run import change_settings, check_settings, split_stages
+from vtlmm.train.settings import change_settings, check_settings, split_stages
 
 
 PARTS = ("seeds", "reference", "base", "arms", "evaluate")

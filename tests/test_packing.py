@@ -3,15 +3,15 @@
 
 import pytest
 import torch
-from conftest import build_processor
+from conftest import build_config, build_processor
 from datasets import Image
 from test_trainer import assert_same_update, update
 from training_setup import build_rows, build_trainer
 
+from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.train.collator import VTLMMCollator
 from vtlmm.train.data_check import check_rows
-from vtlmm.train.packing import ROW_BY_ROW, pack_dataset, pack_lengths
-from vtlmm.train.trainer import VTLMMTrainer
+from vtlmm.train.packing import ROW_BY_ROW, pack_dataset, pack_lengths, prepare_packs, with_lengths
 
 
 def test_packs_hold_every_row_once_and_fit():
@@ -96,8 +96,30 @@ def test_lengths_need_no_picture(monkeypatch):
     rows, processor = build_rows(), build_processor()
     expected = check_rows(rows, processor).lengths
     monkeypatch.setattr(Image, "decode_example", lambda *_, **__: pytest.fail("decoded"))
-    found = VTLMMTrainer._with_lengths(rows.remove_columns("num_context_messages"), processor, 50)
+    found = with_lengths(rows.remove_columns("num_context_messages"), processor, 50)
     assert found["length"][:] == expected
+
+
+def test_rows_to_evaluate_are_grouped_too(tmp_path):
+    grouped = build_trainer(
+        tmp_path, eval_dataset=build_rows(seed=1), train_sampling_strategy="group_by_length", max_length=50
+    )
+    assert grouped.evaluate()["eval_lm_loss"] > 0
+    named = build_trainer(
+        tmp_path, eval_dataset={"one": build_rows(seed=1)}, train_sampling_strategy="group_by_length", max_length=50
+    )
+    assert named.evaluate()["eval_one_lm_loss"] == pytest.approx(grouped.evaluate()["eval_lm_loss"])
+
+
+@pytest.mark.parametrize("layers", [["conv", "full_attention"], ["linear_attention", "full_attention"], None])
+def test_decoders_that_carry_a_state_are_not_packed(layers, tmp_path, monkeypatch):
+    model = VTLMMForConditionalGeneration(build_config())
+    if layers is None:
+        monkeypatch.setattr(type(model.model.language_model), "_is_stateful", True)
+    else:
+        model.config.text_config.layer_types = layers
+    with pytest.raises(ValueError, match="do not tell packed rows apart"):
+        prepare_packs(model, build_trainer(tmp_path).args, build_rows(), build_processor())
 
 
 @pytest.mark.parametrize("settings", [{"packing": True}, {"train_sampling_strategy": "group_by_length"}])

@@ -16,15 +16,8 @@ from transformers import AutoProcessor
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
-from vtlmm.train.run import (
-    RUN_RECORD,
-    loss_curves,
-    parse_settings,
-    prepare_datasets,
-    read_settings,
-    run_training,
-    split_stages,
-)
+from vtlmm.train.run import RUN_RECORD, loss_curves, prepare_datasets, run_training
+from vtlmm.train.settings import parse_settings, read_settings, split_stages
 from vtlmm.train.trainer import VTLMMTrainer
 
 
@@ -117,7 +110,11 @@ def test_a_recipe_of_several_stages(recipe, tmp_path, capsys):
     assert "was finished with other settings (learning_rate)" in capsys.readouterr().err
     (tmp_path / "out/visual_head" / RUN_RECORD).unlink()
     assert main([*command, "resume_from_checkpoint=true"]) == 1
-    assert "visual_head is not finished, but a later stage is" in capsys.readouterr().err
+    assert "visual_head is not finished, but a later stage was begun" in capsys.readouterr().err
+    (tmp_path / "out/joint" / RUN_RECORD).unlink()
+    assert (tmp_path / "out/joint/checkpoint-2").is_dir()
+    assert main([*command, "resume_from_checkpoint=true"]) == 1
+    assert "visual_head is not finished, but a later stage was begun" in capsys.readouterr().err
 
 
 def test_a_rerun_that_was_stopped_is_not_finished(recipe, tmp_path, monkeypatch):
@@ -165,6 +162,26 @@ def test_a_date_in_a_recipe_is_written_down(recipe, tmp_path):
         ("  visual_head:\n  joint: {adapter: lora, vm_head_type: mlp}", [], "`vm_head_type` makes a new VM head"),
         ("  visual_head:\n  joint: {streaming: true, packing: true}", [], "lengths, which packing goes by"),
         ("  visual_head:\n  joint: {streaming: true, cache_image_features: x}", [], "does not know its pictures"),
+        ("  visual_head:\n  joint: {adapter: lora, vm_head_init: random}", [], "`vm_head_init` makes a new VM head"),
+        ("  visual_head:\n  joint: {packing: true, max_length: null}", [], "Packing needs `max_length`"),
+        ("  visual_head:\n  joint: {router_aux_loss_coef: 0.1}", [], "can be 0 only"),
+        (
+            "  visual_head:\n  joint: {eval_dataset: null, eval_strategy: steps}",
+            [],
+            "`eval_strategy: steps` needs an eval",
+        ),
+        (
+            "  visual_head: {eval_dataset: null, vm_head_candidates: [{}, {}]}\n  joint:",
+            [],
+            "`vm_head_candidates` needs an",
+        ),
+        (
+            "  visual_head:\n  joint: {eval_dataset: null, eval_task_data: x}",
+            [],
+            "`eval_task_data` needs an evaluation",
+        ),
+        ("  visual_head:\n  joint:", ["vm_head_type=mlp"], "belongs below the stage"),
+        ("  visual_head:\n  joint:", ["vm_head_init=random"], "belongs below the stage"),
         ("  visual_head:\n  joint: {eval_task_data: gone.json}", [], "gone.json: there is no such file"),
         ("  visual_head:\n  joint: {eval_dataset: gone.json}", [], "gone.json: there is no such file"),
         ("  visual_head:\n  joint: {bad_rows: raise}", [], "row 5: missing picture"),

@@ -141,6 +141,9 @@ def test_a_recipe_scores_its_questions_and_keeps_the_best(tmp_path, capsys):
     logged = [log["eval_accuracy"] for log in state["log_history"] if "eval_accuracy" in log]
     assert state["best_metric"] == max(logged) == record["metrics"]["eval_accuracy"] == 1.0
     assert "eval_accuracy_shuffled" not in record["metrics"]  # one picture has no other
+    # an adapter's weights and a head in float32 on a bfloat16 base, which only autocast multiplies
+    lora = ["adapter=lora", "lora_r=2", "dtype=bfloat16", "bf16=true", "stage=joint", f"output_dir={tmp_path}/lora"]
+    assert main(["train", "--config", str(recipe), *lora]) == 0
     assert main(["train", "--config", str(recipe), "eval_task_pictures=0"]) == 1
     assert "eval_task_pictures" in capsys.readouterr().err
     with pytest.raises(ValueError, match="`vtlmm train` gives"):

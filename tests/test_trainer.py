@@ -1,6 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """The trainer: exact normalisation, what each stage changes, resuming, what is logged."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from modeling_vtlmm.losses_vtlmm import predicted_positions
 from vtlmm.train.collator import VTLMMCollator
 from vtlmm.train.config import VTLMMTrainingConfig
 from vtlmm.train.stages import MODULES, STAGES, describe, module_of, resolve_stage
+from vtlmm.train.trainer import VTLMMTrainer
 
 
 def update(trainer) -> dict[str, torch.Tensor]:
@@ -132,6 +134,27 @@ def test_evaluation_is_no_part_of_the_speed(tmp_path):
     trainer.train()
     speeds = [entry["samples_per_second"] for entry in trainer.state.log_history if "samples_per_second" in entry]
     assert len(speeds) == 2 and speeds[1] > len(rows) / 2
+
+
+def test_an_epoch_that_ends_with_an_evaluation_is_logged(tmp_path):
+    rows = build_rows()
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "logging_strategy": "epoch"}
+    trainer = build_trainer(tmp_path, rows, eval_dataset=rows, learning_rate=0.0, **settings)
+    trainer.train()
+    evaluated = next(entry for entry in trainer.state.log_history if "eval_lm_loss" in entry)
+    logged = [entry["lm_loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx([evaluated["eval_lm_loss"]] * 2, rel=1e-5)
+
+
+def test_a_mixture_of_experts_learns_without_its_balance_loss_only_when_told(tmp_path):
+    trainer = build_trainer(tmp_path)
+    config = trainer.model.config.text_config
+    config.router_aux_loss_coef, config.output_router_logits = 0.01, False
+    arguments = {"model": trainer.model, "train_dataset": build_rows(), "processing_class": build_processor()}
+    with pytest.raises(ValueError, match="set `router_aux_loss_coef: 0`"):
+        VTLMMTrainer(args=trainer.args, **arguments)
+    VTLMMTrainer(args=dataclasses.replace(trainer.args, router_aux_loss_coef=0.0), **arguments)
+    assert config.router_aux_loss_coef == 0.0 and not config.output_router_logits
 
 
 def test_the_control_sees_no_visual_loss(tmp_path):

@@ -103,6 +103,10 @@ class VTLMMTrainingConfig(SFTConfig):
         for name, without in (("label_smoothing_factor", 0.0), ("loss_type", "nll"), ("eval_packing", None)):
             if getattr(self, name) != without:
                 raise ValueError(f"`{name}` has no effect on the losses of a stage: leave it out.")
+        if self.router_aux_loss_coef:
+            raise ValueError("`router_aux_loss_coef` can be 0 only: the balance loss is not computed here.")
+        if self.packing and self.max_length is None:
+            raise ValueError("Packing needs `max_length`: the length of a pack.")
         if "paged" in self.optim and (self.use_cpu or not torch.cuda.is_available()):
             raise ValueError(
                 f"`optim: {self.optim}` moves its state between the memories of GPU and CPU and needs CUDA: without "

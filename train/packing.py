@@ -8,14 +8,18 @@ first token is never a target. So the loss is that of the unpacked rows (tested)
 from bisect import bisect_left, insort
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .data_check import check_rows
+
 
 ROW_BY_ROW = "sdpa_row_by_row"
+# Others, as convolutions and linear attention, read on from row to row of a pack
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 # Of the positions of a forward: each layer gets the same tensor, and each look into it would wait for the GPU.
 _lengths = WeakTensorKeyDictionary()
@@ -103,3 +107,47 @@ def pack_dataset(dataset: Dataset, max_length: int) -> Dataset:
         return {"rows": [[dataset[i] for i in pack] for pack in batch["pack"]], "images": [[] for _ in batch["pack"]]}
 
     return Dataset.from_dict({"pack": packs}).with_transform(read)
+
+
+def prepare_packs(model, args, dataset: Dataset, processor) -> Dataset:
+    """
+    Packs of up to `args.max_length` tokens, and a model and settings that go with them: attention row by row, no
+    grouping by length.
+
+    Raises:
+        `ValueError`: for a decoder that does not tell packed rows apart, and for a stream.
+    """
+    others = set(getattr(model.config.text_config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    if others or getattr(model.model.language_model, "_is_stateful", False):
+        raise ValueError(
+            f"Layers that carry a state along ({', '.join(sorted(others)) or 'recurrent'}) do not tell packed rows "
+            "apart: take `packing` out, or set `train_sampling_strategy: group_by_length`."
+        )
+    attention = model.config.text_config._attn_implementation or ""
+    if attention.startswith("flash") and args.per_device_train_batch_size > 1:
+        raise ValueError(
+            "Flash attention tells packed rows apart in a batch of one only: set `per_device_train_batch_size: 1` "
+            "(a pack holds many rows) and a larger `max_length`."
+        )
+    if attention == "sdpa" and getattr(model.config.text_config, "sliding_window", None) is None:
+        model.model.language_model.set_attn_implementation(ROW_BY_ROW)
+    if args.train_sampling_strategy == "group_by_length":
+        args.train_sampling_strategy = "random"  # packs are about equally long
+    return pack_dataset(with_lengths(dataset, processor, args.max_length), args.max_length)
+
+
+def with_lengths(dataset, processor, max_length: int | None):
+    """
+    A dataset, or a `dict` of several, with the column `length` in tokens; checking the data may have made it before.
+
+    Raises:
+        `ValueError`: for a stream.
+    """
+    if dataset is None or isinstance(dataset, dict):
+        named = (dataset or {}).items()
+        return dataset and {name: with_lengths(one, processor, max_length) for name, one in named}
+    if isinstance(dataset, IterableDataset):
+        raise ValueError("Packing and grouping by length need a dataset that is not streamed: lengths must be known.")
+    if "length" in dataset.column_names:
+        return dataset
+    return dataset.add_column("length", check_rows(dataset, processor, max_length, pictures=False).lengths)

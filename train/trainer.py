@@ -18,10 +18,9 @@ from modeling_vtlmm.losses_vtlmm import predicted_positions
 from .card import write_card
 from .collator import VTLMMCollator
 from .config import VTLMMTrainingConfig
-from .data_check import check_rows
 from .feature_cache import VisionFeatureCache, tower_key, undecoded
 from .loss_sums import LossSums, blank_words
-from .packing import ROW_BY_ROW, pack_dataset
+from .packing import prepare_packs, with_lengths
 from .qlora import add_adapter, require_fit
 from .rivals import supervise
 from .stages import describe, set_trainable
@@ -86,6 +85,11 @@ class VTLMMTrainer(SFTTrainer):
         if processing_class is None:
             raise ValueError("Pass the model's processor as `processing_class`: it writes and reads the rows.")
         self.stage = args.resolved_stage()
+        if getattr(model.config.text_config, "router_aux_loss_coef", None) and args.router_aux_loss_coef is None:
+            raise ValueError(
+                "The balance loss of a mixture of experts is not computed here: set `router_aux_loss_coef: 0` to "
+                "train without it."
+            )
         set_seed(args.seed)  # the base class's comes after LoRA's and the VM head's first values
         adapter = kwargs.pop("peft_config", None)
         supervise(model, self.stage.visual_target)
@@ -101,9 +105,10 @@ class VTLMMTrainer(SFTTrainer):
             train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
         packing, args.packing = args.packing, False  # TRL packs texts only and refuses pictures: it is not told
         if packing:
-            train_dataset = self._packed(model, args, train_dataset, processing_class)
+            train_dataset = prepare_packs(model, args, train_dataset, processing_class)
         elif args.train_sampling_strategy == "group_by_length":
-            train_dataset = self._with_lengths(train_dataset, processing_class, args.max_length)
+            train_dataset = with_lengths(train_dataset, processing_class, args.max_length)
+            eval_dataset = with_lengths(eval_dataset, processing_class, args.max_length)
         super().__init__(
             model=learner,
             args=args,
@@ -164,34 +169,6 @@ class VTLMMTrainer(SFTTrainer):
             return []
         source = "lm_head" if args.vm_head_init == "keep" else args.vm_head_init
         return add_candidates(model, args.vm_head_candidates, args.learning_rate, source, args.seed)
-
-    @staticmethod
-    def _packed(model, args, dataset, processor):
-        """Packs of up to `max_length` tokens."""
-        if args.max_length is None:
-            raise ValueError("Packing needs `max_length`: the length of a pack.")
-        attention = model.config.text_config._attn_implementation or ""
-        if attention.startswith("flash") and args.per_device_train_batch_size > 1:
-            raise ValueError(
-                "Flash attention tells packed rows apart in a batch of one only: set `per_device_train_batch_size: 1` "
-                "(a pack holds many rows) and a larger `max_length`."
-            )
-        if attention == "sdpa" and getattr(model.config.text_config, "sliding_window", None) is None:
-            model.model.language_model.set_attn_implementation(ROW_BY_ROW)
-        if args.train_sampling_strategy == "group_by_length":
-            args.train_sampling_strategy = "random"  # packs are about equally long
-        return pack_dataset(VTLMMTrainer._with_lengths(dataset, processor, args.max_length), args.max_length)
-
-    @staticmethod
-    def _with_lengths(dataset, processor, max_length):
-        """`dataset` with its column `length` in tokens, which checking the data before has made already."""
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(
-                "Packing and grouping by length need a dataset that is not streamed: lengths must be known."
-            )
-        if "length" in dataset.column_names:
-            return dataset
-        return dataset.add_column("length", check_rows(dataset, processor, max_length, pictures=False).lengths)
 
     def _cache_vision_features(self, model, datasets) -> VisionFeatureCache | None:
         """The features of all pictures, as training would compute them; the processes share what lacks."""
@@ -369,7 +346,7 @@ class VTLMMTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log. Runs on every process, since the sums are reduced."""
-        if self.model.training and "loss" in logs:
+        if "loss" in logs:  # the logs of training alone, also those of an epoch that ended with an evaluation
             logs.update(self._drain("train"))
         super().log(logs, start_time)
 
@@ -392,7 +369,7 @@ class VTLMMTrainer(SFTTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         output.metrics[f"{metric_key_prefix}_loss"] = loss
         if self.task_scores is not None:
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():  # an adapter's `generate` goes past the forward that has it
                 scores = self.task_scores(self.model)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         self._log_time += time.perf_counter() - started  # no part of how fast training goes
