@@ -152,6 +152,7 @@ def test_one_question_per_row(tmp_path, streaming):
         {"messages": [*system, *TURNS, *TURNS], "images": ["a.png"]},
         {"prompt": [*TURNS, TURNS[0]], "completion": [TURNS[1]]},
         {"messages": [TURNS[0]], "images": ["a.png"]},
+        {"questions": ["here <image> and <image> what ?"], "answers": ["yes"], "image": ["a.png", "a.png"]},
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     config = DataConfig(dataset=str(tmp_path / "rows.json"), one_question_per_row=True, streaming=streaming)
@@ -163,6 +164,7 @@ def test_one_question_per_row(tmp_path, streaming):
         *[(["system: be good", *asked], 1, 0)] * 2,
         (answered("what ?"), 0, 0),
         (asked[:1], 1, 0),
+        (answered("■|■|here and what ?"), 2, 0),
     ]
     assert next(iter(load_rows(config)))["images"][0].size == (8, 6)
 

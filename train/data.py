@@ -236,6 +236,13 @@ def _one_question_per_row(dataset):
     )
 
 
+def _one_text(parts: list[dict]) -> list[dict]:
+    """The texts around a message's pictures as one; what is no text stays, for the check to find."""
+    others = [part for part in parts if part["type"] != "image"]
+    texts = [part["text"] for part in others if isinstance(part["text"], str)]
+    return [{**others[0], "text": " ".join(texts)}] if len(texts) == len(others) > 1 else others
+
+
 def _split_questions(batch: dict) -> dict:
     """The rows of each conversation's answered questions, all of them with its system message and its pictures."""
     found = {name: [] for name in batch}
@@ -246,7 +253,7 @@ def _split_questions(batch: dict) -> dict:
         turns = [
             [
                 *system,
-                {**question, "content": pictures + [p for p in question["content"] if p["type"] != "image"]},
+                {**question, "content": pictures + _one_text(question["content"])},
                 answer,
             ]
             for number, (question, answer) in enumerate(pairwise(messages), 1)
