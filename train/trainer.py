@@ -108,7 +108,11 @@ class VTLMMTrainer(SFTTrainer):
             train_dataset = prepare_packs(model, args, train_dataset, processing_class)
         elif args.train_sampling_strategy == "group_by_length":
             train_dataset = with_lengths(train_dataset, processing_class, args.max_length)
-            eval_dataset = with_lengths(eval_dataset, processing_class, args.max_length)
+            if not isinstance(eval_dataset, IterableDataset):  # a stream is read as it comes
+                eval_dataset = with_lengths(eval_dataset, processing_class, args.max_length)
+        if isinstance(eval_dataset, IterableDataset):
+            # As TRL does for rows to train on: dispatching would cut a batch to as many pictures as it has rows
+            args.accelerator_config.dispatch_batches = False
         super().__init__(
             model=learner,
             args=args,
