@@ -135,6 +135,11 @@ BAD = {
     "no messages": ({"messages": []}, 400, "no messages"),
     "an address": ({"messages": about("http://127.0.0.1:1/a.png")}, 400, "opens no files and no addresses"),
     "a file": ({"messages": about(__file__)}, 400, "opens no files and no addresses"),
+    "a file behind the template": (
+        {"messages": TEXT, "extra_body": {"chat_template_kwargs": {"images": [__file__]}}},
+        400,
+        "`chat_template_kwargs` are not taken",
+    ),
     "a broken picture": ({"messages": about("data:image/png;base64,AAAA")}, 400, "cannot identify image"),
     "no picture": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "not in the request"),
     "sound": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "of type 'input_audio'"),
