@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, TextIteratorStreamer
 
@@ -109,7 +109,7 @@ def open_picture(source) -> Image.Image:
     """
     try:
         with Image.open(source) as picture:
-            return picture.convert("RGB")
+            return ImageOps.exif_transpose(picture).convert("RGB")  # upright, as `datasets` reads a row's
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

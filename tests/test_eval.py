@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS, build_config, build_processor
+from PIL import ExifTags
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 
@@ -25,12 +26,14 @@ from vtlmm.evaluation.answers import (
     answer,
     answer_batch,
     conversation,
+    open_picture,
     picture_key,
     split_turns,
     with_shuffled_images,
 )
 from vtlmm.evaluation.intervals import bootstrap_interval, mcnemar
 from vtlmm.evaluation.report import SAMPLES_FILE, by_kind, score_answers
+from vtlmm.train.data import DataConfig, load_rows
 
 
 NUM_PICTURES, QUESTIONS_PER_PICTURE = 6, 3
@@ -311,6 +314,19 @@ def test_no_question_keeps_its_picture():
         for question, control in zip(questions, shuffled, strict=True):
             assert not set(question["images"]) & set(control["images"])
             assert len(question["images"]) == len(control["images"])
+
+
+def test_a_picture_of_a_phone_is_upright(tmp_path):
+    """As in a row: its pixels lie on their side, and a tag says how to hold it."""
+    picture = PILImage.new("RGB", (8, 4), "red")
+    picture.paste("blue", (0, 0, 4, 4))
+    exif = PILImage.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned clockwise
+    picture.save(tmp_path / "phone.png", exif=exif)
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": "phone.png", "question": "what ?", "answer": "red"}]))
+    (row,) = load_rows(DataConfig(dataset=str(tmp_path / "rows.json")))
+    found = open_picture(tmp_path / "phone.png")
+    assert found.size == (4, 8) and found.tobytes() == row["images"][0].convert("RGB").tobytes()
 
 
 def test_equal_pictures_are_one_picture():
