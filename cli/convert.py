@@ -10,11 +10,14 @@ def add_arguments(parser):
     start.add_argument("--vision-tower", help="the CLIP tower, if not the one that the checkpoint names")
     start.add_argument("--tokenizer", help="the tokenizer, if the checkpoint has none")
     start.add_argument("--chat-template", help="vicuna_v1, mistral or a .jinja file; default: the checkpoint's")
+    start.add_argument(
+        "--pad-to-square", action="store_const", const=True, help="pad pictures, where a llava-hf folder crops them"
+    )
     start.add_argument("--vm-head-init", choices=["lm_head", "input_embeddings", "random"], help="default: lm_head")
 
 
 def run(args) -> int:
-    given = ("vision_tower", "tokenizer", "chat_template", "vm_head_init")
+    given = ("vision_tower", "tokenizer", "chat_template", "pad_to_square", "vm_head_init")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     if args.to == "vtlmm":
         from vtlmm.hub.convert import convert

@@ -77,11 +77,17 @@ def has_marks(template: str) -> bool:
 
 def end_of_turn(template: str, tokenizer) -> str | None:
     """The special token that `template` prints after an answer; None when it prints another text there."""
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in PROBE_MESSAGES]
     try:
         text = _render(template, PROBE_MESSAGES, tokenizer)[0]
+        if PROBE_MESSAGES[1]["content"] not in text:  # a template for messages with pictures
+            text = _render(template, parts, tokenizer)[0]
     except TemplateError:
         return None
-    rest = text.split(PROBE_MESSAGES[1]["content"])[-1].lstrip()
+    _, found, rest = text.partition(PROBE_MESSAGES[1]["content"])
+    if not found:
+        return None
+    rest = rest.lstrip()
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special.update(tokenizer.all_special_tokens)
     return max((token for token in special if rest.startswith(token)), key=len, default=None)

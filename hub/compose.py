@@ -58,6 +58,8 @@ def compose(
     Raises:
         `ValueError`: for a tower or a decoder that does not fit, saying why.
     """
+    if chat_template is not None:
+        load_template(chat_template)  # raises before the parts are loaded
     tower = load_vision_tower(vision, trust_remote_code)
     image_processor = load_image_processor(vision, tower.config, trust_remote_code=trust_remote_code)
     geometry = probe_tower(tower, image_processor, vision_feature_layer)
@@ -119,7 +121,9 @@ def _unusual_head(decoder) -> str | None:
     for name in LOGIT_CHANGES:
         if getattr(decoder.config, name, None) not in (None, 0, 1):
             return f"its config changes the logits (`{name}` is {getattr(decoder.config, name)})"
-    input_ids = torch.arange(3)[None]
+    input_ids, embeddings = torch.arange(3)[None], decoder.get_input_embeddings()
+    if not torch.equal(embeddings(input_ids), embeddings.weight[input_ids]):
+        return "it scales its embeddings, and pseudo image features are mixed of the matrix as it stands"
     logits = decoder(input_ids).logits
     if not torch.allclose(logits, head(decoder.base_model(input_ids).last_hidden_state), rtol=1e-2, atol=1e-2):
         return "its logits are not its head × its last hidden state"

@@ -31,6 +31,7 @@ from .tensors import (
     list_tensors,
     local_folder,
     model_without_weights,
+    refuse_weights,
     resize_vocabulary,
     write_tensors,
 )
@@ -117,6 +118,7 @@ def convert(
     vision_tower: str | None = None,
     tokenizer: str | None = None,
     chat_template: str | None = None,
+    pad_to_square: bool = False,
     vm_head_init: str = "lm_head",
     shard_size: int | str = SHARD_SIZE,
 ):
@@ -137,6 +139,8 @@ def convert(
         tokenizer (`str`, *optional*): Hub id or folder, for the original formats; by default the checkpoint's.
         chat_template (`str`, *optional*): `"vicuna_v1"`, `"mistral"` or a `.jinja` file; by default that of the
             checkpoint's class, or of its processor.
+        pad_to_square (`bool`, *optional*, defaults to `False`): of a LLaVA-1.5 in the llava-hf format, whose folders
+            crop the middle of a picture: pad it, as that model was trained. The original formats say it themselves.
         vm_head_init (`str`, *optional*, defaults to `"lm_head"`): where there is no VM head, see
             [`VTLMMForConditionalGeneration.initialize_vm_head`].
         shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): of a file; most of the memory that it takes.
@@ -144,14 +148,19 @@ def convert(
     Raises:
         `ValueError`: for another format, and for tensors that are missing, of no use or of another shape, all named.
     """
-    folder, output = local_folder(checkpoint), Path(output)
     if vm_head_init not in VM_HEAD_SOURCES:
         raise ValueError(f"`vm_head_init` is {vm_head_init!r}; it must be one of {', '.join(VM_HEAD_SOURCES)}.")
+    if chat_template is not None:
+        load_template(chat_template)  # raises before anything is downloaded
+    refuse_weights(Path(output))
+    folder, output = local_folder(checkpoint), Path(output)
     values = read_config_file(folder)
     if is_llava(values):
         if vision_tower or tokenizer:
             raise ValueError(f"{folder} has its own vision tower and tokenizer: leave out what was given for them.")
-        found = read_llava(folder, values, chat_template)
+        found = read_llava(folder, values, chat_template, pad_to_square)
+    elif pad_to_square:
+        raise ValueError(f"{folder}/config.json says itself whether pictures are padded (`image_aspect_ratio`).")
     else:
         found = read_original(folder, values, vision_tower, tokenizer, chat_template)
 
@@ -243,6 +252,7 @@ def original_config(values: dict, kind: Original, tower: str) -> VTLMMConfig:
     # code read it, and the class has another default than Mistral v0.2.
     known = {*text_class().to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures", "dtype"}
     text_config = text_class(**{key: value for key, value in values.items() if key in known})
+    text_config = part_config(text_config, text_config._name_or_path)
     vision_config = part_config(vision_config_of(tower), tower)
     if vision_config.model_type != "clip_vision_model":
         raise ValueError(f"The vision tower {tower} is a {vision_config.model_type}; the original code has CLIP.")
@@ -259,7 +269,7 @@ def original_config(values: dict, kind: Original, tower: str) -> VTLMMConfig:
     )
 
 
-def read_llava(folder: Path, values: dict, chat_template: str | None) -> Checkpoint:
+def read_llava(folder: Path, values: dict, chat_template: str | None, pad_to_square: bool) -> Checkpoint:
     r"""
     A checkpoint of transformers' llava, whose config.json holds `values`.
 
@@ -283,7 +293,7 @@ def read_llava(folder: Path, values: dict, chat_template: str | None) -> Checkpo
         tie_word_embeddings=llava.tie_word_embeddings,
         visual_vocab_size=before["visual_vocab_size"],
     )
-    processor = _llava_processor(folder, config, chat_template)
+    processor = _llava_processor(folder, config, chat_template, pad_to_square)
     new_ids = {image_token_id, None if processor is None else processor.tokenizer.pad_token_id} - {None}
     new_ids = sorted(i for i in new_ids if i >= config.visual_vocab_size)
     vocabulary = Vocabulary(config.visual_vocab_size, image_token_id, new_ids)
@@ -291,7 +301,9 @@ def read_llava(folder: Path, values: dict, chat_template: str | None) -> Checkpo
     return Checkpoint(config, names, False, vocabulary, before["vocab_size"], processor)
 
 
-def _llava_processor(folder: Path, config: VTLMMConfig, chat_template: str | None) -> VTLMMProcessor | None:
+def _llava_processor(
+    folder: Path, config: VTLMMConfig, chat_template: str | None, pad_to_square: bool
+) -> VTLMMProcessor | None:
     if not (folder / "tokenizer_config.json").is_file():
         logger.info("The checkpoint has no tokenizer, so there is no processor.")
         return None
@@ -307,11 +319,19 @@ def _llava_processor(folder: Path, config: VTLMMConfig, chat_template: str | Non
             "The chat template does not mark answers with their end-of-turn token: it serves for generation; for "
             "training on answers pass `chat_template`, for a LLaVA-1.5 with Vicuna vicuna_v1."
         )
+    image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    if pad_to_square:
+        image_processor = load_image_processor(str(folder), config.vision_config)
+    elif getattr(image_processor, "do_center_crop", False) and not getattr(image_processor, "do_pad", False):
+        logger.warning(
+            "Only the middle of a picture is seen, as the checkpoint's image processor crops it. LLaVA-1.5 was "
+            "trained on pictures padded to a square: `pad_to_square`."
+        )
     strategy = config.vision_feature_select_strategy
     theirs.tokenizer.chat_template = template
     pad_left(theirs.tokenizer)
     return VTLMMProcessor(
-        AutoImageProcessor.from_pretrained(folder, backend="pil"),
+        image_processor,
         theirs.tokenizer,
         # older folders do not say it
         patch_size=theirs.patch_size or config.vision_config.patch_size,

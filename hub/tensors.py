@@ -205,6 +205,17 @@ def resize_vocabulary(tensors: dict, model: VTLMMForConditionalGeneration, num_r
         model.config.text_config.vocab_size = num_rows
 
 
+def refuse_weights(output: Path) -> None:
+    """
+    Raises:
+        `ValueError`: when the folder has weights already; what is loaded from there must be one checkpoint's.
+    """
+    files = output.iterdir() if output.is_dir() else ()
+    present = sorted(file.name for file in files if re.search(r"\.(safetensors|bin|index\.json)$", file.name))
+    if present:
+        raise ValueError(f"{output} has weights already ({', '.join(present)}): remove them or take another folder.")
+
+
 def write_tensors(tensors: dict, output: Path, shard_size: int | str):
     r"""
     Write `tensors` as safetensors into `output`: one file, or shards with their index.
@@ -212,16 +223,8 @@ def write_tensors(tensors: dict, output: Path, shard_size: int | str):
     Args:
         tensors (`dict`): names to [`StoredTensor`] or `torch.Tensor`.
         shard_size (`int` or `str`): bytes of a shard at most, unless one tensor alone is larger.
-
-    Raises:
-        `ValueError`: when the folder has weights already; what is loaded from there must be one checkpoint's.
     """
     output.mkdir(parents=True, exist_ok=True)
-    present = sorted(
-        file.name for file in output.iterdir() if re.search(r"\.(safetensors|bin|index\.json)$", file.name)
-    )
-    if present:
-        raise ValueError(f"{output} has weights already ({', '.join(present)}): remove them or take another folder.")
     metas = {name: tensor.meta if isinstance(tensor, StoredTensor) else tensor for name, tensor in tensors.items()}
     split = split_torch_state_dict_into_shards(metas, max_shard_size=shard_size)
     for file_name, shard in split.filename_to_tensors.items():

@@ -21,6 +21,7 @@ from .tensors import (
     list_tensors,
     local_folder,
     model_without_weights,
+    refuse_weights,
     resize_vocabulary,
     their_name,
     write_tensors,
@@ -50,6 +51,7 @@ def write_twin(checkpoint: str | Path, output: str | Path, *, shard_size: int | 
         `ValueError`: for a model that stock llava cannot express, with the reason; and for tensors that are missing,
         of no use or of another shape, all named.
     """
+    refuse_weights(Path(output))
     folder, output = local_folder(checkpoint), Path(output)
     model_type = read_config_file(folder).get("model_type")
     if model_type != VTLMMConfig.model_type:

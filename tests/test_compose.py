@@ -355,6 +355,7 @@ REFUSED = {
     "phi": ({}, "head has a bias"),
     "cohere": ({}, r"`logit_scale` is 0\.0625"),
     "gemma2": ({"head_dim": 8, "num_key_value_heads": 2}, "final_logit_softcapping"),
+    "gemma": ({"head_dim": 8, "num_key_value_heads": 2}, "it scales its embeddings"),
     "granite": ({"logits_scaling": 8.0}, "logits_scaling"),
 }
 

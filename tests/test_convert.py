@@ -336,7 +336,22 @@ def test_nothing_is_written_over_or_between_other_weights(copy):
     before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
     with pytest.raises(ValueError, match=r"has weights already \(model\.safetensors\)"):
         convert(checkpoint, checkpoint)
+    with pytest.raises(ValueError, match="has weights already"):
+        convert("nobody/has-this", checkpoint)  # before anything is downloaded
+    with pytest.raises(ValueError, match="vicuna_v1 or mistral"):
+        convert("nobody/has-this", checkpoint / "out", chat_template="vicuna")
     assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("/home/alice/vicuna", False), ("../checkpoints/vicuna", False), ("lmsys/vicuna-7b-v1.5", True)]
+)
+def test_no_path_of_another_machine_is_kept(copy, tmp_path, name, kept):
+    checkpoint = copy()
+    values = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**values, "_name_or_path": name}))
+    convert(checkpoint, tmp_path / "out")
+    assert (name in (tmp_path / "out/config.json").read_text()) is kept
 
 
 def test_shards(llama, tmp_path):

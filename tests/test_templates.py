@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from modeling_vtlmm import VTLMMProcessor
-from vtlmm.hub.chat_templates import TEMPLATE_NAMES, _read, add_images_and_marks, load_template
+from vtlmm.hub.chat_templates import TEMPLATE_NAMES, _read, add_images_and_marks, end_of_turn, load_template
 
 
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the image?"}]}
@@ -207,6 +207,15 @@ def test_a_template_that_has_marks_gets_the_image_block_only(tokenizer):
     assert add_images_and_marks(marked, tokenizer) == _read("image_block") + marked
 
 
+def test_the_end_of_a_turn_is_what_follows_the_answer(tokenizer):
+    """Not what the conversation begins with, where a template prints messages in parts only."""
+    parts = "{% for part in message['content'] if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    loop = "{% for message in messages %}{{ message.role }}: " + parts + " END{% endfor %}"
+    assert end_of_turn("{{ bos_token }}" + loop.replace(" END", "{{ ' ' }}"), tokenizer) is None
+    assert end_of_turn("{{ bos_token }}" + loop.replace(" END", "{{ eos_token }}"), tokenizer) == tokenizer.eos_token
+    assert end_of_turn("{{ bos_token }}", tokenizer) is None
+
+
 def test_answers_that_cannot_be_marked_are_said(tokenizer):
     plain = "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
     with pytest.warns(UserWarning, match="no special token follows an answer"):
@@ -214,7 +223,8 @@ def test_answers_that_cannot_be_marked_are_said(tokenizer):
     expected = "user: <image>\nWhat is in the image?\nassistant: A boat.\n"
     assert text_of(adapted, TWO_TURNS[:2], tokenizer) == expected
 
-    upper = CHATML.replace("message['content']", "message['content'] | upper")
+    later = "(message['content'] if loop.index < 3 else message['content'] | upper)"
+    upper = CHATML.replace("message['content']", later)
     with pytest.warns(UserWarning, match="the marks do not cover the answers"):
         add_images_and_marks(upper, tokenizer)
 

@@ -325,9 +325,17 @@ def test_the_processor_of_a_llava(llava, tmp_path, caplog, mark):
     generation = GenerationConfig.from_pretrained(tmp_path / "vtlmm")
     assert generation.suppress_tokens == [image_token_id] and generation.pad_token_id == tokenizer.pad_token_id
 
+    assert "Only the middle of a picture is seen" in caplog.text
+
+    caplog.clear()
     command = ["convert", str(folder), "--output", str(tmp_path / "named"), "--chat-template", "vicuna_v1"]
-    assert main(command) == 0
-    assert VTLMMProcessor.from_pretrained(tmp_path / "named").chat_template == load_template("vicuna_v1")
+    assert main([*command, "--pad-to-square"]) == 0 and "Only the middle" not in caplog.text
+    named = VTLMMProcessor.from_pretrained(tmp_path / "named")
+    assert named.chat_template == load_template("vicuna_v1") and named.image_processor.do_pad
+    wide = Image.new("RGB", (56, 28), "red")
+    wide.paste("blue", (0, 0, 10, 28))  # at the side, which the crop takes away
+    cropped, padded = (p.image_processor(wide, return_tensors="pt")["pixel_values"][0] for p in (processor, named))
+    assert cropped.shape == padded.shape and cropped.std(dim=(1, 2)).max() < 1e-3 < padded.std(dim=(1, 2)).min()
     assert main([*command, "--tokenizer", "x"]) == 1 and main([*command, "--to", "llava"]) == 1
 
 
