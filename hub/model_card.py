@@ -66,6 +66,7 @@ def write_card(
     """
     folder = Path(folder)
     path = folder / CARD_FILE
+    check_files(results, pictures)
     _add_pictures(folder, pictures)
     _add_results(folder, results)
     tables = [_read_results(file) for file in sorted(folder.glob(f"{RESULTS_FOLDER}/*.json"))]
@@ -152,10 +153,20 @@ def license_text() -> str | None:
     return next(filter(None, texts), None)
 
 
+def check_files(results: list[str | Path] = (), pictures: list[str | Path] = ()) -> None:
+    """
+    Raises:
+        `ValueError`: when one of what is to go into a card is none.
+    """
+    for file in map(Path, results):
+        _read_results(file)
+    for file in map(Path, pictures):
+        if file.suffix != ".png" or not file.is_file():
+            raise ValueError(f"{file} is no PNG: pass one, such as `vtlmm tokens` writes.")
+
+
 def _add_pictures(folder: Path, pictures: list[str | Path]) -> None:
     for file in map(Path, pictures):
-        if file.suffix != ".png":
-            raise ValueError(f"{file} is no PNG: pass one, such as `vtlmm tokens` writes.")
         if file.resolve().parent != folder.resolve():
             shutil.copy(file, folder)
 
@@ -303,9 +314,11 @@ def _write_eval_results(folder: Path, tables: list[dict]) -> None:
     """One file for each data set of the Hub that was taken whole: its page can show the results too."""
     entries = {}
     for table in tables:
-        if is_hub_id(table["data"]) and not table.get("subset"):
+        # what was trained on is no result of the data set
+        if is_hub_id(table["data"]) and not table.get("subset") and table.get("split") != "train":
             blind = table["all"].get("blind")
-            notes = f"scorer {table['scorer']}" + ("" if blind is None else f"; shuffled pictures: {blind:.4f}")
+            notes = ", ".join(f"{name} {table[name]}" for name in ("split", "scorer") if table.get(name))
+            notes += "" if blind is None else f"; shuffled pictures: {blind:.4f}"
             entry = EvalResultEntry(table["data"], "default", round(table["all"]["score"], 4), notes=notes)
             entries.setdefault(table["data"], []).append(entry)
     for data, of_data in entries.items():

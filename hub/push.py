@@ -1,6 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """A folder to the Hub: its card and recorded logits, then `vtlmm verify`, then one commit with everything."""
 
+import glob
 import json
 import logging
 import shutil
@@ -19,6 +20,7 @@ from .model_card import (
     LICENSE_FILE,
     RESULTS_FOLDER,
     RUN_RECORD,
+    check_files,
     is_generated,
     license_text,
     write_card,
@@ -77,9 +79,10 @@ def push(
             "Nothing says under which licence the weights are: pass `license` (`--license apache-2.0`), or write "
             f"`license:` into the front matter of a {CARD_FILE} of your own."
         )
+    check_files(card.get("results", ()), card.get("pictures", ()))
     if not dry_run:
         with hub_errors(repo_id):
-            HfApi().whoami()  # a wrong token now, not after minutes; and told apart from a repository it may not see
+            _check_account(repo_id, tag)  # now, not after minutes
     if form not in (None, "adapter"):
         with tempfile.TemporaryDirectory() as place:
             _make_form(form, folder, Path(place, form))
@@ -100,6 +103,16 @@ def push(
         with hub_errors(repo_id, revision):
             print(_upload(folder, repo_id, private, revision, tag))
     return report
+
+
+def _check_account(repo_id: str, tag: str | None) -> None:
+    """A wrong token is told apart from a repository that it may not see."""
+    api = HfApi()
+    token = api.whoami().get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        raise ValueError("Your token may read only: make one that may write, and run `hf auth login` with it.")
+    if tag is not None and api.repo_exists(repo_id) and tag in [ref.name for ref in api.list_repo_refs(repo_id).tags]:
+        raise ValueError(f"{repo_id} has a tag {tag} already: choose another.")
 
 
 def record_logits(folder: Path) -> None:
@@ -151,6 +164,8 @@ def _upload(folder: Path, repo_id: str, private: bool | None, revision: str | No
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     files, replaced = published_files(folder), list(REPLACED)
+    if "adapter_config.json" not in files:  # of an earlier push: a folder with one is loaded as an adapter
+        replaced += ["adapter_config.json"]
     there = {file: _read_on_hub(api, repo_id, file, revision) for file in (CARD_FILE, LICENSE_FILE)}
     written = CARD_MARK in (folder / CARD_FILE).read_text(encoding="utf-8")
     if written and there[CARD_FILE] is not None and not is_generated(there[CARD_FILE]):
@@ -163,7 +178,7 @@ def _upload(folder: Path, repo_id: str, private: bool | None, revision: str | No
         folder_path=folder,
         revision=revision,
         commit_message="Upload with vtlmm push",
-        allow_patterns=files,
+        allow_patterns=[glob.escape(file) for file in files],
         ignore_patterns=LEFT_OUT,
         delete_patterns=replaced,
     )

@@ -167,6 +167,9 @@ def push_twin(merged: Path) -> None:
     with only_looked_at():
         FACTS["push under a card"] = vtlmm("push", merged, f"{USER}/twin", "--twin", "--license", "mit")
     FACTS["card stays"] = files("twin")["README.md"] == mine
+    with only_looked_at():
+        FACTS["whole over adapter"] = vtlmm("push", merged, f"{USER}/adapter", "--license", "mit")
+    FACTS["files of whole over adapter"] = sorted(files("adapter"))
 
 
 def push_nf4(start: Path) -> None:
@@ -175,6 +178,13 @@ def push_nf4(start: Path) -> None:
     with only_looked_at():
         FACTS["nf4"] = vtlmm(*publish, "--tag", "v4")
         FACTS["second nf4"] = vtlmm(*publish)
+        FACTS["tag again"] = vtlmm(*publish, "--tag", "v4")
+        (start / "results.json").write_text("{}")
+        FACTS["no results"] = vtlmm(*publish, "--results", start / "results.json")
+        (start / "results.json").unlink()
+        HUB.role = "read"
+        FACTS["read-only token"] = vtlmm(*publish)
+        HUB.role = "write"
         FACTS["int8"] = vtlmm("push", start, f"{USER}/int8", "--int8", "--license", "mit", "--dry-run")
     FACTS["files of nf4"] = sorted(files("nf4"))
     FACTS["card of nf4"] = files("nf4")["README.md"].decode()

@@ -52,6 +52,7 @@ class LoopbackHub:
 
     def __init__(self):
         self.repositories, self.large_files, self.requests, self.refuse = {}, {}, [], None
+        self.role = "write"  # of the token
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -107,7 +108,8 @@ class LoopbackHub:
             return {}, b""
         if path == "/api/whoami-v2":
             self.need_token()
-            return {}, {"type": "user", "name": USER, "orgs": []}
+            token = {"displayName": "a token", "role": self.role}
+            return {}, {"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": token}}
         if path == "/api/validate-yaml":
             return {}, {"errors": [], "warnings": []}
         if path == "/api/repos/create":

@@ -51,8 +51,8 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def write_results(path, data: str, subset: str | None = None, scorer: str = "exact"):
-    values = {"model": "/home/me/model", "data": data, "split": "test", "subset": subset, "scorer": scorer}
+def write_results(path, data: str, subset: str | None = None, scorer: str = "exact", split: str = "test"):
+    values = {"model": "/home/me/model", "data": data, "split": split, "subset": subset, "scorer": scorer}
     path.write_text(json.dumps({**values, "kinds": [{"kind": "count", **LINE}, {"kind": "all", **LINE}]}))
     return path
 
@@ -62,8 +62,10 @@ def test_a_card_says_what_was_done_and_measured(folder, tmp_path):
         write_results(tmp_path / "a.json", "someone/questions"),
         write_results(tmp_path / "b.json", "/home/me/rows.json", "the first 40 of 90 rows"),
     ]
-    (tmp_path / "patches.png").write_bytes(b"")
-    write_card(folder, "me/model", license="llama2", results=results, pictures=[tmp_path / "patches.png"])
+    pictures = [tmp_path / "patches.png", tmp_path / "0_row 3, picture 1.png"]
+    for picture in pictures:
+        picture.write_bytes(b"")
+    write_card(folder, "me/model", license="llama2", results=results, pictures=pictures)
     card = ModelCard.load(folder / "README.md")
     data = card.data.to_dict()
     index = data.pop("model-index")
@@ -84,6 +86,7 @@ def test_a_card_says_what_was_done_and_measured(folder, tmp_path):
     assert "| count | 40 | 75.0% | 60.0% – 90.0% | 25.0% | 10.0% – 40.0% |" in card.text
     assert "hf_SECRET" not in card.text  # old records have it
     assert "SUBSET: the first 40 of 90 rows" in card.text and "![patches.png](patches.png)" in card.text
+    assert "](0_row%203%2C%20picture%201.png)" in card.text
     assert '"revision": "…"' in card.text and "inproceedings{peng2024multimodal" in card.text
     published = [card.text, *(file.read_text() for file in (folder / "results").iterdir())]
     assert len(published) == 3 and not any("/home/me" in text for text in published)
@@ -103,7 +106,12 @@ def test_results_do_not_replace_each_other(folder, tmp_path):
     scored = [write_results(tmp_path / f"{name}.json", "someone/set", scorer=name) for name in ("exact", "vqa")]
     write_card(folder, "me/model", license="mit", results=scored)
     entries = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results/someone_set.yaml").read_text()))
-    assert [entry.notes.partition(";")[0] for entry in entries] == ["scorer exact", "scorer vqa"]
+    notes = [entry.notes.partition(";")[0] for entry in entries]
+    assert notes == ["split test, scorer exact", "split test, scorer vqa"]
+    trained_on = write_results(tmp_path / "d.json", "someone/other", split="train")
+    write_card(folder, "me/model", license="mit", results=[trained_on])
+    assert "split train" in (folder / "README.md").read_text()
+    assert not (folder / ".eval_results/someone_other.yaml").exists()  # it would stand on the data set's leaderboard
     other = write_results(tmp_path / "c.json", "/home/me/two/test.parquet")
     with pytest.raises(ValueError, match="Two of the results would be one file"):
         write_card(folder, "me/model", license="mit", results=[whole, other])

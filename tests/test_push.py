@@ -108,6 +108,9 @@ def test_the_decoder_in_4_bits(facts):
     assert (data["base_model"], data["base_model_relation"]) == (["somebody/whole"], "quantized")
     assert "pip install bitsandbytes" in facts["card of nf4"] and "convert" not in facts["card of nf4"]
     assert facts["int8"]["code"] == 0 and "108,128 parameters: complete" in facts["int8"]["out"]
+    assert_refused(facts["tag again"], "has a tag v4 already")
+    assert_refused(facts["no results"], "holds no results")
+    assert_refused(facts["read-only token"], "may read only")
     assert_refused(facts["verify without trust"], "runs the code in it", "--trust-remote-code")
     assert facts["verify"]["code"] == 0
     assert "16 files, 0.0002" in facts["verify"]["out"] and " GB, 108,128 parameters" in facts["verify"]["out"]
@@ -121,6 +124,9 @@ def test_the_twin_of_a_merged_adapter(facts):
     assert set(facts["files of twin"]) == REST | ADDED | stock
     assert "trust_remote_code" not in facts["card of twin"] and "(curves.png)" in facts["card of twin"]
     assert facts["push under a card"]["code"] == 0 and facts["card stays"]
+    whole = set(facts["files of whole over adapter"])  # with one of an adapter's it would be loaded as one
+    assert facts["whole over adapter"]["code"] == 0
+    assert "model.safetensors" in whole and not any(name.startswith("adapter_") for name in whole)
 
 
 def test_an_adapter(facts):
