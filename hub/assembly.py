@@ -37,9 +37,10 @@ def require_native(model, name: str):
         )
 
 
-def part_config(config, name: str):
+def part_config(config, name: str | None):
     """The config of a part from checkpoint `name` as the model keeps it, without what says nothing there."""
-    if Path(name).is_dir() or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
+    name = name or ""
+    if Path(name).is_dir() or name.startswith(("/", ".", "~")) or name.count("/") > 1 or set(name) & set("\\:"):
         config._name_or_path = ""  # a folder of this machine, or of the one that the checkpoint comes from
     config.num_labels = 2  # a classifier's list of labels: a thousand lines for ImageNet
     return config

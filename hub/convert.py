@@ -304,6 +304,8 @@ def read_llava(folder: Path, values: dict, chat_template: str | None, pad_to_squ
 def _llava_processor(
     folder: Path, config: VTLMMConfig, chat_template: str | None, pad_to_square: bool
 ) -> VTLMMProcessor | None:
+    if pad_to_square and config.vision_config.model_type != "clip_vision_model":
+        raise ValueError(f"{folder}: a {config.vision_config.model_type} sees the whole picture: no `pad_to_square`.")
     if not (folder / "tokenizer_config.json").is_file():
         logger.info("The checkpoint has no tokenizer, so there is no processor.")
         return None

@@ -70,7 +70,7 @@ def write_card(
     _add_pictures(folder, pictures)
     _add_results(folder, results)
     tables = [_read_results(file) for file in sorted(folder.glob(f"{RESULTS_FOLDER}/*.json"))]
-    _write_eval_results(folder, tables)
+    _write_eval_results(folder, [table for table in tables if _of_data_set(table)])
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     if before and not is_generated(before):
         return
@@ -105,9 +105,10 @@ def write_card(
 
 
 def front_matter(form, repo_id, license, base_models, runs, tables) -> ModelCardData:
-    """What the Hub reads: see [`ModelCardData`]. A subset of a data set gives no result there, only in the text."""
+    """What the Hub reads: see [`ModelCardData`]. Parts of a data set and training data give no result there, only in
+    the text."""
     datasets = dict.fromkeys(run["settings"].get("dataset") for run in runs)
-    whole = [table for table in tables if not table.get("subset")]
+    whole = [table for table in tables if _of_data_set(table)]
     return ModelCardData(
         license=license,
         library_name="peft" if form == ADAPTER else "transformers",
@@ -310,12 +311,17 @@ def _eval_results(table: dict) -> list[EvalResult]:
     ]
 
 
+def _of_data_set(table: dict) -> bool:
+    """Whether a score is one on the data set: of all of a split, and not of what one trains on."""
+    split = table.get("split") or ""
+    return not table.get("subset") and "[" not in split and split != "train"
+
+
 def _write_eval_results(folder: Path, tables: list[dict]) -> None:
-    """One file for each data set of the Hub that was taken whole: its page can show the results too."""
+    """One file for each data set of the Hub: its page can show the results too."""
     entries = {}
     for table in tables:
-        # what was trained on is no result of the data set
-        if is_hub_id(table["data"]) and not table.get("subset") and table.get("split") != "train":
+        if is_hub_id(table["data"]):
             blind = table["all"].get("blind")
             notes = ", ".join(f"{name} {table[name]}" for name in ("split", "scorer") if table.get(name))
             notes += "" if blind is None else f"; shuffled pictures: {blind:.4f}"

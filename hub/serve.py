@@ -52,7 +52,7 @@ class ReadsPicturesFromRequests:
         super()._validate_request(body)
         if not (body.get("messages") or body.get("input") or body.get("previous_response_id")):
             raise ValueError("The request has no messages.")
-        if body.get("chat_template_kwargs"):  # they would reach the processor too, whose `images` may be files
+        if "chat_template_kwargs" in body:  # they would reach the processor too, whose `images` may be files
             raise ValueError("`chat_template_kwargs` are not taken: the chat template is the model's own.")
 
     @staticmethod

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import WORDS, build_processor
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
 from vtlmm.hub.chat_templates import load_template
@@ -304,6 +304,25 @@ def test_a_token_that_ends_after_the_mark_is_no_target():
     assert words == ["▁USER", "▁:", "▁what", "▁ASSISTANT", "▁:", "▁red", "</s>"] * 2 + ["▁"]
     targets = [word for word, is_target in zip(words, supervised, strict=True) if is_target]
     assert targets == ["▁red", "</s>", "▁red", "</s>", "▁"]
+
+
+def test_an_end_of_turn_that_takes_the_line_break_behind_it_is_a_target():
+    """As Phi-3's: its token reaches over the mark."""
+    own = build_processor()
+    own.tokenizer.add_special_tokens({"eos_token": AddedToken("<|end|>", rstrip=True, special=True)})
+    own.chat_template = own.chat_template.replace("{% endgeneration %}{{ ' ' }}", "{% endgeneration %}{{ '\n' }}")
+    VTLMMCollator(own)
+    input_ids, supervised = encode_messages(own, ROWS[1]["messages"])
+    assert (input_ids[supervised] == own.tokenizer.eos_token_id).sum() == 3
+
+
+def test_words_that_the_tokenizer_lacks_are_no_end_of_turn():
+    own = build_processor()
+    words = {word: i for word, i in own.tokenizer.get_vocab().items() if word != "answer"}
+    own.tokenizer.backend_tokenizer.model = models.WordLevel(words, unk_token="<unk>")
+    own.chat_template = own.chat_template.replace(" + eos_token", "")
+    with pytest.raises(ValueError, match="no end-of-turn token"):
+        VTLMMCollator(own)
 
 
 def test_dataloader_workers(processor):

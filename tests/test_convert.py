@@ -344,7 +344,13 @@ def test_nothing_is_written_over_or_between_other_weights(copy):
 
 
 @pytest.mark.parametrize(
-    ("name", "kept"), [("/home/alice/vicuna", False), ("../checkpoints/vicuna", False), ("lmsys/vicuna-7b-v1.5", True)]
+    ("name", "kept"),
+    [
+        ("/home/alice/vicuna", False),
+        ("../checkpoints/vicuna", False),
+        ("C:/vicuna", False),
+        ("lmsys/vicuna-7b-v1.5", True),
+    ],
 )
 def test_no_path_of_another_machine_is_kept(copy, tmp_path, name, kept):
     checkpoint = copy()

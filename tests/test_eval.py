@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS, build_config, build_processor
+from datasets import Dataset, List
+from datasets import Image as ImageFeature
 from PIL import ExifTags
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
@@ -33,6 +35,7 @@ from vtlmm.evaluation.answers import (
 )
 from vtlmm.evaluation.intervals import bootstrap_interval, mcnemar
 from vtlmm.evaluation.report import SAMPLES_FILE, by_kind, score_answers
+from vtlmm.evaluation.run import read_questions
 from vtlmm.train.data import DataConfig, load_rows
 
 
@@ -291,6 +294,9 @@ def test_what_a_row_gives_goes_before_its_question(processor):
     (given,) = split_turns([{**row, "num_context_messages": 4}])  # a prompt with an answer in it, and a completion
     assert [m["role"] for m in given["before"]] == ["system", "user", "assistant"]
     assert [m["role"] for m in conversation(given)] == ["system", "user", "assistant", "user"]
+    rows = Dataset.from_list([{**row, "images": [], "num_context_messages": n} for n in (0, 4)])
+    questions, _ = read_questions(rows.cast_column("images", List(ImageFeature())))
+    assert [len(question["before"]) for question in questions] == [1, 1, 3]
     (plain,) = split_turns([{"messages": messages[1:3], "images": ["a"]}])
     assert "before" not in plain
 

@@ -108,9 +108,11 @@ def test_results_do_not_replace_each_other(folder, tmp_path):
     entries = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results/someone_set.yaml").read_text()))
     notes = [entry.notes.partition(";")[0] for entry in entries]
     assert notes == ["split test, scorer exact", "split test, scorer vqa"]
-    trained_on = write_results(tmp_path / "d.json", "someone/other", split="train")
-    write_card(folder, "me/model", license="mit", results=[trained_on])
-    assert "split train" in (folder / "README.md").read_text()
+    for split in ("train", "test[:50]"):
+        table = write_results(tmp_path / "d.json", "someone/other", split=split)
+        write_card(folder, "me/model", license="mit", results=[table])
+        card = ModelCard.load(folder / "README.md")
+        assert f"split {split}" in card.text and "someone/other" not in str(card.data.to_dict())
     assert not (folder / ".eval_results/someone_other.yaml").exists()  # it would stand on the data set's leaderboard
     other = write_results(tmp_path / "c.json", "/home/me/two/test.parquet")
     with pytest.raises(ValueError, match="Two of the results would be one file"):

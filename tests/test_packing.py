@@ -110,8 +110,11 @@ def test_rows_to_evaluate_are_grouped_too(tmp_path):
     )
     assert named.evaluate()["eval_one_lm_loss"] == pytest.approx(grouped.evaluate()["eval_lm_loss"])
     stream = build_rows(seed=1).to_iterable_dataset()
-    streamed = build_trainer(tmp_path, eval_dataset=stream, train_sampling_strategy="group_by_length", max_length=50)
-    assert streamed.evaluate()["eval_lm_loss"] == pytest.approx(grouped.evaluate()["eval_lm_loss"])
+    settings = {"train_sampling_strategy": "group_by_length", "max_length": 50}
+    for dataset, metric in ((stream, "eval_lm_loss"), ({"one": stream}, "eval_one_lm_loss")):
+        streamed = build_trainer(tmp_path, eval_dataset=dataset, **settings)
+        assert streamed.evaluate()[metric] == pytest.approx(grouped.evaluate()["eval_lm_loss"])
+    assert grouped.evaluate(stream)["eval_lm_loss"] == pytest.approx(grouped.evaluate()["eval_lm_loss"])
 
 
 @pytest.mark.parametrize("layers", [["conv", "full_attention"], ["linear_attention", "full_attention"], None])

@@ -140,6 +140,11 @@ BAD = {
         400,
         "`chat_template_kwargs` are not taken",
     ),
+    "nothing behind the template": (
+        {"messages": TEXT, "extra_body": {"chat_template_kwargs": None}},
+        400,
+        "`chat_template_kwargs` are not taken",
+    ),
     "a broken picture": ({"messages": about("data:image/png;base64,AAAA")}, 400, "cannot identify image"),
     "no picture": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "not in the request"),
     "sound": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "of type 'input_audio'"),

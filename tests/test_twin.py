@@ -336,6 +336,10 @@ def test_the_processor_of_a_llava(llava, tmp_path, caplog, mark):
     wide.paste("blue", (0, 0, 10, 28))  # at the side, which the crop takes away
     cropped, padded = (p.image_processor(wide, return_tensors="pt")["pixel_values"][0] for p in (processor, named))
     assert cropped.shape == padded.shape and cropped.std(dim=(1, 2)).max() < 1e-3 < padded.std(dim=(1, 2)).min()
+    values["vision_config"]["model_type"] = "siglip_vision_model"
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="siglip_vision_model sees the whole picture"):
+        convert(folder, tmp_path / "siglip", pad_to_square=True)
     assert main([*command, "--tokenizer", "x"]) == 1 and main([*command, "--to", "llava"]) == 1
 
 

@@ -44,6 +44,7 @@ def require_end_of_turn(processor) -> None:
         return  # a template may want other conversations than this one; the rows will tell
     tokens = processor.tokenizer.added_tokens_decoder
     special = {*processor.tokenizer.all_special_ids, *(i for i, token in tokens.items() if token.special)}
+    special -= {processor.tokenizer.unk_token_id}  # the probe's words, to a tokenizer that does not know them
     if not special & set(input_ids[supervised].tolist()):
         raise ValueError(
             "The processor's chat template marks answers that have no end-of-turn token, so a model trained on them "
@@ -98,8 +99,9 @@ def encode_messages(processor, messages: list[dict], num_context_messages: int =
     supervised = torch.zeros_like(input_ids, dtype=torch.bool)
     for index, (start, end) in zip(answers, spans, strict=True):
         if index >= num_context_messages:
-            # The first token may begin before the mark, with a space; one that ends after it is of the next turn
-            supervised |= (token_starts < end) & (token_ends > start) & (token_ends <= end)
+            # A token may have a space before the mark or behind it; one that ends after that is of the next turn
+            stop = len(text) - len(text[end:].lstrip())
+            supervised |= (token_starts < end) & (token_ends > start) & (token_ends <= stop)
     return input_ids, supervised & (input_ids != processor.image_token_id)
 
 

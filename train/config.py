@@ -51,7 +51,8 @@ class VTLMMTrainingConfig(SFTConfig):
     > `remove_unused_columns` (`False`), `hub_strategy` (`"end"`).
 
     Raises:
-        `ValueError`: for a stage that does not exist or cannot learn, and for a paged optimizer without CUDA.
+        `ValueError`: for a stage that does not exist or cannot learn, packing without `max_length`, a paged optimizer
+            without CUDA, and settings that would have no effect.
     """
 
     learning_rate: float | None = field(

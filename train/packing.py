@@ -115,7 +115,7 @@ def prepare_packs(model, args, dataset: Dataset, processor) -> Dataset:
     grouping by length.
 
     Raises:
-        `ValueError`: for a decoder that does not tell packed rows apart, and for a stream.
+        `ValueError`: for a decoder that does not tell packed rows apart.
     """
     others = set(getattr(model.config.text_config, "layer_types", None) or ()) - ATTENTION_LAYERS
     if others or getattr(model.model.language_model, "_is_stateful", False):
@@ -139,15 +139,11 @@ def prepare_packs(model, args, dataset: Dataset, processor) -> Dataset:
 def with_lengths(dataset, processor, max_length: int | None):
     """
     A dataset, or a `dict` of several, with the column `length` in tokens; checking the data may have made it before.
-
-    Raises:
-        `ValueError`: for a stream.
+    A stream stays as it is.
     """
     if dataset is None or isinstance(dataset, dict):
         named = (dataset or {}).items()
         return dataset and {name: with_lengths(one, processor, max_length) for name, one in named}
-    if isinstance(dataset, IterableDataset):
-        raise ValueError("Packing and grouping by length need a dataset that is not streamed: lengths must be known.")
-    if "length" in dataset.column_names:
+    if isinstance(dataset, IterableDataset) or "length" in dataset.column_names:
         return dataset
     return dataset.add_column("length", check_rows(dataset, processor, max_length, pictures=False).lengths)

@@ -46,7 +46,7 @@ class VTLMMTrainer(SFTTrainer):
 
     Raises:
         `ValueError`: when the model is no VT-LMM, or a resumed checkpoint lacks a tensor; for `task_scores` of a model
-            that is sharded.
+            that is sharded, and for a mixture of experts whose balance loss was not given up.
     """
 
     _tag_names = ["trl", "sft", "vt-lmm"]
@@ -104,15 +104,18 @@ class VTLMMTrainer(SFTTrainer):
         if args.cache_image_features:
             train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
         packing, args.packing = args.packing, False  # TRL packs texts only and refuses pictures: it is not told
+        grouped = not packing and args.train_sampling_strategy == "group_by_length"
+        if (packing or grouped) and isinstance(train_dataset, IterableDataset):
+            raise ValueError(
+                "Packing and grouping by length need a dataset that is not streamed: lengths must be known."
+            )
         if packing:
             train_dataset = prepare_packs(model, args, train_dataset, processing_class)
-        elif args.train_sampling_strategy == "group_by_length":
+        elif grouped:
             train_dataset = with_lengths(train_dataset, processing_class, args.max_length)
-            if not isinstance(eval_dataset, IterableDataset):  # a stream is read as it comes
-                eval_dataset = with_lengths(eval_dataset, processing_class, args.max_length)
-        if isinstance(eval_dataset, IterableDataset):
-            # As TRL does for rows to train on: dispatching would cut a batch to as many pictures as it has rows
-            args.accelerator_config.dispatch_batches = False
+            eval_dataset = with_lengths(eval_dataset, processing_class, args.max_length)
+        # Of a stream accelerate would cut each batch to as many pictures as rows; TRL thinks of training rows only
+        args.accelerator_config.dispatch_batches = False
         super().__init__(
             model=learner,
             args=args,
@@ -128,7 +131,7 @@ class VTLMMTrainer(SFTTrainer):
             raise ValueError("A sharded model does not answer questions here: take `eval_task_data` out.")
         for parameter, values in learning.items():
             parameter.data = values.to(parameter.device)
-        if isinstance(eval_dataset, IterableDataset) and self.accelerator.num_processes > 1:
+        if any(isinstance(one, IterableDataset) for one in datasets[1:]) and self.accelerator.num_processes > 1:
             raise ValueError("On several processes a stream is not evaluated exactly: load `eval_dataset` as a whole.")
         if self.is_fsdp_enabled:
             self._keep_exact_when_sharded(model)
