@@ -9,8 +9,8 @@ def add_arguments(parser):
     check.add_argument("--config", help="recipe in YAML, as for training; the options below go before it")
     check.add_argument("--dataset", help=".json, .jsonl or .parquet file, folder or Hub id")
     check.add_argument("--model", help="VT-LMM whose processor and chat template are used: folder or Hub id")
-    check.add_argument("--image_folder", help="where the pictures' paths start")
-    check.add_argument("--max_length", type=int, help="longest row in tokens")
+    check.add_argument("--image-folder", "--image_folder", help="where the pictures' paths start")
+    check.add_argument("--max-length", "--max_length", type=int, help="longest row in tokens")
 
 
 def run(args) -> int:

@@ -254,7 +254,7 @@ def test_command(folder, tmp_path, capsys):
         code = data_command.run(parser.parse_args(["check", *map(str, arguments)]))
         return code, capsys.readouterr().out
 
-    code, text = run("--dataset", folder / "rows.json", "--model", model, "--max_length", 60)
+    code, text = run("--dataset", folder / "rows.json", "--model", model, "--max-length", 60)
     assert code == 1 and "row 1: missing picture" in text and "max_length 60" in text
     write(folder, [GOOD])
     recipe = tmp_path / "recipe.yaml"
