@@ -125,7 +125,7 @@ def test_decoders_that_carry_a_state_are_not_packed(layers, tmp_path, monkeypatc
     else:
         model.config.text_config.layer_types = layers
     with pytest.raises(ValueError, match="do not tell packed rows apart"):
-        prepare_packs(model, build_trainer(tmp_path).args, build_rows(), build_processor())
+        prepare_packs(model, build_trainer(tmp_path).args, build_rows())
 
 
 @pytest.mark.parametrize("settings", [{"packing": True}, {"train_sampling_strategy": "group_by_length"}])

@@ -109,10 +109,10 @@ def pack_dataset(dataset: Dataset, max_length: int) -> Dataset:
     return Dataset.from_dict({"pack": packs}).with_transform(read)
 
 
-def prepare_packs(model, args, dataset: Dataset, processor) -> Dataset:
+def prepare_packs(model, args, dataset: Dataset) -> Dataset:
     """
-    Packs of up to `args.max_length` tokens, and a model and settings that go with them: attention row by row, no
-    grouping by length.
+    Packs of up to `args.max_length` tokens of a dataset with the column `length`, and a model and settings that go
+    with them: attention row by row, no grouping by length.
 
     Raises:
         `ValueError`: for a decoder that does not tell packed rows apart.
@@ -133,7 +133,7 @@ def prepare_packs(model, args, dataset: Dataset, processor) -> Dataset:
         model.model.language_model.set_attn_implementation(ROW_BY_ROW)
     if args.train_sampling_strategy == "group_by_length":
         args.train_sampling_strategy = "random"  # packs are about equally long
-    return pack_dataset(with_lengths(dataset, processor, args.max_length), args.max_length)
+    return pack_dataset(dataset, args.max_length)
 
 
 def with_lengths(dataset, processor, max_length: int | None):

@@ -77,19 +77,8 @@ class VTLMMTrainer(SFTTrainer):
     ):
         if isinstance(model, str):
             model, processing_class = self._load(model, args, processing_class)
-        if model.config.model_type != "vtlmm":
-            raise ValueError(
-                f"This trainer needs a VT-LMM, not a {model.config.model_type!r}: make one with `vtlmm compose` or "
-                "`vtlmm convert`."
-            )
-        if processing_class is None:
-            raise ValueError("Pass the model's processor as `processing_class`: it writes and reads the rows.")
+        self._check_parts(model, args, processing_class)
         self.stage = args.resolved_stage()
-        if getattr(model.config.text_config, "router_aux_loss_coef", None) and args.router_aux_loss_coef is None:
-            raise ValueError(
-                "The balance loss of a mixture of experts is not computed here: set `router_aux_loss_coef: 0` to "
-                "train without it."
-            )
         set_seed(args.seed)  # the base class's comes after LoRA's and the VM head's first values
         adapter = kwargs.pop("peft_config", None)
         supervise(model, self.stage.visual_target)
@@ -104,16 +93,14 @@ class VTLMMTrainer(SFTTrainer):
         if args.cache_image_features:
             train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
         packing, args.packing = args.packing, False  # TRL packs texts only and refuses pictures: it is not told
-        grouped = not packing and args.train_sampling_strategy == "group_by_length"
-        if (packing or grouped) and isinstance(train_dataset, IterableDataset):
-            raise ValueError(
-                "Packing and grouping by length need a dataset that is not streamed: lengths must be known."
-            )
-        if packing:
-            train_dataset = prepare_packs(model, args, train_dataset, processing_class)
-        elif grouped:
+        if packing or args.train_sampling_strategy == "group_by_length":
+            if isinstance(train_dataset, IterableDataset):
+                raise ValueError("Packing and grouping by length need a dataset that is not streamed: its lengths.")
             train_dataset = with_lengths(train_dataset, processing_class, args.max_length)
-            eval_dataset = with_lengths(eval_dataset, processing_class, args.max_length)
+            if packing:
+                train_dataset = prepare_packs(model, args, train_dataset)
+            else:
+                eval_dataset = with_lengths(eval_dataset, processing_class, args.max_length)
         # Of a stream accelerate would cut each batch to as many pictures as rows; TRL thinks of training rows only
         args.accelerator_config.dispatch_batches = False
         super().__init__(
@@ -144,6 +131,21 @@ class VTLMMTrainer(SFTTrainer):
         self._log_time = time.perf_counter()
         if self.is_world_process_zero():
             print(describe(self.model, self.stage))
+
+    @staticmethod
+    def _check_parts(model, args, processor) -> None:
+        if model.config.model_type != "vtlmm":
+            raise ValueError(
+                f"This trainer needs a VT-LMM, not a {model.config.model_type!r}: make one with `vtlmm compose` or "
+                "`vtlmm convert`."
+            )
+        if processor is None:
+            raise ValueError("Pass the model's processor as `processing_class`: it writes and reads the rows.")
+        if getattr(model.config.text_config, "router_aux_loss_coef", None) and args.router_aux_loss_coef is None:
+            raise ValueError(
+                "The balance loss of a mixture of experts is not computed here: set `router_aux_loss_coef: 0` to "
+                "train without it."
+            )
 
     @staticmethod
     def _load(name: str, args, processing_class):
