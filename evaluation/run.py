@@ -95,7 +95,8 @@ def read_questions(rows, kind: str | None = None, references: str | None = None,
                 file_keys[path] = key  # many rows may ask about one file
             places.setdefault(key, (index, position))
             keys.append(key)
-        turns = split_turns([{**row, "images": keys}])
+        context = row.get("num_context_messages")
+        turns = split_turns([{"messages": row["messages"], "images": keys, "num_context_messages": context}])
         columns = {name: json.loads(row[column]) for name, column in named.items()}
         columns = {name: value for name, value in columns.items() if value is not None}
         found |= set(columns)

@@ -297,6 +297,9 @@ def test_what_a_row_gives_goes_before_its_question(processor):
     rows = Dataset.from_list([{**row, "images": [], "num_context_messages": n} for n in (0, 4)])
     questions, _ = read_questions(rows.cast_column("images", List(ImageFeature())))
     assert [len(question["before"]) for question in questions] == [1, 1, 3]
+    kinds = Dataset.from_list([{**row, "images": [], "kind": kind} for kind in ('"a"', None)])
+    questions, _ = read_questions(kinds.cast_column("images", List(ImageFeature())), kind=None)
+    assert {question["kind"] for question in questions} == {"all"}  # a column that nobody asked for
     (plain,) = split_turns([{"messages": messages[1:3], "images": ["a"]}])
     assert "before" not in plain
 

@@ -152,14 +152,14 @@ def check_run(model: ModelConfig, data: DataConfig, adapter: AdapterConfig, args
             f"`{new_head}` makes a new VM head, which an adapter of stage {args.stage} does not carry: leave it out, "
             "or add vm_head to `trainable_modules`."
         )
-    evaluated = {
+    needs_evaluation = {
         "eval_task_data": data.eval_task_data,
         "vm_head_candidates": args.vm_head_candidates,
         f"eval_strategy: {args.eval_strategy.value}": args.eval_strategy != "no",
     }
-    unused = [name for name, value in evaluated.items() if value]
-    if unused and data.eval_dataset is None and data.eval_split is None:
-        raise ValueError(f"`{unused[0]}` needs an evaluation, and there are no data for it: set `eval_dataset`.")
+    for name, is_set in needs_evaluation.items():
+        if is_set and data.eval_dataset is None and data.eval_split is None:
+            raise ValueError(f"`{name}` needs an evaluation, and there are no data for it: set `eval_dataset`.")
     by_length = "packing" if args.packing else args.train_sampling_strategy
     if data.streaming and by_length in ("packing", "group_by_length"):
         raise ValueError(f"A stream does not know its rows' lengths, which {by_length} goes by: take one of them out.")

@@ -95,7 +95,7 @@ class VTLMMTrainer(SFTTrainer):
         packing, args.packing = args.packing, False  # TRL packs texts only and refuses pictures: it is not told
         if packing or args.train_sampling_strategy == "group_by_length":
             if isinstance(train_dataset, IterableDataset):
-                raise ValueError("Packing and grouping by length need a dataset that is not streamed: its lengths.")
+                raise ValueError("Packing and grouping by length need lengths: a dataset that is not streamed.")
             train_dataset = with_lengths(train_dataset, processing_class, args.max_length)
             if packing:
                 train_dataset = prepare_packs(model, args, train_dataset)
