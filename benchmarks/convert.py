@@ -41,8 +41,8 @@ def make(args, source: Path, output: Path):
     from safetensors.torch import save_file
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+    from vtlmm.hub.checkpoint_files import INDEX_FILE, their_name
     from vtlmm.hub.convert import LLAVA_NAMES
-    from vtlmm.hub.tensors import INDEX_FILE, their_name
 
     shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
     config = LlavaConfig(
@@ -75,7 +75,7 @@ def to_vtlmm(args, source: Path, output: Path):
 
 
 def to_llava(args, source: Path, output: Path):
-    from vtlmm.hub.twin import write_twin
+    from vtlmm.hub.export_llava import write_twin
 
     write_twin(source, output, shard_size=args.shard_size)
 
@@ -84,7 +84,7 @@ def compare(args, source: Path, output: Path):
     """Every tensor of the twin against the checkpoint that all began with."""
     from torch import equal
 
-    from vtlmm.hub.tensors import list_tensors, map_file
+    from vtlmm.hub.checkpoint_files import list_tensors, map_file
 
     expected, found = list_tensors(source), list_tensors(output)
     if expected.keys() != found.keys():
@@ -111,7 +111,7 @@ def peak_bytes() -> int:
 def run_step(args, folder: Path) -> dict:
     """One step in this process: seconds without the imports, and peak memory before and at the end."""
     import vtlmm.hub.convert
-    import vtlmm.hub.twin  # noqa: F401 - not what is measured
+    import vtlmm.hub.export_llava  # noqa: F401 - not what is measured
 
     step, source, output = STEPS[args.step]
     before, start = peak_bytes(), time.perf_counter()

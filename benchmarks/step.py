@@ -99,7 +99,7 @@ def load_data(task):
     Rows with `messages` and `images`. llava: LLaVA's captions, and as many rows of text alone, of one to twelve
     captions to be written in a list; easy_vqa: ten questions on one picture a row.
     """
-    from vtlmm.train.data import DataConfig, load_rows
+    from vtlmm.data.rows import DataConfig, load_rows
 
     folder = Path(task.arguments.data_folder)
     if task.data == "easy_vqa":

@@ -24,9 +24,9 @@ from PIL import Image
 from training_setup import build_trainer
 from transformers import TrainerCallback
 
+from vtlmm.data.rows import DataConfig
 from vtlmm.train.collator import VTLMMCollator
-from vtlmm.train.data import DataConfig
-from vtlmm.train.run import prepare_dataset
+from vtlmm.train.stage_runner import prepare_dataset
 
 
 NUM_PICTURES, NUM_INTERVALS = 32, 10

@@ -11,8 +11,8 @@ from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMProc
 
 from .assembly import assemble, part_config, quiet_loading, require_native, save
 from .chat_templates import TEMPLATE_NAMES, add_images_and_marks, load_template
+from .special_tokens import add_special_tokens, fit_embeddings, set_generation_config
 from .vision_tower import load_image_processor, load_vision_tower, probe_tower
-from .vocabulary import add_special_tokens, fit_embeddings, set_generation_config
 
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMProc
 
 from .assembly import part_config
 from .chat_templates import end_of_turn, has_marks, load_template
-from .tensors import (
+from .checkpoint_files import (
     LM_HEAD,
     SHARD_SIZE,
     Names,
@@ -35,8 +35,8 @@ from .tensors import (
     resize_vocabulary,
     write_tensors,
 )
+from .special_tokens import Vocabulary, add_special_tokens, num_embeddings, pad_left, set_generation_config
 from .vision_tower import load_image_processor, load_vision_tower, vision_config_of
-from .vocabulary import Vocabulary, add_special_tokens, num_embeddings, pad_left, set_generation_config
 
 
 logger = logging.getLogger(__name__)
@@ -274,7 +274,7 @@ def read_llava(folder: Path, values: dict, chat_template: str | None, pad_to_squ
     A checkpoint of transformers' llava, whose config.json holds `values`.
 
     The words of a visual token are those before the image token, since tokens that were added come last. A native twin
-    says itself how many there were, and how many rows: see [`vtlmm.hub.twin`].
+    says itself how many there were, and how many rows: see [`vtlmm.hub.export_llava`].
     """
     llava = LlavaConfig.from_pretrained(folder)
     if llava.vision_config.model_type == "pixtral":

@@ -12,9 +12,9 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 
 from modeling_vtlmm import VTLMMConfig
 
+from .checkpoint_files import embeddings_name, model_without_weights
 from .curves import CURVES_FILE, draw_curves
-from .tensors import embeddings_name, model_without_weights
-from .twin import obstacle
+from .export_llava import obstacle
 from .verify import ADAPTER, CARD_FILE, VTLMM, is_hub_id, kind_of
 
 

@@ -13,8 +13,9 @@ from huggingface_hub import HfApi, ModelCard
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 
-from .errors import hub_errors
-from .load_alone import probe
+from .export_llava import write_twin
+from .hub_client import hub_errors
+from .isolated_load import probe
 from .model_card import (
     CARD_MARK,
     LICENSE_FILE,
@@ -26,7 +27,6 @@ from .model_card import (
     write_card,
 )
 from .quantize import QUANTIZATIONS, write_quantized
-from .twin import write_twin
 from .verify import ADAPTER, CARD_FILE, CHECK_FILE, LEFT_OUT, VTLMM, Report, kind_of, published_files, verify
 
 

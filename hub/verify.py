@@ -20,8 +20,8 @@ from modeling_vtlmm import VTLMMConfig
 from modeling_vtlmm.configuration_vtlmm import AUTO_MAP
 
 from . import load_alone
-from .errors import download
-from .tensors import check_tensors, list_tensors, model_without_weights, unpacked
+from .checkpoint_files import check_tensors, list_tensors, model_without_weights, unpacked
+from .hub_client import download
 
 
 CARD_FILE = "README.md"

@@ -24,10 +24,10 @@ from torch.multiprocessing import ProcessExitedException, start_processes
 from training_setup import build_rows, build_trainer
 from transformers import TrainerCallback
 
-from vtlmm.evaluation.answers import answer_batch
-from vtlmm.evaluation.run import task_scores
-from vtlmm.train.data_check import check_rows
-from vtlmm.train.qlora import AdapterConfig
+from vtlmm.data.validation import check_rows
+from vtlmm.evaluation.runner import task_scores
+from vtlmm.inference.generate import answer_batch
+from vtlmm.train.adapters import AdapterConfig
 
 
 FSDP2 = Path(__file__).parents[1] / "recipes/accelerate/fsdp2.yaml"

@@ -31,8 +31,8 @@ from transformers import modeling_utils  # noqa: E402
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor  # noqa: E402
 from vtlmm.cli.main import main  # noqa: E402
 from vtlmm.hub import verify  # noqa: E402
-from vtlmm.hub.load_alone import probe  # noqa: E402
-from vtlmm.train.run import build_trainer, run_training  # noqa: E402
+from vtlmm.hub.isolated_load import probe  # noqa: E402
+from vtlmm.train.stage_runner import build_trainer, run_training  # noqa: E402
 
 
 FACTS, SHARD_SIZES = {}, []

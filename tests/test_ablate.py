@@ -20,14 +20,14 @@ from PIL import Image as PILImage
 from transformers import AutoTokenizer
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
+from vtlmm.ablations import run as runner
+from vtlmm.ablations.grid import EvaluateConfig, read_grid
+from vtlmm.ablations.metrics import answer_all, measure, perplexity, read_held_out
+from vtlmm.ablations.paired_tests import compare_arms, format_table, over_pictures, paired_difference, t_quantile
 from vtlmm.cli.main import main
-from vtlmm.evaluation.answers import answer, with_shuffled_images
-from vtlmm.evaluation.run import picture_loader
-from vtlmm.experiments import run as runner
-from vtlmm.experiments.grid import EvaluateConfig, read_grid
-from vtlmm.experiments.measure import answer_all, measure, perplexity, read_held_out
-from vtlmm.experiments.paired import compare_arms, format_table, over_pictures, paired_difference, t_quantile
-from vtlmm.train.run import RUN_RECORD, build_trainer
+from vtlmm.evaluation.questions import picture_loader
+from vtlmm.inference.generate import answer, with_shuffled_images
+from vtlmm.train.stage_runner import RUN_RECORD, build_trainer
 
 
 GRIDS = Path(__file__).parents[1] / "recipes" / "ablations"

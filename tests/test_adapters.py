@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from training_setup import write_start
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
+from vtlmm.train.adapters import DECODER_PROJECTIONS
 from vtlmm.train.config import VTLMMTrainingConfig
-from vtlmm.train.qlora import DECODER_PROJECTIONS
-from vtlmm.train.run import build_trainer, run_training
+from vtlmm.train.stage_runner import build_trainer, run_training
 from vtlmm.train.stages import describe
 
 
@@ -241,7 +241,7 @@ KILLED = textwrap.dedent(
     import json, os, signal, sys
     from transformers import TrainerCallback
     import conftest
-    from vtlmm.train.run import build_trainer
+    from vtlmm.train.stage_runner import build_trainer
 
     class Kill(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

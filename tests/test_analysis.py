@@ -11,13 +11,13 @@ from conftest import WORDS
 from PIL import Image, ImageDraw
 from test_eval import save_model
 
+from vtlmm.analysis.analyze import Analysis, Labels, analyse_pictures
+from vtlmm.analysis.failure_modes import evenly, failure_signatures
+from vtlmm.analysis.metrics import cosine_scores, word_probabilities
+from vtlmm.analysis.patch_features import heads, patches_inside, read_patches
+from vtlmm.analysis.visual_tokens import VOICES, patch_tokens
+from vtlmm.analysis.vocabulary import content_words
 from vtlmm.cli.main import main
-from vtlmm.evaluation.analysis import Analysis, Labels, analyse_pictures
-from vtlmm.evaluation.measures import cosine_scores, word_probabilities
-from vtlmm.evaluation.patches import heads, patches_inside, read_patches
-from vtlmm.evaluation.signatures import evenly, failure_signatures
-from vtlmm.evaluation.visual_tokens import VOICES, patch_tokens
-from vtlmm.evaluation.words import content_words
 
 
 NUM_PICTURES = 14
@@ -220,7 +220,7 @@ def test_signatures(model, processor, monkeypatch):
             return ["yes"] * 8  # right twice
         return ["no" if i < 4 else "yes" for i in range(8)] if model is not before[0] else ["no"] * 8
 
-    monkeypatch.setattr("vtlmm.evaluation.signatures.answer", answers)
+    monkeypatch.setattr("vtlmm.analysis.failure_modes.answer", answers)
     before = (type("Model", (), {"config": type("Config", (), {"use_pseudo_image_features": False})})(), None)
     found = failure_signatures(model, processor, asked, lambda key: None, before)
     assert found["vqa_score"]["value"] == 4 / 8

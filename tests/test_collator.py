@@ -10,9 +10,10 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
+from vtlmm.data.encoding import encode_messages
+from vtlmm.data.rows import DataConfig, load_rows
 from vtlmm.hub.chat_templates import load_template
-from vtlmm.train.collator import VTLMMCollator, encode_messages
-from vtlmm.train.data import DataConfig, load_rows
+from vtlmm.train.collator import VTLMMCollator
 
 
 BOS, EOS, PAD = 1, 2, 3

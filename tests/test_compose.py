@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 from vtlmm.hub.chat_templates import load_template
 from vtlmm.hub.compose import compose
+from vtlmm.hub.special_tokens import Vocabulary, add_special_tokens, fit_embeddings
 from vtlmm.hub.vision_tower import load_image_processor, load_vision_tower
-from vtlmm.hub.vocabulary import Vocabulary, add_special_tokens, fit_embeddings
 
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from test_templates import byte_tokenizer
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
+from vtlmm.hub.checkpoint_files import list_tensors, our_name, their_name
 from vtlmm.hub.convert import ORIGINAL_NAMES, convert
-from vtlmm.hub.tensors import list_tensors, our_name, their_name
 
 
 FOLDERS = ("llama-0", "mistral-1", "pif-2")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
 
-from vtlmm.train.data import CAPTION_QUESTION, ROW_FEATURES, DataConfig, load_rows
+from vtlmm.data.rows import CAPTION_QUESTION, ROW_FEATURES, DataConfig, load_rows
 
 
 @pytest.fixture(autouse=True)

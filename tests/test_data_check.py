@@ -16,9 +16,9 @@ from PIL import ImageFile
 from transformers import CLIPImageProcessorPil
 
 from vtlmm.cli import data as data_command
+from vtlmm.data.rows import DataConfig, load_rows
+from vtlmm.data.validation import MENDS, check_rows, checked_stream, picture_problems
 from vtlmm.train.collator import VTLMMCollator
-from vtlmm.train.data import DataConfig, load_rows
-from vtlmm.train.data_check import MENDS, check_rows, checked_stream, picture_problems
 
 
 @pytest.fixture(autouse=True)
@@ -182,8 +182,8 @@ def test_more_processes_than_rows(folder, processor, monkeypatch):
     found = []
     for rank in range(5):
         state = SimpleNamespace(num_processes=5, process_index=rank)
-        monkeypatch.setattr("vtlmm.train.data_check.PartialState", lambda state=state: state)
-        monkeypatch.setattr("vtlmm.train.data_check.gather_object", lambda share: found.append(len(share)) or share)
+        monkeypatch.setattr("vtlmm.data.validation.PartialState", lambda state=state: state)
+        monkeypatch.setattr("vtlmm.data.validation.gather_object", lambda share: found.append(len(share)) or share)
         if rank < 3:
             assert check_rows(load(folder), processor).num_rows == 1
         else:  # the others' rows are not gathered here

@@ -20,7 +20,7 @@ from test_trainer import assert_same_update, update
 from training_setup import build_rows, build_trainer, weights
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
-from vtlmm.train.data_check import check_rows
+from vtlmm.data.validation import check_rows
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,11 @@ from safetensors.torch import load_file, save_file
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.eval import check_submission
 from vtlmm.cli.main import main
-from vtlmm.evaluation.answers import (
+from vtlmm.data.rows import DataConfig, load_rows
+from vtlmm.evaluation.questions import read_questions
+from vtlmm.evaluation.report import SAMPLES_FILE, by_kind, score_answers
+from vtlmm.evaluation.statistics import bootstrap_interval, mcnemar
+from vtlmm.inference.generate import (
     accuracy_by_kind,
     answer,
     answer_batch,
@@ -33,10 +37,6 @@ from vtlmm.evaluation.answers import (
     split_turns,
     with_shuffled_images,
 )
-from vtlmm.evaluation.intervals import bootstrap_interval, mcnemar
-from vtlmm.evaluation.report import SAMPLES_FILE, by_kind, score_answers
-from vtlmm.evaluation.run import read_questions
-from vtlmm.train.data import DataConfig, load_rows
 
 
 NUM_PICTURES, QUESTIONS_PER_PICTURE = 6, 3
@@ -108,7 +108,7 @@ def test_a_killed_run_goes_on_to_the_same_files(work, finished, tmp_path, monkey
         time.sleep(0.05)  # or the kill might come too late
         return answer_batch(*args)
 
-    monkeypatch.setattr("vtlmm.evaluation.run.answer_batch", slow_answers)
+    monkeypatch.setattr("vtlmm.inference.resumable.answer_batch", slow_answers)
     command = arguments(work, tmp_path / "out", "--batch-size", "1")
     process = multiprocessing.get_context("fork").Process(target=main, args=(command,))  # spawned, it imports for long
     process.start()
@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on_to_the_same_files(work, finished, tmp_path, monkey
 
 def test_a_finished_run_is_not_answered_again(work, finished, monkeypatch):
     before = read_files(finished)
-    monkeypatch.setattr("vtlmm.evaluation.run.answer_batch", None)
+    monkeypatch.setattr("vtlmm.inference.resumable.answer_batch", None)
     assert main(arguments(work, finished)) == 0
     assert read_files(finished) == before
 

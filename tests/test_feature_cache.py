@@ -13,8 +13,8 @@ from test_trainer import assert_same_update, update
 from training_setup import IMAGES_PER_ROW, build_rows, build_trainer, weights
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
-from vtlmm.train.data import DataConfig, load_rows
-from vtlmm.train.feature_cache import VisionFeatureCache, tower_key, undecoded
+from vtlmm.data.rows import DataConfig, load_rows
+from vtlmm.data.vision_feature_cache import VisionFeatureCache, tower_key, undecoded
 
 
 EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 1, "learning_rate": 0.1}
@@ -155,7 +155,7 @@ def test_a_picture_that_changes_is_not_taken_from_the_cache(tmp_path):
 
 
 def test_a_fill_that_was_killed_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("vtlmm.train.feature_cache.PICTURES_PER_FILE", 2)
+    monkeypatch.setattr("vtlmm.data.vision_feature_cache.PICTURES_PER_FILE", 2)
     cache, rows, encoded = VisionFeatureCache(tmp_path, "tower"), build_rows(), []
 
     def encode(images):

@@ -23,13 +23,13 @@ from transformers import AutoModelForCausalLM
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
+from vtlmm.data.rows import DataConfig, load_rows
 from vtlmm.demo.run import HELD_OUT_FILE, save_questions
 from vtlmm.demo.shapes import question_rows
 from vtlmm.evaluation import harness
-from vtlmm.evaluation.answers import answer, conversation, split_turns
-from vtlmm.evaluation.run import read_questions
+from vtlmm.evaluation.questions import read_questions
 from vtlmm.evaluation.scorers import exact_match
-from vtlmm.train.data import DataConfig, load_rows
+from vtlmm.inference.generate import answer, conversation, split_turns
 
 
 LOCAL_TASKS = ("demo_shapes", "easy_vqa", "vqa_rad")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import build_processor
 
-from vtlmm.evaluation.analysis import estimate, read_labels
-from vtlmm.evaluation.measures import (
+from vtlmm.analysis.analyze import estimate, read_labels
+from vtlmm.analysis.metrics import (
     auroc,
     best_mix,
     best_ranks,
@@ -26,7 +26,7 @@ from vtlmm.evaluation.measures import (
     visual_token_gram,
     word_probabilities,
 )
-from vtlmm.evaluation.words import WORD_CLASSES, content_words, label_ids, vocabulary_words, word_classes
+from vtlmm.analysis.vocabulary import WORD_CLASSES, content_words, label_ids, vocabulary_words, word_classes
 
 
 def normal(*shape, seed: int = 0) -> torch.Tensor:
@@ -170,7 +170,7 @@ def test_cka_of_equal_patches_is_no_number():
 
 
 def test_the_tiles_of_visual_tokens_give_the_whole(monkeypatch):
-    monkeypatch.setattr("vtlmm.evaluation.measures.TILE_ROWS", 7)
+    monkeypatch.setattr("vtlmm.analysis.metrics.TILE_ROWS", 7)
     features, weight = normal(20, 8), normal(30, 8, seed=1)
     roots = word_probabilities(features, weight).sqrt()
     products = visual_token_gram(features, weight)

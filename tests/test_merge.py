@@ -18,7 +18,7 @@ from transformers import LlavaForConditionalGeneration
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
 from vtlmm.train.merge import merge, round_weights
-from vtlmm.train.run import build_trainer, run_training
+from vtlmm.train.stage_runner import build_trainer, run_training
 
 
 pytest.importorskip("bitsandbytes")

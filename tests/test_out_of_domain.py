@@ -12,13 +12,13 @@ from PIL import Image as PILImage
 from test_ablate import rows_of, work, write_grid  # noqa: F401 - `work` is a fixture
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
+from vtlmm.ablations.grid import EvaluateConfig
+from vtlmm.ablations.metrics import answers_and_probabilities, read_held_out
+from vtlmm.ablations.ood import format_others, summarize_others
+from vtlmm.ablations.presence_questions import presence_questions
+from vtlmm.analysis.ood_metrics import calibration_error, detection
 from vtlmm.cli.main import main
-from vtlmm.evaluation.out_of_domain import calibration_error, detection
-from vtlmm.experiments.grid import EvaluateConfig
-from vtlmm.experiments.measure import answers_and_probabilities, read_held_out
-from vtlmm.experiments.others import format_others, summarize_others
-from vtlmm.experiments.presence_questions import presence_questions
-from vtlmm.train.data import DataConfig, load_rows
+from vtlmm.data.rows import DataConfig, load_rows
 
 
 # ---- Known answers ----

@@ -9,8 +9,8 @@ from test_trainer import assert_same_update, update
 from training_setup import build_rows, build_trainer
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
+from vtlmm.data.validation import check_rows
 from vtlmm.train.collator import VTLMMCollator
-from vtlmm.train.data_check import check_rows
 from vtlmm.train.packing import ROW_BY_ROW, pack_dataset, pack_lengths, prepare_packs, with_lengths
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from vtlmm.hub.model_card import CARD_MARK
 from vtlmm.hub.quantize import KEPT
-from vtlmm.train.qlora import NOT_QUANTISED
+from vtlmm.train.adapters import NOT_QUANTISED
 
 
 CODE = {f"{n}_vtlmm.py" for n in ("configuration", "modeling", "processing", "layers", "losses", "outputs")}

@@ -10,8 +10,8 @@ import pytest
 import torch
 from training_setup import write_start
 
-from vtlmm.train.run import build_trainer
-from vtlmm.train.settings import read_settings, split_stages
+from vtlmm.train.recipe import read_settings, split_stages
+from vtlmm.train.stage_runner import build_trainer
 from vtlmm.train.stages import module_of
 
 

@@ -12,8 +12,8 @@ from training_setup import build_rows, build_trainer
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.train.collator import VTLMMCollator
-from vtlmm.train.rivals import basic_loss_sum, feature_loss_sum, supervise
 from vtlmm.train.stages import describe, resolve_stage
+from vtlmm.train.visual_targets import basic_loss_sum, feature_loss_sum, supervise
 
 
 PROJECTOR_TOO = ["multi_modal_projector", "language_model", "lm_head"]

@@ -16,8 +16,8 @@ from transformers import AutoProcessor
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
-from vtlmm.train.run import RUN_RECORD, loss_curves, prepare_datasets, run_training
-from vtlmm.train.settings import parse_settings, read_settings, split_stages
+from vtlmm.train.recipe import parse_settings, read_settings, split_stages
+from vtlmm.train.stage_runner import RUN_RECORD, loss_curves, prepare_datasets, run_training
 from vtlmm.train.trainer import VTLMMTrainer
 
 
@@ -200,13 +200,13 @@ def test_a_later_stage_s_mistakes_stop_the_first(recipe, tmp_path, capsys, stage
     [(["adapter=lora", "dtype=bfloat16"], "only mixed precision"), (["streaming=true", "packing=true"], "lengths")],
 )
 def test_settings_that_do_not_fit_stop_before_the_data_are_read(recipe, capsys, monkeypatch, settings, message):
-    monkeypatch.setattr("vtlmm.train.run.prepare_datasets", lambda *_: pytest.fail("the data were read"))
+    monkeypatch.setattr("vtlmm.train.stage_runner.prepare_datasets", lambda *_: pytest.fail("the data were read"))
     assert main(["train", "--config", str(recipe), *settings]) == 1 and message in capsys.readouterr().err
 
 
 def test_quantisation_without_bitsandbytes_stops_before_the_data_are_read(recipe, capsys, monkeypatch):
-    monkeypatch.setattr("vtlmm.train.run.prepare_datasets", lambda *_: pytest.fail("the data were read"))
-    monkeypatch.setattr("vtlmm.train.qlora.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("vtlmm.train.stage_runner.prepare_datasets", lambda *_: pytest.fail("the data were read"))
+    monkeypatch.setattr("vtlmm.train.adapters.is_bitsandbytes_available", lambda: False)
     assert main(["train", "--config", str(recipe), "adapter=lora", "quantization=nf4"]) == 1
     assert "nf4 needs bitsandbytes: pip install 'vtlmm[qlora]'" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ from vtlmm.evaluation.scorers import (
     score_pope,
     score_scienceqa,
 )
-from vtlmm.evaluation.vqa import CONTRACTIONS, normalize_vqa_answer, textvqa_accuracy, vqa_accuracy
+from vtlmm.evaluation.vqa_accuracy import CONTRACTIONS, normalize_vqa_answer, textvqa_accuracy, vqa_accuracy
 
 
 def read_rows(shared, name: str) -> list[dict]:

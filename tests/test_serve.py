@@ -16,7 +16,7 @@ from conftest import build_processor
 from PIL import Image
 
 from vtlmm.cli.main import build_parser
-from vtlmm.evaluation.answers import answer_batch
+from vtlmm.inference.generate import answer_batch
 
 
 openai = pytest.importorskip("openai", reason="the extra `serve` is not installed")
@@ -47,7 +47,7 @@ def address(model):
     """A server in a thread, at a free port of loopback."""
     import uvicorn
 
-    from vtlmm.hub.serve import build_app
+    from vtlmm.inference.server import build_app
 
     app = build_app("user/name", model, build_processor())
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))

@@ -23,7 +23,7 @@ from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMProc
 from vtlmm.cli.main import main
 from vtlmm.hub.chat_templates import load_template
 from vtlmm.hub.convert import convert
-from vtlmm.hub.twin import write_twin
+from vtlmm.hub.export_llava import write_twin
 
 
 def all_tensors(folder) -> dict[str, torch.Tensor]:

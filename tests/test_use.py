@@ -19,12 +19,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
+from vtlmm.analysis.app import IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES, answers_so_far, build_page, words_frame
 from vtlmm.cli.load import load_model
 from vtlmm.cli.main import build_parser, main
-from vtlmm.evaluation.answers import answer_batch, conversation, stream_answer
-from vtlmm.evaluation.app import IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES, answers_so_far, build_page, words_frame
-from vtlmm.evaluation.run import weights_digest
-from vtlmm.hub.twin import write_twin
+from vtlmm.hub.export_llava import write_twin
+from vtlmm.inference.generate import answer_batch, conversation, stream_answer
+from vtlmm.inference.resumable import weights_digest
 
 
 QUESTION = "what is in the picture ?"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 from vtlmm.cli.main import main
 from vtlmm.hub import load_alone
-from vtlmm.hub.load_alone import differences, probe
+from vtlmm.hub.isolated_load import differences, probe
 from vtlmm.hub.model_card import write_card
 from vtlmm.hub.push import record_logits
 

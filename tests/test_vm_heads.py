@@ -17,9 +17,9 @@ from training_setup import build_rows, build_trainer, weights
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.train.config import VTLMMTrainingConfig
-from vtlmm.train.run import RUN_RECORD, write_record
+from vtlmm.train.stage_runner import RUN_RECORD, write_record
 from vtlmm.train.stages import describe
-from vtlmm.train.vm_heads import vm_heads
+from vtlmm.train.vm_head_search import vm_heads
 
 
 CANDIDATES = [

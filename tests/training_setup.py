@@ -13,8 +13,8 @@ from datasets import List as ListFeature
 from PIL import Image as PILImage
 
 from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration
+from vtlmm.train.adapters import AdapterConfig, peft_config
 from vtlmm.train.config import VTLMMTrainingConfig
-from vtlmm.train.qlora import AdapterConfig, peft_config
 from vtlmm.train.trainer import VTLMMTrainer
 
 

@@ -8,7 +8,7 @@ import torch
 from trl import SFTConfig
 
 from .stages import Stage, resolve_stage
-from .vm_heads import check_candidates
+from .vm_head_search import check_candidates
 
 
 @dataclass

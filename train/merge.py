@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 
-from .qlora import quantization_config, require_fit
-from .run import RUN_RECORD, change_model
+from .adapters import quantization_config, require_fit
+from .stage_runner import RUN_RECORD, change_model
 from .stages import module_of
 
 

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .data_check import check_rows
+from vtlmm.data.validation import check_rows
 
 
 ROW_BY_ROW = "sdpa_row_by_row"

@@ -14,17 +14,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from trl import SFTTrainer
 
 from modeling_vtlmm.losses_vtlmm import predicted_positions
+from vtlmm.data.vision_feature_cache import VisionFeatureCache, tower_key, undecoded
 
+from .adapters import add_adapter, require_fit
 from .card import write_card
 from .collator import VTLMMCollator
 from .config import VTLMMTrainingConfig
-from .feature_cache import VisionFeatureCache, tower_key, undecoded
-from .loss_sums import LossSums, blank_words
+from .metrics import LossSums, blank_words
 from .packing import prepare_packs, with_lengths
-from .qlora import add_adapter, require_fit
-from .rivals import supervise
 from .stages import describe, set_trainable
-from .vm_heads import add_candidates, format_table, keep_candidate, vm_heads
+from .visual_targets import supervise
+from .vm_head_search import add_candidates, format_table, keep_candidate, vm_heads
 
 
 class VTLMMTrainer(SFTTrainer):

@@ -1,0 +1,118 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""A page to chat about a picture, and to see what its patches say."""
+
+import html
+from collections.abc import Iterator
+
+from vtlmm.inference.generate import conversation, stream_answer
+
+from .patch_features import shown_image
+from .visual_tokens import patch_tokens, tokens_page
+
+
+IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES = "image features", "pseudo image features"
+# A browser that reads this asks no other server for anything, whatever a library puts into the page
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:"
+)
+
+
+def choose_features(model, features: str) -> None:
+    """What the decoder reads from now on."""
+    model.config.use_pseudo_image_features = features == PSEUDO_IMAGE_FEATURES
+
+
+def words_frame(model, processor, picture, features: str, top_k: int = 5) -> str:
+    """The page of `visual_tokens.py` for one picture from PIL, as an element of another page; blank without one."""
+    if picture is None:
+        return ""
+    choose_features(model, features)
+    picture = picture.convert("RGB")
+    tokens = patch_tokens(model, processor, [picture], min(top_k, model.config.visual_vocab_size))
+    page = tokens_page([f"Read as {features}"], [shown_image(processor, picture)], tokens)
+    return f'<iframe title="words" style="width:100%;height:52em;border:0" srcdoc="{html.escape(page)}"></iframe>'
+
+
+def answers_so_far(
+    model, processor, picture, features: str, turns: list[tuple[str, str]], question: str, max_new_tokens: int
+) -> Iterator[list[tuple[str, str]]]:
+    """`turns`, pairs of question and answer, with the next one growing; the picture stands in the first question."""
+    choose_features(model, features)
+    messages = []
+    for earlier, answer in [*turns, (question, None)]:
+        images = [picture.convert("RGB")] if picture is not None and not messages else []
+        messages += conversation({"images": images, "question": earlier})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    answer = ""
+    for piece in stream_answer(model, processor, messages, max_new_tokens):
+        answer = (answer + piece).lstrip()
+        yield [*turns, (question, answer)]
+
+
+def build_page(model, processor, name: str, max_new_tokens: int = 512):
+    """The page as `gradio.Blocks`. Another picture or other features begin a new conversation."""
+    import gradio
+
+    def as_chat(turns):
+        roles = ("user", "assistant")
+        return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
+
+    def ask(picture, features, turns, question):
+        if not question.strip():
+            return
+        try:
+            for grown in answers_so_far(model, processor, picture, features, turns, question.strip(), max_new_tokens):
+                yield grown, as_chat(grown), ""
+        except Exception as error:  # shown in the page; the server goes on
+            raise gradio.Error(str(error)) from error
+
+    def begin(picture, features):
+        return [], [], words_frame(model, processor, picture, features)
+
+    # one model with one kind of features at a time
+    alone = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
+    with gradio.Blocks(title=f"VT-LMM: {name}", analytics_enabled=False, fill_width=True) as page:
+        turns = gradio.State([])
+        gradio.Markdown(f"## {name}")
+        with gradio.Row():
+            with gradio.Column():
+                picture = gradio.Image(type="pil", label="picture", sources=["upload", "clipboard"], height=320)
+                features = gradio.Radio(
+                    [IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES],
+                    value=PSEUDO_IMAGE_FEATURES if model.config.use_pseudo_image_features else IMAGE_FEATURES,
+                    label="what the decoder reads",
+                )
+            with gradio.Column():
+                chat = gradio.Chatbot(label="conversation", height=320, buttons=["copy"])
+                question = gradio.Textbox(label="question", placeholder="What is in the picture?", submit_btn=True)
+        words = gradio.HTML(label="words of the patches")
+        question.submit(ask, [picture, features, turns, question], [turns, chat, question], **alone)
+        for change in (picture.change, features.change):
+            change(begin, [picture, features], [turns, chat, words], **alone)
+        chat.clear(lambda: [], outputs=turns, **alone)
+    return page
+
+
+def launch(page, host: str, port: int, **options):
+    """Serves the page; its visitors' browsers ask only this server for anything."""
+    from starlette.middleware import Middleware
+
+    own = {"share": False, "ssr_mode": False, "quiet": True, "footer_links": []}
+    own["app_kwargs"] = {"middleware": [Middleware(_PolicyHeader)]}
+    return page.launch(server_name=host, server_port=port, **own, **options)
+
+
+class _PolicyHeader:
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def send_with_policy(message):
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", CONTENT_SECURITY_POLICY.encode())
+                message = {**message, "headers": [*message.get("headers", []), policy]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)

@@ -1,0 +1,94 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""`vtlmm chat MODEL [--image …]`"""
+
+from .load import add_model_arguments, load_model
+
+
+HELP = "/image PATH adds a picture to the next question, /words shows what its patches say, /reset, /quit"
+
+
+def add_arguments(parser):
+    parser.add_argument("model", help="VT-LMM or its native twin: folder or Hub id")
+    parser.add_argument("--image", nargs="+", default=[], metavar="IMAGE", help="pictures of the first question")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
+    add_model_arguments(parser)
+
+
+def run(args) -> int:
+    from vtlmm.inference.generate import open_picture
+
+    try:
+        import readline  # noqa: F401 - input() then has a history; not every Python has it
+    except ImportError:
+        pass
+    pictures = [open_picture(path) for path in args.image]
+    model, processor = load_model(args)
+    print(HELP)
+    converse(model, processor, pictures, args.max_new_tokens)
+    return 0
+
+
+def converse(model, processor, pictures: list, max_new_tokens: int) -> None:
+    """Reads lines until there are no more; what cannot be done is said, and the conversation goes on."""
+    from jinja2 import TemplateError
+
+    from vtlmm.inference.generate import conversation, open_picture
+
+    messages, waiting, shown = [], list(pictures), list(pictures)
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        command, _, argument = line.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            if command == "/reset":
+                messages, waiting, shown = [], [], []
+            elif command == "/image":
+                picture = open_picture(argument.strip())
+                waiting.append(picture)
+                shown.append(picture)
+            elif command == "/words":
+                print_words(model, processor, shown)
+            elif command.startswith("/"):
+                print(f"There is no {command}. {HELP}")
+            elif line:
+                asked = messages + conversation({"images": waiting, "question": line})
+                answer = print_answer(model, processor, asked, max_new_tokens)
+                messages, waiting = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}], []
+        except (ValueError, OSError, TemplateError) as error:
+            print(error)
+        except KeyboardInterrupt:
+            print("\n(stopped; the question is not kept)")
+
+
+def print_answer(model, processor, messages: list[dict], max_new_tokens: int) -> str:
+    from vtlmm.inference.generate import stream_answer
+
+    answer = ""
+    for piece in stream_answer(model, processor, messages, max_new_tokens):
+        piece = piece if answer else piece.lstrip()
+        print(piece, end="", flush=True)
+        answer += piece
+    print()
+    return answer.strip()
+
+
+def print_words(model, processor, pictures: list) -> None:
+    """The likeliest word of each patch of the last picture, laid out as the patches are."""
+    import shutil
+
+    from vtlmm.analysis.patch_features import grid_side, patch_words
+
+    if not pictures:
+        raise ValueError("There is no picture yet: /image PATH")
+    if model.config.model_type != "vtlmm":
+        raise ValueError(f"A {model.config.model_type} has no VM head, and so its patches say nothing.")
+    [words], _ = patch_words(model, processor, pictures[-1:])
+    side = grid_side(len(words))
+    width = min(max(map(len, words)), max(2, shutil.get_terminal_size().columns // side - 1))
+    for start in range(0, len(words), side):
+        print(" ".join(word[:width].ljust(width) for word in words[start : start + side]).rstrip())
