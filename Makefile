@@ -19,7 +19,7 @@ $(VENV)/ok: pyproject.toml
 
 setup: $(VENV)/ok ## the virtual environment .venv with everything
 
-demo: $(VENV)/ok ## all four stages on a CPU in minutes; tables and pictures in outputs/demo
+demo: $(VENV)/ok ## all four stages on a CPU in minutes; tables and images in outputs/demo
 	$(BIN)/vtlmm demo --output outputs/demo
 
 lint: $(VENV)/ok ## style, and who may import whom

@@ -41,7 +41,7 @@ def sizes(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads
 
 
 # A tower, a decoder, rows of a padded batch, and packs of so many tokens in the place of one. `small` is what a laptop
-# trains for a trial, with the tokens of CLIP-L/336's pictures: what padding costs depends on them. 7b: Vicuna.
+# trains for a trial, with the tokens of CLIP-L/336's images: what padding costs depends on them. 7b: Vicuna.
 SHAPES = {
     "tiny": {
         "vision": sizes(32, 64, 2, 4, image_size=56),
@@ -97,7 +97,7 @@ class Task:
 def load_data(task):
     """
     Rows with `messages` and `images`. llava: LLaVA's captions, and as many rows of text alone, of one to twelve
-    captions to be written in a list; easy_vqa: ten questions on one picture a row.
+    captions to be written in a list; easy_vqa: ten questions on one image a row.
     """
     from vtlmm.data.rows import DataConfig, load_rows
 

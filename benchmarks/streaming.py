@@ -3,8 +3,8 @@
 
     PYTHONPATH=tests python benchmarks/streaming.py --rows 100000 --json streaming.json
 
-Writes a JSONL file of conversations, of which four in five have one of a few tiny pictures, and goes through it as
-`vtlmm train` does with `streaming: true`: every row checked as it comes, pictures decoded, batches collated. First
+Writes a JSONL file of conversations, of which four in five have one of a few tiny images, and goes through it as
+`vtlmm train` does with `streaming: true`: every row checked as it comes, images decoded, batches collated. First
 without a model, then with a tiny one of the tests that takes `--steps` optimizer steps. Linux only.
 
 What Python's allocator takes in the beginning is no growth: memory is compared from the first tenth on.
@@ -29,25 +29,25 @@ from vtlmm.train.collator import VTLMMCollator
 from vtlmm.train.stage_runner import prepare_dataset
 
 
-NUM_PICTURES, NUM_INTERVALS = 32, 10
+NUM_IMAGES, NUM_INTERVALS = 32, 10
 
 
 def write_rows(folder: Path, num_rows: int) -> Path:
     """A JSONL file in LLaVA's form; no two rows say the same, so that no cache of strings can help."""
     generator = torch.Generator().manual_seed(0)
-    for i in range(NUM_PICTURES):
-        colour = torch.randint(0, 256, (3,), generator=generator).tolist()
-        Image.new("RGB", (28, 28), tuple(colour)).save(folder / f"{i}.png")
+    for i in range(NUM_IMAGES):
+        color = torch.randint(0, 256, (3,), generator=generator).tolist()
+        Image.new("RGB", (28, 28), tuple(color)).save(folder / f"{i}.png")
     words = torch.randint(4, len(WORDS), (num_rows, 12), generator=generator).tolist()
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
         for number, row in enumerate(words):
-            picture = {} if number % 5 == 0 else {"image": f"{number % NUM_PICTURES}.png"}
+            image = {} if number % 5 == 0 else {"image": f"{number % NUM_IMAGES}.png"}
             question, answer = (" ".join(WORDS[i] for i in half) for half in (row[:6], row[6:]))
             talk = [
-                {"from": "human", "value": ("<image>\n" if picture else "") + question},
+                {"from": "human", "value": ("<image>\n" if image else "") + question},
                 {"from": "gpt", "value": answer},
             ]
-            file.write(json.dumps({**picture, "conversations": talk}) + "\n")
+            file.write(json.dumps({**image, "conversations": talk}) + "\n")
     return folder / "rows.jsonl"
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Chat templates: the two of the release, and any decoder's own one with pictures and marked answers.
+"""Chat templates: the two of the release, and any decoder's own one with images and marked answers.
 
 A template is Jinja text. All of them here take messages whose content is a string or a list of parts
 (`{"type": "image"}`, `{"type": "text", "text": …}`), and put `{% generation %}` marks around an answer and its
@@ -47,7 +47,7 @@ def add_images_and_marks(template: str, tokenizer) -> str:
         tokenizer ([`PreTrainedTokenizerBase`]): the decoder's, whose special tokens tell where a turn ends.
 
     Returns:
-        `str`: a template that prints conversations without pictures as before. Where the answers cannot be marked
+        `str`: a template that prints conversations without images as before. Where the answers cannot be marked
         safely there is a warning, and the template has the image block only.
     """
     image_block = _read("image_block")
@@ -80,7 +80,7 @@ def end_of_turn(template: str, tokenizer) -> str | None:
     parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in PROBE_MESSAGES]
     try:
         text = _render(template, PROBE_MESSAGES, tokenizer)[0]
-        if PROBE_MESSAGES[1]["content"] not in text:  # a template for messages with pictures
+        if PROBE_MESSAGES[1]["content"] not in text:  # a template for messages with images
             text = _render(template, parts, tokenizer)[0]
     except TemplateError:
         return None

@@ -49,7 +49,7 @@ def compose(
         vm_head_init (`str`, *optional*): see [`VTLMMForConditionalGeneration.initialize_vm_head`].
         vision_feature_layer (`int` or `list[int]`, *optional*): by default -2, and -1 of a convolutional tower.
         chat_template (`str`, *optional*): `"vicuna_v1"`, `"mistral"` or a `.jinja` file, which is used as it is. By
-            default the decoder's own with pictures and marked answers, or `"vicuna_v1"` when it has none.
+            default the decoder's own with images and marked answers, or `"vicuna_v1"` when it has none.
         dtype (`str` or `torch.dtype`, *optional*): of the whole model; by default the decoder's.
         seed (`int`, *optional*, defaults to 0): for what is initialized.
         trust_remote_code (`bool`, *optional*, defaults to `False`): for a tokenizer or image processor with code of
@@ -136,7 +136,7 @@ def choose_template(chat_template: str | None, tokenizer) -> tuple[str, str]:
         origin = f"{chat_template}, of the VW-LMM release" if chat_template in TEMPLATE_NAMES else chat_template
         return load_template(chat_template), origin
     if tokenizer.chat_template is not None:
-        return add_images_and_marks(tokenizer.get_chat_template(), tokenizer), "the decoder's own, with pictures"
+        return add_images_and_marks(tokenizer.get_chat_template(), tokenizer), "the decoder's own, with images"
     return load_template("vicuna_v1"), "vicuna_v1, of the VW-LMM release, since the decoder has none"
 
 
@@ -163,7 +163,7 @@ def _log_summary(model, template_origin: str):
     for name, part in parts.items():
         logger.info("Parameters of the %s: %s.", name, f"{sum(p.numel() for p in part.parameters()):,}")
     logger.info(
-        "Image tokens per picture: %d, of %d channels from layer %s (%s).",
+        "Image tokens per image: %d, of %d channels from layer %s (%s).",
         config.image_seq_length,
         config.vision_hidden_size,
         config.vision_feature_layer,

@@ -126,7 +126,7 @@ def convert(
     Write a VT-LMM folder, as a Hub repository has it, from a released VW-LMM (logits, losses and what it generates
     stay the same), or from a LLaVA-1.5 in the llava-hf or in LLaVA's own format: a start for stage III.
 
-    Tensors are copied bit by bit, one shard in memory at a time. The original code marks a picture with the id −200;
+    Tensors are copied bit by bit, one shard in memory at a time. The original code marks a image with the id −200;
     here it is a token of its own, the first after the vocabulary, and like −200 it has no embedding and no logit. What
     was done is logged at the level INFO.
 
@@ -140,7 +140,7 @@ def convert(
         chat_template (`str`, *optional*): `"vicuna_v1"`, `"mistral"` or a `.jinja` file; by default that of the
             checkpoint's class, or of its processor.
         pad_to_square (`bool`, *optional*, defaults to `False`): of a LLaVA-1.5 in the llava-hf format, whose folders
-            crop the middle of a picture: pad it, as that model was trained. The original formats say it themselves.
+            crop the middle of a image: pad it, as that model was trained. The original formats say it themselves.
         vm_head_init (`str`, *optional*, defaults to `"lm_head"`): where there is no VM head, see
             [`VTLMMForConditionalGeneration.initialize_vm_head`].
         shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): of a file; most of the memory that it takes.
@@ -160,7 +160,7 @@ def convert(
             raise ValueError(f"{folder} has its own vision tower and tokenizer: leave out what was given for them.")
         found = read_llava(folder, values, chat_template, pad_to_square)
     elif pad_to_square:
-        raise ValueError(f"{folder}/config.json says itself whether pictures are padded (`image_aspect_ratio`).")
+        raise ValueError(f"{folder}/config.json says itself whether images are padded (`image_aspect_ratio`).")
     else:
         found = read_original(folder, values, vision_tower, tokenizer, chat_template)
 
@@ -278,7 +278,7 @@ def read_llava(folder: Path, values: dict, chat_template: str | None, pad_to_squ
     """
     llava = LlavaConfig.from_pretrained(folder)
     if llava.vision_config.model_type == "pixtral":
-        raise ValueError(f"{folder}: Pixtral takes pictures of any size; VT-LMM has a fixed number of image tokens.")
+        raise ValueError(f"{folder}: Pixtral takes images of any size; VT-LMM has a fixed number of image tokens.")
     num_rows, image_token_id = llava.text_config.vocab_size, llava.image_token_index
     before = {"visual_vocab_size": min(image_token_id, num_rows), "vocab_size": num_rows, **values.get("vtlmm", {})}
     config = VTLMMConfig(
@@ -305,7 +305,7 @@ def _llava_processor(
     folder: Path, config: VTLMMConfig, chat_template: str | None, pad_to_square: bool
 ) -> VTLMMProcessor | None:
     if pad_to_square and config.vision_config.model_type != "clip_vision_model":
-        raise ValueError(f"{folder}: a {config.vision_config.model_type} sees the whole picture: no `pad_to_square`.")
+        raise ValueError(f"{folder}: a {config.vision_config.model_type} sees the whole image: no `pad_to_square`.")
     if not (folder / "tokenizer_config.json").is_file():
         logger.info("The checkpoint has no tokenizer, so there is no processor.")
         return None
@@ -326,8 +326,8 @@ def _llava_processor(
         image_processor = load_image_processor(str(folder), config.vision_config)
     elif getattr(image_processor, "do_center_crop", False) and not getattr(image_processor, "do_pad", False):
         logger.warning(
-            "Only the middle of a picture is seen, as the checkpoint's image processor crops it. LLaVA-1.5 was "
-            "trained on pictures padded to a square: `pad_to_square`."
+            "Only the middle of a image is seen, as the checkpoint's image processor crops it. LLaVA-1.5 was "
+            "trained on images padded to a square: `pad_to_square`."
         )
     strategy = config.vision_feature_select_strategy
     theirs.tokenizer.chat_template = template

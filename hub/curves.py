@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The losses of a training as a picture for its card."""
+"""The losses of a training as a image for its card."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ PANELS = {"lm_loss": "language loss (nats)", "visual_loss": "visual loss (nats)"
 def draw_curves(runs: list[dict], path: Path) -> bool:
     r"""
     Draw both losses over the optimizer steps, one stage after the other; held-out losses as dots. Whether there is a
-    picture: not without logs, and not without matplotlib, which is an extra.
+    image: not without logs, and not without matplotlib, which is an extra.
 
     Args:
         runs (`list[dict]`): the record of the training; of each the `curves`, name to list of `[step, nats]`.

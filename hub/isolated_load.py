@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, pipeline
 
 
-QUESTION = "What is in this picture?"
+QUESTION = "What is in this image?"
 # Largest difference of two logits beside the largest logit: other machines add in another order.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # What is printed before the answer, since libraries print too.
@@ -31,10 +31,10 @@ class NotInstalled(importlib.abc.MetaPathFinder):
 
 
 def question() -> list[dict]:
-    """One turn about a picture that is the same everywhere, in all colours."""
+    """One turn about a image that is the same everywhere, in all colors."""
     gradient = Image.linear_gradient("L")
-    picture = Image.merge("RGB", (gradient, Image.radial_gradient("L"), gradient.transpose(Image.Transpose.ROTATE_90)))
-    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]}]
+    image = Image.merge("RGB", (gradient, Image.radial_gradient("L"), gradient.transpose(Image.Transpose.ROTATE_90)))
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]}]
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def differences(found: dict, recorded: dict, dtype: torch.dtype) -> list[str]:
         if not difference <= TOLERANCE.get(dtype, 5e-2) * size:  # not a number differs too
             problems.append(
                 f"{name} differ from the recorded ones by up to {difference:.2g} of {size:.2g}: a weight, the code or "
-                "what is done to a picture was changed"
+                "what is done to a image was changed"
             )
     return problems
 

@@ -46,28 +46,28 @@ def write_card(
     license: str | None = None,
     base_models: list[str] = (),
     results: list[str | Path] = (),
-    pictures: list[str | Path] = (),
+    images: list[str | Path] = (),
 ) -> None:
     r"""
     Write README.md into `folder`, with the curves of the training where matplotlib is installed, the results into
-    `results/`, of those on data sets of the Hub `.eval_results/*.yaml`, and the text of the Apache licence if that is
-    the weights'. A card that somebody wrote, or took the mark out of, stays; of one that was written here licence,
-    base models, results and pictures are kept.
+    `results/`, of those on data sets of the Hub `.eval_results/*.yaml`, and the text of the Apache license if that is
+    the weights'. A card that somebody wrote, or took the mark out of, stays; of one that was written here license,
+    base models, results and images are kept.
 
     Args:
         repo_id (`str`): where the folder is going to be.
-        license (`str`, *optional*): the Hub's name for the licence of the weights.
+        license (`str`, *optional*): the Hub's name for the license of the weights.
         base_models (`list[str]`, *optional*): Hub ids, when the folder does not name them or names others.
         results (`list`, *optional*): files `results.json` that `vtlmm eval` wrote.
-        pictures (`list`, *optional*): PNG files to show first, such as `vtlmm tokens` writes.
+        images (`list`, *optional*): PNG files to show first, such as `vtlmm tokens` writes.
 
     Raises:
-        `ValueError`: when a file of results or a picture is none.
+        `ValueError`: when a file of results or a image is none.
     """
     folder = Path(folder)
     path = folder / CARD_FILE
-    check_files(results, pictures)
-    _add_pictures(folder, pictures)
+    check_files(results, images)
+    _add_images(folder, images)
     _add_results(folder, results)
     tables = [_read_results(file) for file in sorted(folder.glob(f"{RESULTS_FOLDER}/*.json"))]
     _write_eval_results(folder, [table for table in tables if _of_data_set(table)])
@@ -96,7 +96,7 @@ def write_card(
         base_revision=config.get("revision"),
         parts=describe_parts(config, base_models),
         tokens=f" ({config['image_seq_length']} image tokens)" if "image_seq_length" in config else "",
-        pictures=sorted(file.name for file in folder.glob("*.png") if file.name != CURVES_FILE),
+        images=sorted(file.name for file in folder.glob("*.png") if file.name != CURVES_FILE),
         curves=CURVES_FILE if draw_curves(runs, folder / CURVES_FILE) else None,
         runs=[describe_run(run) for run in runs],
         results=[{"title": _title(table), "rows": _rows(table)} for table in tables],
@@ -124,7 +124,7 @@ def front_matter(form, repo_id, license, base_models, runs, tables) -> ModelCard
 
 
 def find_base_models(kind: str, config: dict, runs: list[dict]) -> list[str]:
-    """Hub ids that the folder names: of an adapter its base, else the start of the training or both parts. A quantised
+    """Hub ids that the folder names: of an adapter its base, else the start of the training or both parts. A quantized
     model is made of the whole one, whose id is nowhere in it."""
     if kind == ADAPTER:
         names = [config.get("base_model_name_or_path")]
@@ -137,7 +137,7 @@ def find_base_models(kind: str, config: dict, runs: list[dict]) -> list[str]:
 
 
 def quantization_of(config: dict) -> str | None:
-    """`"nf4"` or `"int8"` of a quantised model."""
+    """`"nf4"` or `"int8"` of a quantized model."""
     values = config.get("quantization_config")
     return None if not values else values["bnb_4bit_quant_type"] if values.get("load_in_4bit") else "int8"
 
@@ -149,31 +149,31 @@ def _no_twin(folder: Path) -> str | None:
 
 
 def license_text() -> str | None:
-    """The text of this package's licence, from where it is installed; what a build left in a checkout lacks it."""
+    """The text of this package's license, from where it is installed; what a build left in a checkout lacks it."""
     texts = (installed.read_text(f"licenses/{LICENSE_FILE}") for installed in distributions(name="vtlmm"))
     return next(filter(None, texts), None)
 
 
-def check_files(results: list[str | Path] = (), pictures: list[str | Path] = ()) -> None:
+def check_files(results: list[str | Path] = (), images: list[str | Path] = ()) -> None:
     """
     Raises:
         `ValueError`: when one of what is to go into a card is none.
     """
     for file in map(Path, results):
         _read_results(file)
-    for file in map(Path, pictures):
+    for file in map(Path, images):
         if file.suffix != ".png" or not file.is_file():
             raise ValueError(f"{file} is no PNG: pass one, such as `vtlmm tokens` writes.")
 
 
-def _add_pictures(folder: Path, pictures: list[str | Path]) -> None:
-    for file in map(Path, pictures):
+def _add_images(folder: Path, images: list[str | Path]) -> None:
+    for file in map(Path, images):
         if file.resolve().parent != folder.resolve():
             shutil.copy(file, folder)
 
 
 def _write_license(folder: Path, license: str | None) -> None:
-    """The text of the licence if it is this package's own; another one's is its owner's to add."""
+    """The text of the license if it is this package's own; another one's is its owner's to add."""
     file, text = folder / LICENSE_FILE, license_text()
     if license == OUR_LICENSE and text and not file.is_file():
         file.write_text(text, encoding="utf-8")
@@ -190,7 +190,7 @@ def describe_parts(config: dict, base_models: list[str]) -> list[tuple[str, str]
             size = [f"{values[key]} {word}" for key, word in SIZES.items() if isinstance(values.get(key), int)]
             parts.append((name, ", ".join([values.get("model_type", "–"), *size])))
     if "image_seq_length" in config:
-        parts.append(("image tokens per picture", str(config["image_seq_length"])))
+        parts.append(("image tokens per image", str(config["image_seq_length"])))
     if "visual_vocab_size" in config:
         words, pseudo = f"{config['visual_vocab_size']:,}", config.get("use_pseudo_image_features")
         parts.append(("VM head", f"{config['vm_head_type']}, {words} words of a visual token"))
@@ -301,7 +301,7 @@ def _eval_results(table: dict) -> list[EvalResult]:
     """The score over all questions, and its control."""
     name = _named(table["data"])
     where = {"dataset_type": name, "dataset_name": name, "dataset_split": table.get("split")}
-    metrics = {"score": table["scorer"], "blind": f"{table['scorer']}, shuffled pictures"}
+    metrics = {"score": table["scorer"], "blind": f"{table['scorer']}, shuffled images"}
     return [
         EvalResult(
             task_type=TASK, **where, metric_type=table["scorer"], metric_name=metric, metric_value=table["all"][key]
@@ -324,7 +324,7 @@ def _write_eval_results(folder: Path, tables: list[dict]) -> None:
         if is_hub_id(table["data"]):
             blind = table["all"].get("blind")
             notes = ", ".join(f"{name} {table[name]}" for name in ("split", "scorer") if table.get(name))
-            notes += "" if blind is None else f"; shuffled pictures: {blind:.4f}"
+            notes += "" if blind is None else f"; shuffled images: {blind:.4f}"
             entry = EvalResultEntry(table["data"], "default", round(table["all"]["score"], 4), notes=notes)
             entries.setdefault(table["data"], []).append(entry)
     for data, of_data in entries.items():

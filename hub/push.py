@@ -76,10 +76,10 @@ def push(
     card["license"] = card.get("license") or _license_of(folder)
     if not card["license"]:
         raise ValueError(
-            "Nothing says under which licence the weights are: pass `license` (`--license apache-2.0`), or write "
+            "Nothing says under which license the weights are: pass `license` (`--license apache-2.0`), or write "
             f"`license:` into the front matter of a {CARD_FILE} of your own."
         )
-    check_files(card.get("results", ()), card.get("pictures", ()))
+    check_files(card.get("results", ()), card.get("images", ()))
     if not dry_run:
         with hub_errors(repo_id):
             _check_account(repo_id, tag)  # now, not after minutes
@@ -124,12 +124,12 @@ def record_logits(folder: Path) -> None:
 
 
 def _make_form(form: str, folder: Path, output: Path) -> None:
-    """The native twin or the quantised model of `folder`, with what its card tells about."""
+    """The native twin or the quantized model of `folder`, with what its card tells about."""
     if form in QUANTIZATIONS:
         write_quantized(folder, output, form)
     else:
         _make_twin(folder, output)
-    # What was measured is true of a twin; of a quantised model it is to be measured again.
+    # What was measured is true of a twin; of a quantized model it is to be measured again.
     taken = [RUN_RECORD, *(file.name for file in folder.glob("*.png"))]
     for name in taken:
         if (folder / name).is_file():

@@ -34,12 +34,12 @@ def write_quantized(folder: str | Path, output: str | Path, quantization: str) -
     further argument. A processor is taken along.
 
     Args:
-        folder (`str` or `Path`): a VT-LMM, not quantised.
+        folder (`str` or `Path`): a VT-LMM, not quantized.
         output (`str` or `Path`): folder for the result.
         quantization (`str`): `"nf4"` or `"int8"`.
 
     Raises:
-        `ValueError`: when `folder` is no VT-LMM or is quantised already, and when bitsandbytes is not installed.
+        `ValueError`: when `folder` is no VT-LMM or is quantized already, and when bitsandbytes is not installed.
     """
     model_type = read_config_file(Path(folder)).get("model_type")
     if model_type != VTLMMConfig.model_type:

@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from modeling_vtlmm import VTLMMConfig
 from modeling_vtlmm.configuration_vtlmm import AUTO_MAP
 
-from . import load_alone
+from . import isolated_load
 from .checkpoint_files import check_tensors, list_tensors, model_without_weights, unpacked
 from .hub_client import download
 
@@ -268,7 +268,7 @@ def load_elsewhere(name: str, revision: str | None, kind: str, recorded: dict) -
     classes = [name for name in AUTO_MAP if name.startswith("AutoModel")] if kind == VTLMM else TWIN_CLASSES
     task = {"name": name, "revision": revision, "classes": classes, "recorded": recorded}
     task["trust_remote_code"] = kind == VTLMM
-    code = Path(load_alone.__file__).read_text(encoding="utf-8")
+    code = Path(isolated_load.__file__).read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as empty:
         # code files of an earlier folder with the same name must not be taken for these
         environment = {**os.environ, "HF_MODULES_CACHE": empty}
@@ -277,7 +277,7 @@ def load_elsewhere(name: str, revision: str | None, kind: str, recorded: dict) -
         command = [sys.executable, "-c", code]
         task = json.dumps(task)
         result = subprocess.run(command, input=task, capture_output=True, text=True, env=environment, cwd=empty)
-    if load_alone.MARK not in result.stdout:
+    if isolated_load.MARK not in result.stdout:
         last = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         return [f"the process that loads it ended early: {last}"]
-    return json.loads(result.stdout.split(load_alone.MARK)[-1])
+    return json.loads(result.stdout.split(isolated_load.MARK)[-1])

@@ -87,7 +87,7 @@ def load_vision_tower(name: str, trust_remote_code: bool = False) -> PreTrainedM
 def load_image_processor(name: str, vision_config, pad_to_square: bool = True, trust_remote_code: bool = False):
     r"""
     The image processor of checkpoint `name`, on Pillow; of a CLIP tower the release's: pad to a square with the mean
-    colour, then resize.
+    color, then resize.
 
     Args:
         pad_to_square (`bool`, *optional*, defaults to `True`): of a CLIP tower; `False` crops the middle.
@@ -118,7 +118,7 @@ def probe_tower(tower: PreTrainedModel, image_processor, feature_layer: int | li
         [`TowerGeometry`]
 
     Raises:
-        `ValueError`: when the image processor does not give one size for all pictures, or the positions are neither
+        `ValueError`: when the image processor does not give one size for all images, or the positions are neither
         patches alone nor patches after CLS (and registers).
     """
     height, width = _processed_size(image_processor)
@@ -152,14 +152,14 @@ def probe_tower(tower: PreTrainedModel, image_processor, feature_layer: int | li
 
 
 def _processed_size(image_processor) -> tuple[int, int]:
-    """Height and width in pixels of every processed picture."""
+    """Height and width in pixels of every processed image."""
     sizes = set()
     for size in ((96, 64), (64, 96)):
         pixel_values = image_processor(images=Image.new("RGB", size), return_tensors="pt")["pixel_values"]
         sizes.add(tuple(pixel_values.shape[-2:]))
     if len(sizes) > 1:
         raise ValueError(
-            f"The image processor gives pictures of different sizes ({sizes}); VT-LMM has a fixed number of image "
+            f"The image processor gives images of different sizes ({sizes}); VT-LMM has a fixed number of image "
             "tokens: set `do_center_crop`, or a `size` with height and width, in its preprocessor_config.json."
         )
     return sizes.pop()

@@ -99,7 +99,7 @@ def fused_pseudo_image_features(
     The backward computes the visual tokens p a second time instead of keeping them.
 
     Args:
-        features (`torch.Tensor` of shape `(N, D)`): image features (after the VM head's mixer, if it has one).
+        features (`torch.Tensor` of shape `(N, D)`): image features (after the head's residual block).
         vm_weight (`torch.Tensor` of shape `(V, D)`): weight of `vm_head`.
         embeddings (`torch.Tensor` of shape `(V, D)`): input embeddings.
 

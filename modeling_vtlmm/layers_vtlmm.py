@@ -37,7 +37,7 @@ def select_vision_features(outputs, config: VTLMMConfig) -> torch.Tensor:
 
 
 def zero_image(config: VTLMMConfig, device) -> torch.Tensor:
-    """Pixel values of one picture of zeros, in the tower's size."""
+    """Pixel values of one image of zeros, in the tower's size."""
     config = config.vision_config
     size = getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
@@ -127,22 +127,22 @@ class VTLMMVisualHead(nn.Linear):
     """
     The VM head: image features (num_images, num_patches, hidden_size) to visual logits (…, visual_vocab_size).
 
-    A linear map without bias (the paper), behind an optional residual `mixer`. `weight` is the (V, D) matrix in all.
+    A linear map without bias (the paper) after an optional residual block. `weight` is always the (V, D) matrix.
     """
 
     def __init__(self, config: VTLMMConfig):
         hidden_size = config.text_config.hidden_size
         super().__init__(hidden_size, config.visual_vocab_size, bias=False)
-        self.mixer = nn.Identity()
+        self.residual_block = nn.Identity()
         if config.vm_head_type == "mlp":
-            self.mixer = VTLMMMLPMixer(hidden_size)
+            self.residual_block = VTLMMMLPMixer(hidden_size)
         elif config.vm_head_type == "attention":
-            self.mixer = VTLMMAttentionMixer(hidden_size, config.text_config.num_attention_heads)
+            self.residual_block = VTLMMAttentionMixer(hidden_size, config.text_config.num_attention_heads)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        return super().forward(self.mixer(image_features))
+        return super().forward(self.residual_block(image_features))
 
-    def keep_words(self, num_words: int) -> int:
+    def truncate_vocabulary(self, num_words: int) -> int:
         """Cut the head to the first `num_words` words, if it has more; returns how many it has then."""
         if num_words < self.out_features:
             requires_grad = self.weight.requires_grad

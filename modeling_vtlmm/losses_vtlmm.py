@@ -69,7 +69,7 @@ def pseudo_image_features(features: torch.Tensor, vm_weight: torch.Tensor, embed
     Pseudo image features: ṽ_n = p_n E with p_n = softmax(W_vm v_n), E the input embeddings of the first V words.
 
     Args:
-        features (`torch.Tensor` of shape `(N, D)`): image features (after the VM head's mixer, if it has one).
+        features (`torch.Tensor` of shape `(N, D)`): image features (after the head's residual block).
         vm_weight (`torch.Tensor` of shape `(V, D)`): weight of `vm_head`.
         embeddings (`torch.Tensor` of shape `(V, D)`): input embeddings.
 
@@ -88,7 +88,7 @@ def predicted_positions(
     r"""
     Those positions of `token_mask` that have a position to their left to be predicted from.
 
-    The first position of a row has none, nor has one whose left neighbour is padding, nor the first of a packed row
+    The first position of a row has none, nor has one whose left neighbor is padding, nor the first of a packed row
     (where `position_ids` restarts at 0).
 
     Args:

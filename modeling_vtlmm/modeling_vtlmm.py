@@ -69,7 +69,7 @@ class VTLMMPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(self, *args, **kwargs):
         """As in the base class. Words that are cut off the vocabulary are cut off the VM head too."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        self.config.visual_vocab_size = self.base_model.vm_head.keep_words(self.config.text_config.vocab_size)
+        self.config.visual_vocab_size = self.base_model.vm_head.truncate_vocabulary(self.config.text_config.vocab_size)
         return embeddings
 
     @classmethod
@@ -153,7 +153,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
     def get_pseudo_image_features(self, image_features: torch.Tensor) -> torch.Tensor:
         """ṽ = softmax(vm_head(v)) E, in the shape of `image_features` `(num_images, num_patches, hidden_size)`."""
         vm_weight, embeddings = gathered_weight(self.vm_head), gathered_weight(self.get_input_embeddings())
-        mixed = self.vm_head.mixer(image_features)
+        mixed = self.vm_head.residual_block(image_features)
         pseudo = fused_pseudo_image_features(mixed.flatten(0, 1), vm_weight, embeddings[: vm_weight.shape[0]])
         return pseudo.view(*image_features.shape[:-1], -1)
 
@@ -168,8 +168,8 @@ class VTLMMModel(VTLMMPreTrainedModel):
             mask = input_ids == self.config.image_token_id
         elif self.config.image_token_id >= self.config.text_config.vocab_size:
             raise ValueError(
-                "The image token has no embedding in this model, so `inputs_embeds` do not say where the pictures go: "
-                "pass `input_ids`, or put the image features into `inputs_embeds` yourself and pass no pictures."
+                "The image token has no embedding in this model, so `inputs_embeds` do not say where the images go: "
+                "pass `input_ids`, or put the image features into `inputs_embeds` yourself and pass no images."
             )
         else:
             token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
@@ -180,8 +180,8 @@ class VTLMMModel(VTLMMPreTrainedModel):
                 num_tokens == num_image_features,
                 lambda: (
                     f"Image features and image tokens do not match, tokens: {int(num_tokens)}, features: "
-                    f"{num_image_features}. Every picture needs one `<image>` in its text (which the processor "
-                    "expands), every `<image>` a picture, and no text may be cut inside an image."
+                    f"{num_image_features}. Every image needs one `<image>` in its text (which the processor "
+                    "expands), every `<image>` a image, and no text may be cut inside an image."
                 ),
             )
         return mask
@@ -203,9 +203,9 @@ class VTLMMModel(VTLMMPreTrainedModel):
         r"""
         Args:
             mm_encoder_outputs (`dict`, *optional*): `{"image": output of get_image_features}` instead of
-                `pixel_values`; `generate` encodes the pictures once and passes this.
-            vision_features (*optional*): instead of `pixel_values`, see [`~get_image_features`]; may be of 0 pictures.
-            always_run_vision (`bool`, *optional*, defaults to `False`): without pictures, encode one of zeros and add
+                `pixel_values`; `generate` encodes the images once and passes this.
+            vision_features (*optional*): instead of `pixel_values`, see [`~get_image_features`]; may be of 0 images.
+            always_run_vision (`bool`, *optional*, defaults to `False`): without images, encode one of zeros and add
                 0 times the sum of its features, so that every process of a sharded run executes the same modules.
             output_image_token_mask (`bool`, *optional*, defaults to `False`): give `image_token_mask`.
             kwargs: for the decoder. The cache is among them: it is called `past_key_values` up to transformers 5.23
@@ -329,8 +329,8 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): with `image_token_id` once for
-                every patch of every picture.
-            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*): all pictures of the
+                every patch of every image.
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*): all images of the
                 batch in the order of their image tokens; rows may have several, or none.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): −100 where there is no
                 target.
@@ -415,8 +415,8 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
         vm_weight = gathered_weight(vm_head)
         lm_weight = gathered_weight(self.lm_head)[: vm_weight.shape[0]]
         hidden_states = outputs.last_hidden_state
-        image_features = vm_head.mixer(outputs.image_features).flatten(0, 1)
-        if outputs.image_token_mask is None:  # the picture of zeros of a text-only batch
+        image_features = vm_head.residual_block(outputs.image_features).flatten(0, 1)
+        if outputs.image_token_mask is None:  # the image of zeros of a text-only batch
             image_features, hidden_states = image_features[:0], hidden_states[0, :0]
         else:
             predicted = predicted_positions(outputs.image_token_mask, attention_mask, position_ids)
@@ -425,7 +425,7 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, GenerationMixin):
         return (image_features, vm_weight), (hidden_states, lm_weight)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """For beams and several samples: the pictures of a row are repeated as a group, not one by one. Newer
+        """For beams and several samples: the images of a row are repeated as a group, not one by one. Newer
         transformers encodes them before, and then there are no `pixel_values` here."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         if pixel_values is not None and expand_size > 1:

@@ -30,7 +30,7 @@ class VTLMMImageFeaturesOutput(BaseModelOutputWithPooling):
 class _WithImageFeatures:
     @property
     def image_features(self) -> torch.Tensor | None:
-        """The projector's output v, `(num_images, num_patches, hidden_size)`, when there are pictures."""
+        """The projector's output v, `(num_images, num_patches, hidden_size)`, when there are images."""
         return None if self.image_outputs is None else self.image_outputs.image_features
 
 
@@ -39,7 +39,7 @@ class VTLMMModelOutputWithPast(_WithImageFeatures, BaseModelOutputWithPast):
     """
     The decoder's output and:
 
-    image_outputs ([`VTLMMImageFeaturesOutput`]): what became of the pictures, when there are any; its
+    image_outputs ([`VTLMMImageFeaturesOutput`]): what became of the images, when there are any; its
         `image_features` are also those of this output.
     image_token_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): where the image tokens are,
         when asked for.

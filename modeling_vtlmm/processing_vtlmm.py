@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Processor of VT-LMM: pictures and text in, with one image token per patch where the text says `<image>`."""
+"""Processor of VT-LMM: images and text in, with one image token per patch where the text says `<image>`."""
 
 import torch
 from transformers import ProcessorMixin
@@ -11,7 +11,7 @@ from .configuration_vtlmm import AUTO_MAP
 
 class VTLMMProcessor(ProcessorMixin):
     r"""
-    Turns texts with `<image>` marks and pictures into `input_ids`, `attention_mask` and `pixel_values`.
+    Turns texts with `<image>` marks and images into `input_ids`, `attention_mask` and `pixel_values`.
 
     The arguments are those of transformers' llava processor.
 
@@ -62,7 +62,7 @@ class VTLMMProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         **kwargs: Unpack[ProcessingKwargs],
     ):
-        """As in the base class; lists without any picture (`[]`, `[[], []]`) count as none, and texts that all
+        """As in the base class; lists without any image (`[]`, `[[], []]`) count as none, and texts that all
         begin with BOS, as some chat templates write it, get no second one."""
         if isinstance(images, list | tuple) and all(isinstance(row, list | tuple) and not row for row in images):
             images = None
@@ -75,17 +75,17 @@ class VTLMMProcessor(ProcessorMixin):
         return super().__call__(images=images, text=text, **kwargs)
 
     def num_image_tokens(self, height: int, width: int) -> int:
-        """Image tokens of one picture that is `height` × `width` pixels after the image processor."""
+        """Image tokens of one image that is `height` × `width` pixels after the image processor."""
         num_tokens = (height // self.patch_size) * (width // self.patch_size) + self.num_additional_image_tokens
         return num_tokens - 1 if self.vision_feature_select_strategy == "default" else num_tokens
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The text that stands for picture `image_idx`: called by the base class for every `<image>`."""
+        """The text that stands for image `image_idx`: called by the base class for every `<image>`."""
         height, width = get_image_size(to_numpy_array(image_inputs["pixel_values"][image_idx]))
         return self.image_token * self.num_image_tokens(height, width)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
-        """Image tokens per picture of the given (height, width); serving engines plan their batches with it."""
+        """Image tokens per image of the given (height, width); serving engines plan their batches with it."""
         if image_sizes is None:
             return MultiModalData()
         processor = self.image_processor

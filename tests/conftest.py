@@ -22,8 +22,8 @@ torch.set_num_threads(1)
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 WORDS = (
-    "USER : ASSISTANT what is in the picture ? a an red blue green square circle . , of and no yes one two boat "
-    "describe colour shape say it on left right you see there white hello answer question"
+    "USER : ASSISTANT what is in the image ? a an red blue green square circle . , of and no yes one two boat "
+    "describe color shape say it on left right you see there white hello answer question"
 ).split()
 TEMPLATE = (
     "{% for message in messages %}"
@@ -58,7 +58,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> VTLMMProcessor:
-    """28 × 28 pixel pictures, 4 patches each; a Vicuna-like template."""
+    """28 × 28 pixel images, 4 patches each; a Vicuna-like template."""
     side = {"height": 28, "width": 28}
     image_processor = CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False)
     return VTLMMProcessor(

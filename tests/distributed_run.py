@@ -32,13 +32,13 @@ from vtlmm.train.adapters import AdapterConfig
 
 FSDP2 = Path(__file__).parents[1] / "recipes/accelerate/fsdp2.yaml"
 RAGGED = (1, 0, 2, 1, 0, 3, 1, 1)
-TEXT_ON_ONE = (1, 2, 1, 1, 0, 0, 0, 0)  # batches of four: the second process has no picture
+TEXT_ON_ONE = (1, 2, 1, 1, 0, 0, 0, 0)  # batches of four: the second process has no image
 HALF, QUARTER = {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2}
 LORA = AdapterConfig(adapter="lora", lora_r=2, lora_dropout=0.0)
 PROJECTOR_TOO = ["multi_modal_projector", "language_model", "lm_head"]
 PSEUDO = {"use_pseudo_image_features": True}
 
-# name: (pictures of the rows, settings of `build_trainer`), one optimizer step over all eight rows
+# name: (images of the rows, settings of `build_trainer`), one optimizer step over all eight rows
 UPDATES = {
     "ddp_ragged": (RAGGED, HALF),
     "ddp_text_on_one": (TEXT_ON_ONE, HALF),
@@ -100,7 +100,7 @@ def with_scored_questions(trainer):
         truth = answer_batch(trainer.model, build_processor(), [question])[0]
         row["messages"][1]["content"][0]["text"] = truth
     rows = Dataset.from_list(rows).cast_column("images", List(Image()))
-    trainer.task_scores = task_scores(rows, build_processor(), num_pictures=6, batch_size=2)
+    trainer.task_scores = task_scores(rows, build_processor(), num_images=6, batch_size=2)
     return trainer
 
 

@@ -130,7 +130,7 @@ def push_from_trainers(settings: dict) -> None:
     trained = {"output_dir": str(WORK / "trained"), "hub_model_id": f"{USER}/trained"}
     trainer = build_trainer({**settings, **trained})
     trainer.train()
-    trainer.push_to_hub(license="mit", dataset_name="somebody/pictures")
+    trainer.push_to_hub(license="mit", dataset_name="somebody/images")
     FACTS["files of trained"] = sorted(files("trained"))
     FACTS["card of trained"] = files("trained")["README.md"].decode()
     FACTS["trained"] = vtlmm("verify", f"{USER}/trained", "--trust-remote-code")

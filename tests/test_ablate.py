@@ -23,9 +23,9 @@ from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.ablations import run as runner
 from vtlmm.ablations.grid import EvaluateConfig, read_grid
 from vtlmm.ablations.metrics import answer_all, measure, perplexity, read_held_out
-from vtlmm.ablations.paired_tests import compare_arms, format_table, over_pictures, paired_difference, t_quantile
+from vtlmm.ablations.paired_tests import compare_arms, format_table, over_images, paired_difference, t_quantile
 from vtlmm.cli.main import main
-from vtlmm.evaluation.questions import picture_loader
+from vtlmm.evaluation.questions import image_loader
 from vtlmm.inference.generate import answer, with_shuffled_images
 from vtlmm.train.stage_runner import RUN_RECORD, build_trainer
 
@@ -61,12 +61,12 @@ def test_what_may_be_said_of_a_difference():
     assert paired_difference({0: 1.0}, {1: 3.0})["reading"] == "no seed in common"
 
 
-def test_interval_over_pictures_draws_pictures_and_means_over_seeds():
-    """Two pictures; of one every question gains with one of two seeds: the mean is 0 to 0.5, of all 0.25."""
+def test_interval_over_images_draws_images_and_means_over_seeds():
+    """Two images; of one every question gains with one of two seeds: the mean is 0 to 0.5, of all 0.25."""
     clusters = ["a"] * 50 + ["b"] * 50
     reference = {seed: [0.0] * 100 for seed in range(2)}
     arm = {0: [1.0] * 50 + [0.0] * 50, 1: [0.0] * 100}
-    assert over_pictures(reference, arm, clusters) == (0.0, 0.5)
+    assert over_images(reference, arm, clusters) == (0.0, 0.5)
 
 
 def test_a_null_result_reads_as_one():
@@ -87,7 +87,7 @@ def test_a_null_result_reads_as_one():
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A tiny model with weights large enough that answers depend on the picture; rows to train and to ask."""
+    """A tiny model with weights large enough that answers depend on the image; rows to train and to ask."""
     folder = tmp_path_factory.mktemp("ablate")
     torch.manual_seed(0)
     model = VTLMMForConditionalGeneration(build_config())
@@ -105,7 +105,7 @@ def work(tmp_path_factory):
         rows += [{"image": f"{i}.png", **texts}, {"image": f"{i}.png", "question": "what is it", "answer": "yes"}]
     (folder / "train.json").write_text(json.dumps(rows))
     (folder / "test.json").write_text(json.dumps(rows[:10]))
-    (folder / "texts.txt").write_text("a red boat\n\nwhat is in the picture ? a circle\n")
+    (folder / "texts.txt").write_text("a red boat\n\nwhat is in the image ? a circle\n")
     return folder
 
 
@@ -135,7 +135,7 @@ def write_grid(work, tmp_path, **changes):
         "evaluate": {
             "dataset": str(work / "test.json"),
             "max_new_tokens": 3,
-            "kinds": {"colour": ["red", "blue"], "other": ["yes"]},
+            "kinds": {"color": ["red", "blue"], "other": ["yes"]},
             "figures": ["accuracy", "blind", "pseudo", "visual", "text"],
             "text": str(work / "texts.txt"),
         },
@@ -181,7 +181,7 @@ def test_the_results_say_how_they_came_about(finished):
         assert row["command"] in table and row["machine"] in table and row["versions"]["torch"] in table
         words = shlex.split(row["command"])
         assert words[words.index("--only") + 1] == row["arm"] and words[words.index("--seeds") + 1] == str(row["seed"])
-        assert row["num_pictures"] == 5 and row["num_questions"] == 10 and not row["subset"]
+        assert row["num_images"] == 5 and row["num_questions"] == 10 and not row["subset"]
     lines = {(line["figure"], line["arm"]): line for line in results["lines"]}
     on = lines["visual loss of stage IV, KL(p‖q)", "on"]
     by_seed = {
@@ -191,7 +191,7 @@ def test_the_results_say_how_they_came_about(finished):
     half = 12.7062 * np.std(differences, ddof=1) / math.sqrt(2)
     assert on["difference"] == pytest.approx(np.mean(differences))
     assert on["high"] - on["difference"] == pytest.approx(half, rel=1e-4)
-    assert lines["accuracy: colour", "off"]["values"].keys() == {"0", "1"}
+    assert lines["accuracy: color", "off"]["values"].keys() == {"0", "1"}
 
 
 def test_a_row_s_own_command_gives_the_row(finished, tmp_path):
@@ -288,7 +288,7 @@ def test_a_failing_run_is_an_error_and_loses_nothing(work, tmp_path, capsys):
         ("evaluate.text=nowhere.txt", "there is no file nowhere.txt"),
         ("seeds=[]", "a grid needs a seed and an arm at least"),
         ("arms.on=null", "arm on: name its stages"),
-        ("evaluate.kinds={colour: [red, blue]}", "the answer 'yes' is of no kind"),
+        ("evaluate.kinds={color: [red, blue]}", "the answer 'yes' is of no kind"),
     ],
 )
 def test_mistakes_stop_a_grid_before_it_trains(work, tmp_path, capsys, override, message):
@@ -313,23 +313,23 @@ def test_a_start_of_its_own_for_each_seed(work, tmp_path):
 # ---- Figures ----
 
 
-def test_answers_from_cached_features_are_those_from_pictures(work, tmp_path):
-    """Of the blind control too, whose questions have other pictures."""
+def test_answers_from_cached_features_are_those_from_images(work, tmp_path):
+    """Of the blind control too, whose questions have other images."""
     measures = EvaluateConfig(dataset=str(work / "test.json"))
     held_out = read_held_out(measures)
     processor, model = build_processor(), VTLMMForConditionalGeneration.from_pretrained(work / "start")
     features = held_out.vision_features(model, processor, tmp_path, 4)
-    load = picture_loader(held_out.rows, held_out.places)
+    load = image_loader(held_out.rows, held_out.places)
     found = {}
     for asked in (held_out.questions, with_shuffled_images(held_out.questions)):
-        pictures = [{**question, "images": [load(key) for key in question["images"]]} for question in asked]
+        images = [{**question, "images": [load(key) for key in question["images"]]} for question in asked]
         found[asked is held_out.questions] = answer_all(model, processor, asked, features, 4, 5)
-        assert found[asked is held_out.questions] == answer(model, processor, pictures, 4, 5)
+        assert found[asked is held_out.questions] == answer(model, processor, images, 4, 5)
     assert found[True] != found[False] and len(set(found[True])) > 3
 
 
 def test_visual_losses_are_those_of_the_trainer_s_evaluation(work, tmp_path):
-    """Each picture once, and whatever is asked about it."""
+    """Each image once, and whatever is asked about it."""
     rows = json.loads((work / "test.json").read_text())[::2]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     measures = EvaluateConfig(dataset=str(work / "test.json"), figures=["visual"])
@@ -345,7 +345,7 @@ def test_visual_losses_are_those_of_the_trainer_s_evaluation(work, tmp_path):
 
 
 def test_perplexity_is_that_of_the_logits(work):
-    texts = ["a red boat", "what is in the picture ? a circle", "yes"]
+    texts = ["a red boat", "what is in the image ? a circle", "yes"]
     processor, model = build_processor(), VTLMMForConditionalGeneration.from_pretrained(work / "start")
     loss = number = 0
     for text in texts:

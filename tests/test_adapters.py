@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""LoRA, DoRA and quantised bases: what is quantised, what learns, what is saved, and resuming."""
+"""LoRA, DoRA and quantized bases: what is quantized, what learns, what is saved, and resuming."""
 
 import json
 import os
@@ -37,21 +37,21 @@ def learning(trainer) -> set[str]:
     return {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
 
 
-# ---- What is quantised, what learns ----
+# ---- What is quantized, what learns ----
 
 
 @pytest.mark.parametrize(
     ("quantization", "layer", "storage"), [("nf4", "Linear4bit", torch.uint8), ("int8", "Linear8bitLt", torch.int8)]
 )
 def test_layer_by_layer(settings, tmp_path, quantization, layer, storage):
-    """Exactly the decoder's projections are quantised; the rest keeps `dtype`, and what learns is float32."""
+    """Exactly the decoder's projections are quantized; the rest keeps `dtype`, and what learns is float32."""
     chosen = {"quantization": quantization, "adapter": "lora", "dtype": "bfloat16", "bf16": True}
     trainer = build_trainer({**settings, **chosen, "output_dir": str(tmp_path)})
     model = trainer.model.get_base_model()
-    quantised = set()
+    quantized = set()
     for name, module in model.named_modules():
         if type(module).__name__ == layer and hasattr(module, "base_layer"):  # LoRA's class has the same name
-            quantised.add(name)
+            quantized.add(name)
             weight = module.base_layer.weight
             assert type(module.base_layer).__name__ == layer and weight.dtype == storage, name
             if quantization == "nf4":
@@ -60,13 +60,13 @@ def test_layer_by_layer(settings, tmp_path, quantization, layer, storage):
                 assert module.base_layer.compute_dtype == torch.bfloat16, name
         elif isinstance(module, torch.nn.Linear) and ".base_layer" not in name and ".lora_" not in name:
             assert type(module).__module__.split(".")[0] in ("torch", "modeling_vtlmm"), name
-    assert quantised == DECODER_LINEARS
+    assert quantized == DECODER_LINEARS
     plain = VTLMMForConditionalGeneration.from_pretrained(settings["model"]).model.language_model
     adapter = sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" in name)
     count = sum(parameter.numel() for parameter in plain.parameters()) + adapter
     assert f" {count:,} parameters" in describe(trainer.model, trainer.stage)
     for name, parameter in model.named_parameters():
-        if name.removesuffix(".base_layer.weight") not in quantised:
+        if name.removesuffix(".base_layer.weight") not in quantized:
             assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
     trainer.train()  # bfloat16 and float32 meet in every loss
     assert trainer.state.log_history[0]["lm_loss"] > 0
@@ -139,7 +139,7 @@ def test_a_seed_is_a_run(settings):
     [
         (DECODER_PROJECTIONS.replace(".*language_model", ""), "vision_tower"),  # it has modules of the same names
         (r".*(language_model.*q_proj|linear_1)", "multi_modal_projector"),
-        (r".*(language_model.*q_proj|vm_head\.mixer\.input)", "vm_head"),
+        (r".*(language_model.*q_proj|vm_head\.residual_block\.input)", "vm_head"),
     ],
 )
 def test_lora_must_not_leave_the_decoder(settings, leaking, reached):

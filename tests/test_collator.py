@@ -20,7 +20,7 @@ BOS, EOS, PAD = 1, 2, 3
 
 
 def parts(text):
-    """`■` is a picture."""
+    """`■` is a image."""
     pieces = [("image", None) if piece == "■" else ("text", piece) for piece in text.split("|")]
     # a loaded dataset fills keys with None
     return [{"type": kind, "text": text, "image": None} for kind, text in pieces]
@@ -31,15 +31,15 @@ def row(*texts, images=(), num_context_messages=0):
     return {"messages": messages, "images": list(images), "num_context_messages": num_context_messages}
 
 
-def picture(colour="red", mode="RGB", size=(40, 30)):
-    return Image.new("RGB", size, colour).convert(mode)
+def make_image(color="red", mode="RGB", size=(40, 30)):
+    return Image.new("RGB", size, color).convert(mode)
 
 
 ROWS = [
-    row("■|what is in the picture ?", "a red square", images=[picture()]),
-    row("hello", "hello there", "what colour ?", "red and blue", "no", "yes"),
-    row("■|left|■|right", "two", "■", "one boat", images=[picture(c) for c in ("red", "blue", "green")]),
-    row("what ?", "no", "■|what colour ?", "blue", images=[picture("blue")], num_context_messages=3),
+    row("■|what is in the image ?", "a red square", images=[make_image()]),
+    row("hello", "hello there", "what color ?", "red and blue", "no", "yes"),
+    row("■|left|■|right", "two", "■", "one boat", images=[make_image(c) for c in ("red", "blue", "green")]),
+    row("what ?", "no", "■|what color ?", "blue", images=[make_image("blue")], num_context_messages=3),
 ]
 
 
@@ -49,7 +49,7 @@ def slow_collate(processor, rows):
     def words(text):
         return processor.tokenizer.encode(text, add_special_tokens=False)
 
-    sequences, pictures = [], []
+    sequences, images = [], []
     for item in rows:
         ids, labels = [BOS], [-100]
         for i, message in enumerate(item["messages"]):
@@ -65,14 +65,14 @@ def slow_collate(processor, rows):
                 labels = labels + (new if i >= item["num_context_messages"] else [-100] * len(new))
         sequences.append((ids, labels))
         for image in item["images"]:
-            pictures.append(processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"])
+            images.append(processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"])
     length = max(len(ids) for ids, _ in sequences)
     batch = {
         "input_ids": [ids + [PAD] * (length - len(ids)) for ids, _ in sequences],
         "attention_mask": [[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in sequences],
         "labels": [labels + [-100] * (length - len(labels)) for _, labels in sequences],
     }
-    return {**{key: torch.tensor(value) for key, value in batch.items()}, "pixel_values": torch.cat(pictures)}
+    return {**{key: torch.tensor(value) for key, value in batch.items()}, "pixel_values": torch.cat(images)}
 
 
 def collate_by_template(processor, rows):
@@ -150,8 +150,8 @@ def test_labels_are_the_answers(processor):
 
 
 def test_what_is_never_a_target(processor):
-    # an answer that shows a picture
-    rows = [*ROWS, row("what ?", "yes", images=[picture()])]
+    # an answer that shows a image
+    rows = [*ROWS, row("what ?", "yes", images=[make_image()])]
     rows[-1]["messages"][1]["content"] = parts("yes|■")
     template = processor.chat_template.replace("message['content'][0]['text']", "'yes <image>'")
     own = build_processor()
@@ -173,11 +173,11 @@ def test_text_only_batch_and_padding(processor):
         assert mask[:length].all() and (ids[length:] == PAD).all()
 
 
-def test_pictures_of_all_kinds(processor):
+def test_images_of_all_kinds(processor):
     """In the order of the rows; of every mode; as float32."""
-    colours = ["red", "green", "blue"]
-    rows = [row("■", "yes", images=[picture(c)]) for c in colours]
-    rows += [row("■|■", "yes", images=[picture("white", "L"), picture("white", "RGBA", size=(30, 90))])]
+    colors = ["red", "green", "blue"]
+    rows = [row("■", "yes", images=[make_image(c)]) for c in colors]
+    rows += [row("■|■", "yes", images=[make_image("white", "L"), make_image("white", "RGBA", size=(30, 90))])]
     pixel_values = VTLMMCollator(processor)(rows)["pixel_values"]
     assert pixel_values.shape == (5, 3, 28, 28) and pixel_values.dtype == torch.float32
     assert pixel_values[:3].mean((2, 3)).argmax(1).tolist() == [0, 1, 2]
@@ -189,7 +189,7 @@ def test_pictures_of_all_kinds(processor):
 
 @pytest.mark.parametrize("pad", [False, True])
 def test_other_image_processors(processor, pad):
-    """The number of image tokens comes from the pictures, not from the config."""
+    """The number of image tokens comes from the images, not from the config."""
     side = {"height": 42, "width": 42}
     image_processor = LlavaImageProcessorPil(size={"shortest_edge": 42}, crop_size=side, do_pad=pad)
     if not pad:
@@ -225,12 +225,12 @@ def test_token_that_crosses_the_mark(processor):
 
 
 def broken(kind):
-    item = row("■|what ?", "yes", images=[picture()])
+    item = row("■|what ?", "yes", images=[make_image()])
     if kind == "too long":
         item["messages"][1]["content"] = parts("yes " * 50)
     elif kind == "more marks":
         item["messages"][0]["content"] = parts("■|■|what ?")
-    elif kind == "more pictures":
+    elif kind == "more images":
         item["images"] *= 2
     elif kind == "no marks":
         item["messages"][0]["content"] = parts("what ?")
@@ -247,9 +247,9 @@ def broken(kind):
     "kind, message",
     [
         ("too long", "more than max_length=40: raise max_length"),
-        ("more marks", "2 image marks and 1 pictures"),
-        ("more pictures", "1 image marks and 2 pictures"),
-        ("no marks", "0 image marks and 1 pictures"),
+        ("more marks", "2 image marks and 1 images"),
+        ("more images", "1 image marks and 2 images"),
+        ("no marks", "0 image marks and 1 images"),
         ("no target", "has no target"),
         ("BOS", "'<s>' stands in it more than once"),
         ("role", "the chat template refuses it: unknown role tool"),
@@ -364,7 +364,7 @@ def test_sentencepiece_tokenizer(shared, template):
     own.tokenizer, own.image_token_id = tokenizer, tokenizer.convert_tokens_to_ids("<image>")
     own.chat_template = load_template(template)
     rows = [
-        row("■|What is it?", " A boat…", "■|■|Why?", "日本 (one)\n- two", images=[picture()] * 3),
+        row("■|What is it?", " A boat…", "■|■|Why?", "日本 (one)\n- two", images=[make_image()] * 3),
         row("Hello", "Hello there."),
     ]
     batch = VTLMMCollator(own)(rows)

@@ -131,9 +131,9 @@ def decoder_folder(tmp_path_factory):
     return get
 
 
-def asked(processor, picture=None, **kwargs):
-    picture = picture or Image.new("RGB", (80, 50), (200, 30, 30))
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]
+def asked(processor, image=None, **kwargs):
+    image = image or Image.new("RGB", (80, 50), (200, 30, 30))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}],
         tokenize=True,
@@ -228,7 +228,7 @@ def test_the_other_parts_of_a_checkpoint_are_not_reported(tower_folder, caplog):
 
 
 def test_clip_towers_get_the_release_s_image_processor(tower_folder):
-    """A wide red picture: padded with the mean colour above and below, not cropped."""
+    """A wide red image: padded with the mean color above and below, not cropped."""
     folder = tower_folder("clip")
     processor = load_image_processor(folder, AutoConfig.from_pretrained(folder).vision_config)
     pixel_values = processor(images=Image.new("RGB", (56, 14), (255, 0, 0)), return_tensors="pt")["pixel_values"][0]
@@ -265,7 +265,7 @@ def test_choices(tower_folder, decoder_folder, tmp_path):
     assert torch.equal(model.model.vm_head.weight, embeddings[: model.config.visual_vocab_size])
     assert processor.chat_template == template.read_text()
     features = model.get_image_features(torch.randn(1, 3, 28, 28)).image_features
-    assert torch.equal(model.model.vm_head.mixer(features), features)  # a new mixer does nothing yet
+    assert torch.equal(model.model.vm_head.residual_block(features), features)  # a new residual_block does nothing yet
     processor = compose(tower_folder("clip"), decoder_folder("llama"), chat_template="mistral")[1]
     assert processor.chat_template == load_template("mistral") == processor.tokenizer.chat_template
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Rows of every accepted form become rows of one form, in order, and no picture is decoded meanwhile."""
+"""Rows of every accepted form become rows of one form, in order, and no image is decoded meanwhile."""
 
 import json
 import os
@@ -18,9 +18,9 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def picture(path, colour="red"):
+def make_image(path, color="red"):
     path.parent.mkdir(exist_ok=True)
-    PIL.Image.new("RGB", (8, 6), colour).save(path)
+    PIL.Image.new("RGB", (8, 6), color).save(path)
     return path
 
 
@@ -30,7 +30,7 @@ def write(path, rows):
 
 
 def short(row):
-    """`role: text` of each message, a picture as ■, parts joined by |."""
+    """`role: text` of each message, a image as ■, parts joined by |."""
     return [
         f"{m['role']}: {'|'.join('■' if p['type'] == 'image' else p['text'] for p in m['content'])}"
         for m in row["messages"]
@@ -46,7 +46,7 @@ def llava(question, **row):
 
 
 TURNS = [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "yes"}]
-# form: row, messages, number of pictures, number of context messages
+# form: row, messages, number of images, number of context messages
 FORMS = {
     "llava, mark first": (llava("<image>\nwhat ?", image="a.png"), answered("■|what ?"), 1, 0),
     "llava, mark last": (llava("what ?\n<image>", image="a.png"), answered("what ?|■"), 1, 0),
@@ -57,7 +57,7 @@ FORMS = {
         0,
     ),
     "llava, no mark": (llava("what ?", image="a.png"), answered("■|what ?"), 1, 0),
-    "llava, no picture": (llava("what ?"), answered("what ?"), 0, 0),
+    "llava, no image": (llava("what ?"), answered("what ?"), 0, 0),
     "llava, system": (
         {"conversations": [{"from": "system", "value": "be good"}, *llava("hi")["conversations"]], "image": "a.png"},
         ["system: be good", *answered("■|hi")],
@@ -104,7 +104,7 @@ FORMS = {
 @pytest.mark.parametrize("streaming", [False, True])
 def test_every_form_in_one_file(tmp_path, streaming):
     for name in "ab":
-        picture(tmp_path / f"{name}.png")
+        make_image(tmp_path / f"{name}.png")
     path = write(tmp_path / "rows.jsonl", [form[0] for form in FORMS.values()])
     rows = load_rows(DataConfig(dataset=path, streaming=streaming))
     held_out = load_rows(DataConfig(dataset=path, eval_split="train", streaming=streaming), "eval")
@@ -121,8 +121,8 @@ def test_every_form_in_one_file(tmp_path, streaming):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("typed", [False, True])
 def test_parquet(tmp_path, streaming, typed):
-    """With pictures as an Image column, and as the bare struct of a file without the metadata of `datasets`."""
-    content = picture(tmp_path / "a.png").read_bytes()
+    """With images as an Image column, and as the bare struct of a file without the metadata of `datasets`."""
+    content = make_image(tmp_path / "a.png").read_bytes()
     features = {"questions": List(Value("string")), "answers": List(Value("string")), "id": Value("string")}
     features["image"] = Image() if typed else {"bytes": Value("binary"), "path": Value("string")}
     rows = [
@@ -144,8 +144,8 @@ def test_parquet(tmp_path, streaming, typed):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_one_question_per_row(tmp_path, streaming):
-    """With the picture and the system message of the conversation; context is not asked, and what is broken stays."""
-    picture(tmp_path / "a.png")
+    """With the image and the system message of the conversation; context is not asked, and what is broken stays."""
+    make_image(tmp_path / "a.png")
     system = [{"role": "system", "content": "be good"}]
     rows = [
         {"questions": ["what ?", "who ?"], "answers": ["yes", "no"], "image": "a.png"},
@@ -170,8 +170,8 @@ def test_one_question_per_row(tmp_path, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_list_of_pictures_in_a_table(tmp_path, streaming):
-    content = picture(tmp_path / "a.png").read_bytes()
+def test_list_of_images_in_a_table(tmp_path, streaming):
+    content = make_image(tmp_path / "a.png").read_bytes()
     features = Features({"images": List(Image()), "prompt": Value("string"), "completion": Value("string")})
     rows = [{"images": [{"bytes": content}] * n, "prompt": "what ?", "completion": "yes"} for n in (2, 0)]
     path = str(tmp_path / "rows.parquet")
@@ -181,9 +181,9 @@ def test_list_of_pictures_in_a_table(tmp_path, streaming):
     assert [short(row) for row in loaded] == [answered("■|■|what ?"), answered("what ?")]
 
 
-def test_folder_of_pictures_with_captions(tmp_path):
-    folder = tmp_path / "pictures"
-    picture(folder / "a.png")
+def test_folder_of_images_with_captions(tmp_path):
+    folder = tmp_path / "images"
+    make_image(folder / "a.png")
     write(folder / "metadata.jsonl", [{"file_name": "a.png", "text": "a cat"}])
     [row] = load_rows(DataConfig(dataset=str(folder)))
     assert short(row) == answered(f"■|{CAPTION_QUESTION}", "a cat")
@@ -209,11 +209,11 @@ def test_other_columns_are_kept_on_request(tmp_path, form, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_no_picture_is_decoded_while_loading(tmp_path, monkeypatch, streaming):
-    (tmp_path / "a.png").write_bytes(b"no picture")
+def test_no_image_is_decoded_while_loading(tmp_path, monkeypatch, streaming):
+    (tmp_path / "a.png").write_bytes(b"no image")
     features = Features({"image": Image(), "caption": Value("string")})
     table = str(tmp_path / "rows.parquet")
-    content = {"bytes": b"no picture", "path": None}
+    content = {"bytes": b"no image", "path": None}
     Dataset.from_list([{"image": content, "caption": "a"}], features=features).to_parquet(table)
     monkeypatch.setattr(PIL.Image, "open", lambda *_, **__: pytest.fail("decoded"))
     for path in (write(tmp_path / "rows.jsonl", [{"image": "a.png", "caption": "a"}]), table):
@@ -270,7 +270,7 @@ def test_an_edited_file_is_read_again(tmp_path):
         assert short(load_rows(DataConfig(dataset=path))[0])[0] == f"user: {question}"
 
 
-def test_paths_of_pictures(tmp_path):
+def test_paths_of_images(tmp_path):
     """Relative to `image_folder`, else to the file; one that leaves the folder keeps its `..`."""
     path = write(tmp_path / "rows.jsonl", [llava("q", image=i) for i in ("x/./a.png", "../a.png", "/a/../b.png")])
     for folder in (None, str(tmp_path / "other")):
@@ -319,8 +319,8 @@ def test_config_errors():
 
 
 def test_stream_in_worker_processes(tmp_path):
-    """Order is kept with one worker, and a shuffled stream has decoded pictures too."""
-    picture(tmp_path / "a.png")
+    """Order is kept with one worker, and a shuffled stream has decoded images too."""
+    make_image(tmp_path / "a.png")
     path = write(tmp_path / "rows.jsonl", [llava(f"q{i}", image="a.png") for i in range(6)])
     stream = load_rows(DataConfig(dataset=path, streaming=True))
     loader = torch.utils.data.DataLoader(stream, batch_size=2, num_workers=1, collate_fn=list)

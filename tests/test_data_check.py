@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessorPil
 
 from vtlmm.cli import data as data_command
 from vtlmm.data.rows import DataConfig, load_rows
-from vtlmm.data.validation import MENDS, check_rows, checked_stream, picture_problems
+from vtlmm.data.validation import FIXES, check_rows, checked_stream, image_problems
 from vtlmm.train.collator import VTLMMCollator
 
 
@@ -32,22 +32,22 @@ def chat(*values, image="good.jpg", roles=("human", "gpt")):
 
 
 TURNS = [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "yes"}]
-GOOD = chat("<image>\nwhat is in the picture ?", "a red square")
+GOOD = chat("<image>\nwhat is in the image ?", "a red square")
 # row: kinds of problems, and what the report must name
 BROKEN = [
     (GOOD, {}),
-    (chat("<image> what ?", "yes", image="gone.jpg"), {"missing picture": "gone.jpg"}),
-    (chat("<image> what ?", "yes", image="cut.jpg"), {"broken picture": "truncated"}),
-    (chat("<image> what ?", "yes", image="text.jpg"), {"broken picture": "not a picture"}),
-    (chat("<image> what ?", "yes", image="../outside.jpg"), {"picture path": "outside.jpg"}),
-    (chat("<image> what ?", "yes", image="deep.png"), {"picture mode": "I;16"}),
-    (chat("<image> what ?", "yes", image="."), {"missing picture": "data/."}),
+    (chat("<image> what ?", "yes", image="gone.jpg"), {"missing image": "gone.jpg"}),
+    (chat("<image> what ?", "yes", image="cut.jpg"), {"broken image": "truncated"}),
+    (chat("<image> what ?", "yes", image="text.jpg"), {"broken image": "not a image"}),
+    (chat("<image> what ?", "yes", image="../outside.jpg"), {"image path": "outside.jpg"}),
+    (chat("<image> what ?", "yes", image="deep.png"), {"image mode": "I;16"}),
+    (chat("<image> what ?", "yes", image="."), {"missing image": "data/."}),
     (chat("<image> what ?", "yes", roles=("gpt", "human")), {"roles": "assistant, user"}),
     (chat("<image> what ?", "yes", "who ?"), {"roles": "user, assistant, user"}),
     (chat("<image> what ?", "yes", roles=("human", "tool")), {"roles": "user, tool"}),
-    (chat("<image><image> what ?", "yes"), {"picture count": "2 marks, 1 pictures"}),
-    (chat("<image> what ?", "yes", image=["good.jpg", "good.jpg"]), {"picture count": "1 marks, 2 pictures"}),
-    (chat("<image> what ?", "yes", image=None), {"picture count": "1 marks, 0 pictures"}),
+    (chat("<image><image> what ?", "yes"), {"image count": "2 marks, 1 images"}),
+    (chat("<image> what ?", "yes", image=["good.jpg", "good.jpg"]), {"image count": "1 marks, 2 images"}),
+    (chat("<image> what ?", "yes", image=None), {"image count": "1 marks, 0 images"}),
     (chat(), {"no messages": "empty"}),
     (chat("<image> what ?", " \n"), {"empty answer": "message 1"}),
     (chat("<image>", "yes", "", "no"), {"empty question": "message 2"}),
@@ -55,7 +55,7 @@ BROKEN = [
     (chat("<image> what ?", 3), {"text": "the text of message 1 is not a string"}),
     (chat("<image> what ?", "yes </s> USER : no"), {"control token": "'</s>'"}),
     ({"prompt": "what ?", "completion": ""}, {"empty answer": "message 1"}),
-    (chat("<image>\nwhat ?", "yes", image="gone too.jpg") | {"id": "x"}, {"missing picture": "gone too.jpg"}),
+    (chat("<image>\nwhat ?", "yes", image="gone too.jpg") | {"id": "x"}, {"missing image": "gone too.jpg"}),
     (
         {"messages": [{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "yes"}]},
         {"text": "neither text nor image", "empty question": "message 0"},
@@ -100,7 +100,7 @@ def test_each_kind_is_named(report, index):
     assert {problem.kind for problem in problems} == set(expected)
     for problem in problems:
         assert f"row {index}: {problem.kind}" in str(problem)
-        assert problem.mend == MENDS[problem.kind]
+        assert problem.fix == FIXES[problem.kind]
         assert expected[problem.kind] in str(problem)
     assert (index in report.good_rows) == (not expected)
 
@@ -108,16 +108,16 @@ def test_each_kind_is_named(report, index):
 def test_all_kinds_are_tested():
     found = {kind for _, problems in BROKEN for kind in problems}
     # these two need another chat template or context messages, below
-    assert found == set(MENDS) - {"chat template", "nothing supervised"}
+    assert found == set(FIXES) - {"chat template", "nothing supervised"}
 
 
 def test_one_error_lists_rows_and_mends(report):
     with pytest.raises(ValueError) as error:
         report.raise_for_problems(limit=3)
     text = str(error.value)
-    assert "row 1: missing picture" in text and "gone.jpg" in text and "row 3" in text and "row 4" not in text
+    assert "row 1: missing image" in text and "gone.jpg" in text and "row 3" in text and "row 4" not in text
     assert f"… and {len(report.problems) - 3} more" in text
-    assert all(f"{problem.kind}: {problem.mend}" in text for problem in report.problems)
+    assert all(f"{problem.kind}: {problem.fix}" in text for problem in report.problems)
     assert "bad_rows: skip" in text
 
 
@@ -151,7 +151,7 @@ def test_report_shows_a_row_and_its_supervised_part(folder, processor):
     write(folder, [chat("<image> what ?", "</s>"), chat("<image> what ?", "yes", "who ?", "no one")])
     text = check_rows(load(folder), processor, max_length=99).format()
     assert "<s> USER : <image> what ? ASSISTANT :⟦yes </s>⟧USER : <unk> ? ASSISTANT :⟦no one </s>⟧" in text
-    assert "rows        2, 0 of them without a picture" in text and "max_length 99" in text
+    assert "rows        2, 0 of them without a image" in text and "max_length 99" in text
     assert "problems    1 in 1 of 2 rows" in text and "row 0: control token" in text
 
 
@@ -192,17 +192,17 @@ def test_more_processes_than_rows(folder, processor, monkeypatch):
     assert found == [1, 1, 1, 0, 0]
 
 
-def test_a_changed_picture_is_looked_at_again(folder, processor):
+def test_a_changed_image_is_looked_at_again(folder, processor):
     write(folder, [GOOD])
     assert not check_rows(load(folder), processor).problems
     (folder / "good.jpg").unlink()
-    assert [problem.kind for problem in check_rows(load(folder), processor).problems] == ["missing picture"]
+    assert [problem.kind for problem in check_rows(load(folder), processor).problems] == ["missing image"]
 
 
 def test_truncated_even_where_pillow_was_told_to_fill(folder, monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    [problem] = picture_problems({"path": str(folder / "cut.jpg"), "bytes": None})
-    assert problem[0] == "broken picture"
+    [problem] = image_problems({"path": str(folder / "cut.jpg"), "bytes": None})
+    assert problem[0] == "broken image"
     assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
@@ -216,20 +216,20 @@ def test_no_rows(folder, processor):
 def test_stream(folder, processor, report):
     stream = load(folder, streaming=True)
     assert check_rows(stream, processor, max_length=60) == report
-    with pytest.warns(UserWarning, match="Skipped a broken row.*row 1: missing picture.*gone.jpg.*restore the file"):
+    with pytest.warns(UserWarning, match="Skipped a broken row.*row 1: missing image.*gone.jpg.*restore the file"):
         rows = list(checked_stream(stream, processor, max_length=60, bad_rows="skip"))
     assert len(rows) == len(report.good_rows)
     assert rows[0]["images"][0].size == (64, 64)
-    with pytest.raises(ValueError, match="row 1: missing picture"):
+    with pytest.raises(ValueError, match="row 1: missing image"):
         list(checked_stream(stream, processor, max_length=60))
     both = datasets.concatenate_datasets([stream, stream])
-    with pytest.raises(ValueError, match="row 1: missing picture.*counted as they come"):
+    with pytest.raises(ValueError, match="row 1: missing image.*counted as they come"):
         list(checked_stream(both, processor, max_length=60))
 
 
 @pytest.mark.filterwarnings("ignore:Skipped a broken row")
 def test_stream_of_a_table(folder, processor):
-    """The pictures of a stream that was mapped and checked are decoded in the end."""
+    """The images of a stream that was mapped and checked are decoded in the end."""
     content = (folder / "good.jpg").read_bytes()
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     cuts = (content[:400], content[:-400], content)
@@ -237,7 +237,7 @@ def test_stream_of_a_table(folder, processor):
     path = str(folder / "rows.parquet")
     datasets.Dataset.from_list(rows, features=features).to_parquet(path)
     stream = load_rows(DataConfig(dataset=path, streaming=True))
-    with pytest.warns(UserWarning, match="row 0: broken picture"):
+    with pytest.warns(UserWarning, match="row 0: broken image"):
         [row] = checked_stream(stream, processor, bad_rows="skip")
     assert row["images"][0].size == (64, 64)
     VTLMMCollator(processor)([row])
@@ -255,7 +255,7 @@ def test_command(folder, tmp_path, capsys):
         return code, capsys.readouterr().out
 
     code, text = run("--dataset", folder / "rows.json", "--model", model, "--max-length", 60)
-    assert code == 1 and "row 1: missing picture" in text and "max_length 60" in text
+    assert code == 1 and "row 1: missing image" in text and "max_length 60" in text
     write(folder, [GOOD])
     recipe = tmp_path / "recipe.yaml"
     settings = {"dataset": str(folder / "rows.json"), "eval_split": "train", "model": str(model), "output_dir": "x"}

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The demo's pictures and questions: the answers are right, and only the picture gives them away."""
+"""The demo's images and questions: the answers are right, and only the image gives them away."""
 
 import random
 import re
@@ -29,7 +29,7 @@ from vtlmm.demo.shapes import (
 )
 
 
-# What a guesser who sees no picture may reach: one in so many answers, and a margin for the sample's chance.
+# What a guesser who sees no image may reach: one in so many answers, and a margin for the sample's chance.
 CHANCE = {"color": 1 / 6, "shape": 1 / 5, "count": 1 / 3, "position": 1 / 4, "relation": 1 / 4, "yes_no": 1 / 2}
 MARGIN = 0.05
 SIDES = {(-1, 0): "left", (1, 0): "right", (0, -1): "above", (0, 1): "below"}  # (x, y)

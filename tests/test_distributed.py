@@ -36,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", UPDATES)
 def test_two_processes_equal_one(folder, tmp_path, name):
-    """Ragged pictures; no picture at all in one process; a frozen head, a tied one, accumulation, an adapter; features
+    """Ragged images; no image at all in one process; a frozen head, a tied one, accumulation, an adapter; features
     that the processes computed together; rivals of the visual loss."""
     images, settings = UPDATES[name]
     settings = {**settings, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
@@ -48,22 +48,22 @@ def test_two_processes_equal_one(folder, tmp_path, name):
     assert_same_update({key: after[key] - before[key] for key in expected}, expected)
 
 
-def test_processes_share_the_pictures_of_a_cache(folder):
-    """Each computes its half, without a picture twice."""
+def test_processes_share_the_images_of_a_cache(folder):
+    """Each computes its half, without a image twice."""
     files = [load_file(path) for path in (folder / "image_features").glob("*/*.safetensors")]
     assert sorted(map(len, files)) == [4, 5] and len({key for file in files for key in file}) == sum(RAGGED)
 
 
 def test_processes_share_the_rows_of_a_check(folder):
     expected = asdict(check_rows(broken_rows(), build_processor(), max_length=30))
-    assert [problem["row"] for problem in expected["problems"] if problem["kind"] == "picture count"] == [3]
+    assert [problem["row"] for problem in expected["problems"] if problem["kind"] == "image count"] == [3]
     for rank in range(2):
         assert json.loads((folder / f"ddp_checked_{rank}.json").read_text()) == expected
 
 
 @pytest.mark.parametrize("name", EVALUATED)
 def test_evaluation_counts_every_row_once(folder, tmp_path, name):
-    """Seven rows in batches of two: the last process gets a row a second time, and pictures stand on one side only."""
+    """Seven rows in batches of two: the last process gets a row a second time, and images stand on one side only."""
     rows, stage = build_rows(TEXT_ON_ONE[:7]), "decoder" if name.endswith("decoder") else "joint"
     trainer = build_trainer(tmp_path, rows, stage=stage, per_device_eval_batch_size=7)
     alone = (with_scored_questions(trainer) if name.startswith("ddp") else trainer).evaluate(rows)
@@ -71,8 +71,8 @@ def test_evaluation_counts_every_row_once(folder, tmp_path, name):
     metrics = ["eval_loss", "eval_lm_loss"]
     if stage == "joint":
         metrics += ["eval_visual_loss", "eval_visual_token_entropy", "eval_head_agreement"]
-    if name.startswith("ddp"):  # of the questions about the model's pictures each process answers its share
-        metrics += ["eval_accuracy", "eval_accuracy_shuffled"]
+    if name.startswith("ddp"):  # of the questions about the model's images each process answers its share
+        metrics += ["eval_accuracy", "eval_accuracy_shuffled_images"]
         assert 0 < alone["eval_accuracy"] < 1
     for metric in metrics:
         assert found[metric] == pytest.approx(alone[metric], rel=1e-5), metric

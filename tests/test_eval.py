@@ -32,19 +32,19 @@ from vtlmm.inference.generate import (
     answer,
     answer_batch,
     conversation,
-    open_picture,
-    picture_key,
+    image_key,
+    open_image,
     split_turns,
     with_shuffled_images,
 )
 
 
-NUM_PICTURES, QUESTIONS_PER_PICTURE = 6, 3
+NUM_IMAGES, QUESTIONS_PER_IMAGE = 6, 3
 FILES = ("run.json", "answers.jsonl", "blind.jsonl", "results.json", "results.csv", SAMPLES_FILE)
 
 
 def save_model(folder, seed: int) -> None:
-    """Weights large enough that answers depend on the picture."""
+    """Weights large enough that answers depend on the image."""
     torch.manual_seed(seed)
     model = VTLMMForConditionalGeneration(build_config())
     with torch.no_grad():
@@ -57,15 +57,15 @@ def save_model(folder, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Two tiny models, and questions about pictures: an own kind and length each."""
+    """Two tiny models, and questions about images: an own kind and length each."""
     folder = tmp_path_factory.mktemp("eval")
     for seed in (0, 1):
         save_model(folder / f"model{seed}", seed)
     rng = random.Random(0)
     rows = []
-    for i in range(NUM_PICTURES):
+    for i in range(NUM_IMAGES):
         PILImage.new("RGB", (28, 28), tuple(rng.randrange(256) for _ in range(3))).save(folder / f"{i}.png")
-        for j in range(QUESTIONS_PER_PICTURE):
+        for j in range(QUESTIONS_PER_IMAGE):
             question = " ".join(rng.choices(WORDS, k=1 + (i + j) % 5))
             rows.append({"image": f"{i}.png", "question": question, "answer": rng.choice(WORDS), "kind": f"kind {j}"})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -120,9 +120,7 @@ def test_a_killed_run_goes_on_to_the_same_files(work, finished, tmp_path, monkey
     process.join()
     assert process.exitcode == -signal.SIGKILL
     done = answers.read_bytes()
-    assert (
-        done.count(b"\n") < NUM_PICTURES * QUESTIONS_PER_PICTURE and not (tmp_path / "out" / "results.json").exists()
-    )
+    assert done.count(b"\n") < NUM_IMAGES * QUESTIONS_PER_IMAGE and not (tmp_path / "out" / "results.json").exists()
     answers.write_bytes(done + b'{"index": 1, "ans')
     assert main(arguments(work, tmp_path / "out", "--batch-size", "4")) == 0
     assert read_files(tmp_path / "out") == read_files(finished)
@@ -175,7 +173,7 @@ def test_the_report_agrees_with_the_answers(work, finished):
     control = accuracy_by_kind(questions, [record["answer"] for record in blind])
     for line in results["kinds"]:
         assert (line["score"], line["n"]) == accuracy[line["kind"]] and line["blind"] == control[line["kind"]][0]
-        assert line["low"] <= line["score"] <= line["high"] and line["pictures"] == NUM_PICTURES
+        assert line["low"] <= line["score"] <= line["high"] and line["images"] == NUM_IMAGES
     assert [line["kind"] for line in results["kinds"]] == ["kind 0", "kind 1", "kind 2", "all"]
     with open(finished / "results.csv", newline="") as file:
         assert [line["score"] for line in csv.DictReader(file)] == [str(line["score"]) for line in results["kinds"]]
@@ -206,7 +204,7 @@ def test_a_subset_is_marked(work, tmp_path, capsys):
 
 
 def test_kinds_and_references_come_from_columns(work, tmp_path, capsys):
-    """A kind for each question of a table; ten answers for VQA accuracy; one picture has no blind control."""
+    """A kind for each question of a table; ten answers for VQA accuracy; one image has no blind control."""
     rows = {
         "table": {"image": "0.png", "questions": ["what is it", "is it red"], "answers": ["boat", "no"]},
         "ten": {"image": "0.png", "question": "what is it", "answer": "boat", "people": ["boat"] * 10, "id": 7},
@@ -269,7 +267,7 @@ def test_pope_reports_f1(work, tmp_path, capsys):
     f1 = 2 * true_yes / (sum(not denied for _, denied in said) + sum(truth == "yes" for truth, _ in said))
     assert summary["kind 1"]["f1"] == pytest.approx(100 * f1) and summary["kind 1"]["n"] == 6
     assert main(arguments(work, tmp_path / "mme", "--scorer", "mme", data="pope.jsonl")) == 1
-    assert "two questions about a picture" in capsys.readouterr().err and not (tmp_path / "mme").exists()
+    assert "two questions about a image" in capsys.readouterr().err and not (tmp_path / "mme").exists()
 
 
 def test_scores_of_several_references():
@@ -286,10 +284,10 @@ def test_what_a_row_gives_goes_before_its_question(processor):
         return {"role": role, "content": [{"type": "text" if text else "image", "text": text} for text in texts]}
 
     system, answer = message("system", "be short"), message("assistant", "red")
-    messages = [system, message("user", None, "what colour ?"), answer, message("user", "and", None, "that ?"), answer]
+    messages = [system, message("user", None, "what color ?"), answer, message("user", "and", None, "that ?"), answer]
     row = {"messages": messages, "images": ["a", "b"]}
     first, second = split_turns([row])
-    assert (first["question"], second["question"]) == ("what colour ?", "and that ?")
+    assert (first["question"], second["question"]) == ("what color ?", "and that ?")
     assert first["before"] == second["before"] == [message("system", "be short")]
     (given,) = split_turns([{**row, "num_context_messages": 4}])  # a prompt with an answer in it, and a completion
     assert [m["role"] for m in given["before"]] == ["system", "user", "assistant"]
@@ -309,56 +307,56 @@ def test_what_a_row_gives_goes_before_its_question(processor):
         ),
         tokenize=False,
     )
-    assert model_says == "USER : what colour ? ASSISTANT : red</s> USER : <image>\n<image>\nand that ? ASSISTANT :"
+    assert model_says == "USER : what color ? ASSISTANT : red</s> USER : <image>\n<image>\nand that ? ASSISTANT :"
 
 
-def test_no_question_keeps_its_picture():
+def test_no_question_keeps_its_image():
     rng = random.Random(0)
     for trial in range(200):
-        pictures = [f"picture {i}" for i in range(rng.randint(2, 6))]
-        most = rng.choices(pictures, weights=[50] + [1] * (len(pictures) - 1), k=12)  # nearly all about one
-        questions = [{"images": [image]} for image in [*pictures, *most]]
-        questions += [{"images": rng.sample(pictures, rng.randint(0, len(pictures) - 1))} for _ in range(5)]
+        images = [f"image {i}" for i in range(rng.randint(2, 6))]
+        most = rng.choices(images, weights=[50] + [1] * (len(images) - 1), k=12)  # nearly all about one
+        questions = [{"images": [image]} for image in [*images, *most]]
+        questions += [{"images": rng.sample(images, rng.randint(0, len(images) - 1))} for _ in range(5)]
         shuffled = with_shuffled_images(questions, seed=trial)
         for question, control in zip(questions, shuffled, strict=True):
             assert not set(question["images"]) & set(control["images"])
             assert len(question["images"]) == len(control["images"])
 
 
-def test_a_picture_of_a_phone_is_upright(tmp_path):
+def test_a_image_of_a_phone_is_upright(tmp_path):
     """As in a row: its pixels lie on their side, and a tag says how to hold it."""
-    picture = PILImage.new("RGB", (8, 4), "red")
-    picture.paste("blue", (0, 0, 4, 4))
+    image = PILImage.new("RGB", (8, 4), "red")
+    image.paste("blue", (0, 0, 4, 4))
     exif = PILImage.Exif()
     exif[ExifTags.Base.Orientation] = 6  # to be turned clockwise
-    picture.save(tmp_path / "phone.png", exif=exif)
+    image.save(tmp_path / "phone.png", exif=exif)
     (tmp_path / "rows.json").write_text(json.dumps([{"image": "phone.png", "question": "what ?", "answer": "red"}]))
     (row,) = load_rows(DataConfig(dataset=str(tmp_path / "rows.json")))
-    found = open_picture(tmp_path / "phone.png")
+    found = open_image(tmp_path / "phone.png")
     assert found.size == (4, 8) and found.tobytes() == row["images"][0].convert("RGB").tobytes()
 
 
-def test_equal_pictures_are_one_picture():
+def test_equal_images_are_one_image():
     """Two objects with the same pixels are not each other's control."""
-    red, again, blue = (PILImage.new("RGB", (4, 4), colour) for colour in ("red", "red", "blue"))
-    assert picture_key(red) == picture_key(again) != picture_key(blue)
+    red, again, blue = (PILImage.new("RGB", (4, 4), color) for color in ("red", "red", "blue"))
+    assert image_key(red) == image_key(again) != image_key(blue)
     shuffled = with_shuffled_images([{"images": [image]} for image in (red, again, blue)])
-    assert [picture_key(question["images"][0]) for question in shuffled[:2]] == [picture_key(blue)] * 2
-    assert picture_key(shuffled[2]["images"][0]) == picture_key(red)
+    assert [image_key(question["images"][0]) for question in shuffled[:2]] == [image_key(blue)] * 2
+    assert image_key(shuffled[2]["images"][0]) == image_key(red)
 
 
 # ---- Intervals and comparison ----
 
 
-def test_the_interval_is_that_of_independent_pictures():
+def test_the_interval_is_that_of_independent_images():
     generator = np.random.default_rng(0)
     scores = generator.random(400) < 0.7
     low, high = bootstrap_interval(scores, range(400))
     width = 2 * 1.96 * (scores.mean() * (1 - scores.mean()) / 400) ** 0.5
     assert high - low == pytest.approx(width, rel=0.1) and low < scores.mean() < high
     # ten questions each that say the same add nothing, though one by one they would
-    many, pictures = np.repeat(scores, 10), np.repeat(np.arange(400), 10)
-    assert np.subtract(*bootstrap_interval(many, pictures)) == pytest.approx(-width, rel=0.1)
+    many, images = np.repeat(scores, 10), np.repeat(np.arange(400), 10)
+    assert np.subtract(*bootstrap_interval(many, images)) == pytest.approx(-width, rel=0.1)
     assert np.subtract(*bootstrap_interval(many, range(4000))) == pytest.approx(-width / 10**0.5, rel=0.1)
     assert bootstrap_interval([1.0] * 5, list("abcde")) == (1.0, 1.0)
 
@@ -382,15 +380,15 @@ def test_two_runs_are_compared_question_by_question(work, finished, tmp_path, ca
         changed = []
         for record, second in zip(records(folder / "answers.jsonl"), records(other / "answers.jsonl"), strict=True):
             truth = second["answer"] if record["kind"] == "kind 0" else "nobody says this"
-            changed.append(json.dumps({**record, "truth": truth, "question": ""}) + "\n")  # a picture alone
+            changed.append(json.dumps({**record, "truth": truth, "question": ""}) + "\n")  # a image alone
         (copy / "answers.jsonl").write_text("".join(changed))
     copies = [str(tmp_path / f"{folder.name} copy") for folder in (finished, other)]
     capsys.readouterr()
     assert main(["eval", "--compare", *copies, "--output", str(tmp_path / "compared")]) == 0
     comparison = json.loads((tmp_path / "compared" / "comparison.json").read_text())
     lines = {line["kind"]: line for line in comparison["kinds"]}
-    agreeing = NUM_PICTURES - len(comparison["flips"])
-    assert lines["kind 0"]["second"] == 1 and lines["kind 0"]["first"] == agreeing / NUM_PICTURES
+    agreeing = NUM_IMAGES - len(comparison["flips"])
+    assert lines["kind 0"]["second"] == 1 and lines["kind 0"]["first"] == agreeing / NUM_IMAGES
     assert len(comparison["flips"]) == lines["all"]["second_better"] > 3 and lines["all"]["first_better"] == 0
     assert lines["kind 0"]["p"] == 2 / 2 ** len(comparison["flips"]) and lines["kind 1"]["p"] == 1
     assert lines["kind 1"]["difference"] == lines["kind 1"]["low"] == lines["kind 1"]["high"] == 0

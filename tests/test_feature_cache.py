@@ -21,11 +21,11 @@ EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size":
 
 
 def counted(trainer):
-    """How many pictures the tower gets from now on: a list of numbers."""
-    pictures = []
+    """How many images the tower gets from now on: a list of numbers."""
+    images = []
     tower = trainer.model.model.vision_tower
-    tower.register_forward_pre_hook(lambda module, inputs: pictures.append(len(inputs[0])))
-    return pictures
+    tower.register_forward_pre_hook(lambda module, inputs: images.append(len(inputs[0])))
+    return images
 
 
 @pytest.mark.parametrize(
@@ -34,24 +34,24 @@ def counted(trainer):
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_training_is_the_same_without_the_tower(tmp_path, settings):
-    """Two epochs, row by row: several pictures in a row, and batches without any."""
+    """Two epochs, row by row: several images in a row, and batches without any."""
     expected = update(build_trainer(tmp_path / "pixels", **EPOCHS, **settings))
     trainer = build_trainer(tmp_path / "cache" / "run", cache_image_features=True, **EPOCHS, **settings)
-    pictures = counted(trainer)
+    images = counted(trainer)
     assert_same_update(update(trainer), expected, tolerance=1e-5)
-    assert pictures == [] and (tmp_path / "cache" / "image_features").is_dir()
+    assert images == [] and (tmp_path / "cache" / "image_features").is_dir()
 
 
 def test_features_of_a_convolutional_tower(tmp_path):
     """Its map lies in memory channel by channel, and safetensors stores no such tensor."""
     cache, rows = VisionFeatureCache(str(tmp_path), "tower"), build_rows((2, 1))
     maps = torch.randn(3, 6, 4)
-    assert cache.fill(rows, lambda pictures: maps[: len(pictures)].transpose(1, 2)) == 3
+    assert cache.fill(rows, lambda images: maps[: len(images)].transpose(1, 2)) == 3
     images = [image for row in undecoded(rows) for image in row["images"]]
     assert torch.equal(cache[images], maps.transpose(1, 2))
 
 
-def test_a_picture_is_encoded_once_for_all_runs(tmp_path, monkeypatch):
+def test_a_image_is_encoded_once_for_all_runs(tmp_path, monkeypatch):
     """Its copies in other rows too; the losses of an evaluation are those with pixels."""
     encoded = []
     original = VTLMMForConditionalGeneration.get_image_features
@@ -81,9 +81,9 @@ def test_a_resumed_run_uses_the_cache(tmp_path):
     settings["cache_image_features"] = str(tmp_path / "features")
     build_trainer(tmp_path / "run", **{**settings, "max_steps": 4}).train()
     resumed = build_trainer(tmp_path / "run", **settings)
-    pictures = counted(resumed)
+    images = counted(resumed)
     resumed.train(resume_from_checkpoint=True)
-    assert pictures == [] and resumed.state.global_step == 6
+    assert images == [] and resumed.state.global_step == 6
     for (name, a), b in zip(weights(expected.model).items(), weights(resumed.model).values(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
 
@@ -140,7 +140,7 @@ def test_features_of_another_tower_are_named_and_not_used(tmp_path, capsys):
     assert_same_update(update(trainer), expected, tolerance=1e-5)
 
 
-def test_a_picture_that_changes_is_not_taken_from_the_cache(tmp_path):
+def test_a_image_that_changes_is_not_taken_from_the_cache(tmp_path):
     PILImage.new("RGB", (28, 28), (200, 30, 30)).save(tmp_path / "red.png")
     talk = '[{"from": "human", "value": "<image>\\nwhat"}, {"from": "gpt", "value": "red boat"}]'
     Path(tmp_path / "rows.json").write_text(f'[{{"image": "red.png", "conversations": {talk}}}]')
@@ -155,7 +155,7 @@ def test_a_picture_that_changes_is_not_taken_from_the_cache(tmp_path):
 
 
 def test_a_fill_that_was_killed_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("vtlmm.data.vision_feature_cache.PICTURES_PER_FILE", 2)
+    monkeypatch.setattr("vtlmm.data.vision_feature_cache.IMAGES_PER_FILE", 2)
     cache, rows, encoded = VisionFeatureCache(tmp_path, "tower"), build_rows(), []
 
     def encode(images):
@@ -176,7 +176,7 @@ def test_a_fill_that_was_killed_goes_on(tmp_path, monkeypatch):
     assert cache[images].shape == (len(images), 4, 16) and cache[images][0].unique() == red
 
 
-def test_a_disk_without_room_for_all_is_refused_at_the_first_pictures(tmp_path, monkeypatch):
+def test_a_disk_without_room_for_all_is_refused_at_the_first_images(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=9 * 4 * 16 * 4 - 1))
     cache, rows, encoded = VisionFeatureCache(tmp_path, "tower"), build_rows(), []
 
@@ -184,7 +184,7 @@ def test_a_disk_without_room_for_all_is_refused_at_the_first_pictures(tmp_path, 
         encoded.extend(images)
         return torch.zeros(len(images), 4, 16)
 
-    with pytest.raises(ValueError, match="features of 9 pictures take .* free: name a larger disk"):
+    with pytest.raises(ValueError, match="features of 9 images take .* free: name a larger disk"):
         cache.fill(rows, encode, batch_size=2)
     assert len(encoded) == 2 and not cache.files
 

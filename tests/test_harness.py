@@ -43,7 +43,7 @@ def needs(name: str):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A tiny model, and pictures with two questions each, one of them in grey."""
+    """A tiny model, and images with two questions each, one of them in gray."""
     folder = tmp_path_factory.mktemp("harness")
     save_model(folder / "model", 0)
     rows = []
@@ -94,7 +94,7 @@ def test_both_harnesses_have_the_same_tasks(task):
 
 
 def test_the_local_tasks_ask_what_vtlmm_eval_asks(work):
-    """The same questions, truths, pictures and prompts, to the character."""
+    """The same questions, truths, images and prompts, to the character."""
     processor = build_processor()
     rows = load_rows(DataConfig(dataset=str(work / "rows.parquet")))
     expected, _ = read_questions(rows)
@@ -105,15 +105,15 @@ def test_the_local_tasks_ask_what_vtlmm_eval_asks(work):
         assert len(docs) == len(expected) == 10
         for doc, question in zip(docs, expected, strict=True):
             assert doc[task["doc_to_target"]] == question["answer"]
-            (picture,) = harness.pictures(doc)
-            assert picture.mode == "RGB"
+            (image,) = harness.images(doc)
+            assert image.mode == "RGB"
             if name == "lm-eval":  # which splits the text at its marks
                 text = Template(task["doc_to_text"]).render(**doc)
                 before, after = text.split("<image>")
                 assert before == ""
                 content = [{"type": "image"}, {"type": "text", "text": after}]
             else:
-                content = [{"type": "image", "image": picture}, {"type": "text", "text": doc[task["doc_to_text"]]}]
+                content = [{"type": "image", "image": image}, {"type": "text", "text": doc[task["doc_to_text"]]}]
             found = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
             assert found == processor.apply_chat_template(conversation(question), add_generation_prompt=True)
 
@@ -186,7 +186,7 @@ def test_the_model_for_lmms_eval_answers_as_ours(work, manifest):
         ]
 
     model = VTLMMForConditionalGeneration.from_pretrained(work / "model")
-    questions = [{"images": harness.pictures(doc), "question": doc["question"]} for doc in docs]
+    questions = [{"images": harness.images(doc), "question": doc["question"]} for doc in docs]
     expected = answer(model, build_processor(), questions, max_new_tokens=4)
     assert lm.generate_until(requests()) == expected and len(set(expected)) > 5
     assert lm.generate_until(requests(until=[" "])) == [text.split(" ")[0] for text in expected]

@@ -19,7 +19,7 @@ from vtlmm.analysis.metrics import (
     label_hits,
     label_mass,
     mutual_information,
-    mutual_neighbours,
+    mutual_neighbors,
     reconstruction,
     top_word_overlap,
     unbiased_cka,
@@ -51,7 +51,7 @@ def test_rows_of_the_embeddings_as_features_hit_their_words():
     labels = torch.zeros(3, 50, dtype=torch.bool).scatter_(1, words, True)
     own, shuffled = label_hits(torch.stack(ranks), labels, 1)
     assert own.tolist() == [1, 1, 1]
-    assert shuffled.tolist() == [0.5, 0, 0.5]  # pictures 0 and 2 share word 7
+    assert shuffled.tolist() == [0.5, 0, 0.5]  # images 0 and 2 share word 7
 
 
 def test_best_ranks_by_hand():
@@ -59,9 +59,9 @@ def test_best_ranks_by_hand():
     assert best_ranks(top, torch.tensor([0, 1, 2, 3, 4, 5]), 6).tolist() == [2, 0, 3, 0, 1, 2]
 
 
-def test_the_control_is_the_mean_over_all_other_pictures():
+def test_the_control_is_the_mean_over_all_other_images():
     generator = torch.Generator().manual_seed(0)
-    ranks = torch.randint(0, 11, (300, 20), generator=generator)  # more pictures than a tile
+    ranks = torch.randint(0, 11, (300, 20), generator=generator)  # more images than a tile
     labels = torch.rand(300, 20, generator=generator) < 0.1
     mass = torch.rand(300, 20, generator=generator)
     hits, shuffled = label_hits(ranks, labels, 5)
@@ -135,13 +135,13 @@ def test_overlap_and_auroc_by_hand():
     assert auroc(torch.ones(5), inside) == 0.5
 
 
-# ---- Neighbourhoods ----
+# ---- Neighborhoods ----
 
 
 def test_a_rotated_copy_has_all_neighbours_and_cka_1():
     features = normal(120, 16)
     copy = 5 * features @ rotation(16)
-    found = mutual_neighbours(gram(features), gram(copy), 10)
+    found = mutual_neighbors(gram(features), gram(copy), 10)
     assert found["overlap"].tolist() == [1.0] * 120 and found["p_value"] == pytest.approx(1 / 200)
     assert unbiased_cka(gram(features), gram(copy)) == pytest.approx(1, abs=1e-6)
 
@@ -151,7 +151,7 @@ def test_noise_has_neighbours_by_chance_and_cka_0():
     overlaps, ckas, p_values, biased = [], [], [], []
     for seed in range(20):
         a, b = gram(normal(64, 256, seed=2 * seed)), gram(normal(64, 256, seed=2 * seed + 1))
-        found = mutual_neighbours(a, b, 10, seed)
+        found = mutual_neighbors(a, b, 10, seed)
         overlaps.append(found["overlap"].mean().item())
         p_values.append(found["p_value"])
         ckas.append(unbiased_cka(a, b))

@@ -115,7 +115,7 @@ def test_merging_keeps_what_the_run_changed_of_the_model(settings, tmp_path, cha
     assert_equal_outputs(trainer, VTLMMForConditionalGeneration.from_pretrained(tmp_path / "merged"))
 
 
-def test_stage_four_after_stage_three_on_a_quantised_base(settings, tmp_path, capsys):
+def test_stage_four_after_stage_three_on_a_quantized_base(settings, tmp_path, capsys):
     """III, merge, IV, merge; an adapter itself is no start."""
     three, merged, four = tmp_path / "three", tmp_path / "merged", tmp_path / "four"
     run_training({**settings, **QLORA, "stage": "visual_head", "output_dir": str(three)})
@@ -133,8 +133,8 @@ def test_stage_four_after_stage_three_on_a_quantised_base(settings, tmp_path, ca
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_merging_into_the_base_as_it_was_quantised(settings, tmp_path, adapter):
-    """Equal outputs on the dequantised base; on the base in full precision they are others, which is said."""
+def test_merging_into_the_base_as_it_was_quantized(settings, tmp_path, adapter):
+    """Equal outputs on the dequantized base; on the base in full precision they are others, which is said."""
     options = {**QLORA, "adapter": adapter, "output_dir": str(tmp_path / "adapter")}
     trainer = run_training({**settings, **options})
     for name, flags in {"exact": ["--dequantize"], "near": []}.items():
@@ -164,7 +164,7 @@ def test_a_merge_that_merges_nothing_is_refused(settings, tmp_path, capsys):
     assert main(command) == 1
     assert "15 leave the base" in capsys.readouterr().err
     assert main([*command, "--dequantize"]) == 1
-    assert "says that the base was quantised" in capsys.readouterr().err
+    assert "says that the base was quantized" in capsys.readouterr().err
     assert main([*command, "--base", str(tmp_path / "gone")]) == 1
     assert "say where it is with `--base`" in capsys.readouterr().err
     # names of another decoder: PEFT alone would warn, and merge nothing

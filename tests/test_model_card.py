@@ -16,14 +16,14 @@ from PIL import Image
 from vtlmm.hub.model_card import write_card
 
 
-LINE = {"n": 40, "pictures": 9, "score": 0.75, "low": 0.6, "high": 0.9, "blind": 0.25, "blind_low": 0.1}
+LINE = {"n": 40, "images": 9, "score": 0.75, "low": 0.6, "high": 0.9, "blind": 0.25, "blind_low": 0.1}
 LINE |= {"blind_high": 0.4}
 RUN = {
     "stage": "joint",
     "plan": ["Stage joint: loss = 1 · L_lm + 1 · L_vm", "  vm_head  1,000 parameters  0 learn"],
     "settings": {
         "model": "/home/me/start",
-        "dataset": "someone/pictures",
+        "dataset": "someone/images",
         "image_folder": "/home/me/p",
         "seed": 3,
         "hub_token": "hf_SECRET",
@@ -62,10 +62,10 @@ def test_a_card_says_what_was_done_and_measured(folder, tmp_path):
         write_results(tmp_path / "a.json", "someone/questions"),
         write_results(tmp_path / "b.json", "/home/me/rows.json", "the first 40 of 90 rows"),
     ]
-    pictures = [tmp_path / "patches.png", tmp_path / "0_row 3, picture 1.png"]
-    for picture in pictures:
-        picture.write_bytes(b"")
-    write_card(folder, "me/model", license="llama2", results=results, pictures=pictures)
+    images = [tmp_path / "patches.png", tmp_path / "0_row 3, image 1.png"]
+    for image in images:
+        image.write_bytes(b"")
+    write_card(folder, "me/model", license="llama2", results=results, images=images)
     card = ModelCard.load(folder / "README.md")
     data = card.data.to_dict()
     index = data.pop("model-index")
@@ -76,17 +76,17 @@ def test_a_card_says_what_was_done_and_measured(folder, tmp_path):
         "tags": ["vt-lmm", "conversational", "visual-tokens", "trl"],
         "base_model": ["someone/decoder", "someone/tower"],
         "base_model_relation": "finetune",
-        "datasets": ["someone/pictures"],
+        "datasets": ["someone/images"],
     }
     (result,) = index[0]["results"]  # that of the subset is no result on the data set
     assert result["dataset"] == {"name": "someone/questions", "type": "someone/questions", "split": "test"}
     assert [metric["value"] for metric in result["metrics"]] == [0.75, 0.25]
-    assert "| joint | start | someone/pictures | 800 | 100 | 1 | 2e-05 | 8 × a GPU | 2 |" in card.text
+    assert "| joint | start | someone/images | 800 | 100 | 1 | 2e-05 | 8 × a GPU | 2 |" in card.text
     assert "lm_loss 1.25, visual_loss 0.5 |" in card.text and "commit abc1234" in card.text
     assert "| count | 40 | 75.0% | 60.0% – 90.0% | 25.0% | 10.0% – 40.0% |" in card.text
     assert "hf_SECRET" not in card.text  # old records have it
     assert "SUBSET: the first 40 of 90 rows" in card.text and "![patches.png](patches.png)" in card.text
-    assert "](0_row%203%2C%20picture%201.png)" in card.text
+    assert "](0_row%203%2C%20image%201.png)" in card.text
     assert '"revision": "…"' in card.text and "inproceedings{peng2024multimodal" in card.text
     published = [card.text, *(file.read_text() for file in (folder / "results").iterdir())]
     assert len(published) == 3 and not any("/home/me" in text for text in published)
@@ -124,7 +124,7 @@ def test_a_card_is_written_again_as_it_was_and_one_by_hand_stays(folder, tmp_pat
     write_card(folder, "me/model", license="mit", base_models=["someone/else"], results=results)
     first = (folder / "README.md").read_text()
     (folder / "patches.png").write_bytes(b"")
-    write_card(folder, "me/model", pictures=[folder / "patches.png"])
+    write_card(folder, "me/model", images=[folder / "patches.png"])
     assert (folder / "README.md").read_text().replace("\n![patches.png](patches.png)\n", "") == first
     assert "- someone/else" in first
     by_hand = "---\nlicense: mit\n---\nMine.\n"
@@ -134,7 +134,7 @@ def test_a_card_is_written_again_as_it_was_and_one_by_hand_stays(folder, tmp_pat
 
 
 def test_the_curves_of_all_stages(folder, monkeypatch):
-    """A stage begins where the one before it ended. Without matplotlib there is no picture, and the card says none."""
+    """A stage begins where the one before it ended. Without matplotlib there is no image, and the card says none."""
     drawn, plot = [], Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda *args, label: drawn.append((label, args[1:])) or plot(*args, label=label))
     write_card(folder, "me/model")
@@ -180,4 +180,4 @@ def test_results_that_are_none_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="a.json holds no results: pass a results.json"):
         write_card(folder, "me/model", results=[tmp_path / "a.json"])
     with pytest.raises(ValueError, match="a.json is no PNG"):
-        write_card(folder, "me/model", pictures=[tmp_path / "a.json"])
+        write_card(folder, "me/model", images=[tmp_path / "a.json"])

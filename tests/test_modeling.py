@@ -169,7 +169,7 @@ def test_a_batch_without_images_has_visual_loss_zero_and_touches_every_module(bu
 
 @pytest.mark.parametrize("student", ["lm_head", None])  # stages I and II have no visual loss
 def test_a_batch_without_images_runs_the_tower_in_evaluation_too(build_model, student):
-    """Where the tower is sharded, another process may have a picture and waits for this one."""
+    """Where the tower is sharded, another process may have a image and waits for this one."""
     model = build_model()
     calls = []
     model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
@@ -178,7 +178,7 @@ def test_a_batch_without_images_runs_the_tower_in_evaluation_too(build_model, st
     with torch.no_grad():
         sums = model(input_ids, None, attention_mask, **options).loss_sums
         logits = model(input_ids, None, attention_mask).logits
-    assert len(calls) == 1, "once for the sums; logits alone need no picture"
+    assert len(calls) == 1, "once for the sums; logits alone need no image"
     assert student is None or sums["visual_loss"] == sums["num_visual_targets"] == 0
     expected = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum"
@@ -206,12 +206,12 @@ def test_a_fresh_mixer_changes_nothing_and_attention_looks_across_patches(vm_hea
     torch.manual_seed(0)
     model = VTLMMForConditionalGeneration(build_config(vm_head_type=vm_head_type)).eval()
     features = torch.randn(2, 4, 32)
-    mixer = model.model.vm_head.mixer
-    assert torch.equal(mixer(features), features)
-    torch.nn.init.normal_(mixer.output.weight)
+    residual_block = model.model.vm_head.residual_block
+    assert torch.equal(residual_block(features), features)
+    torch.nn.init.normal_(residual_block.output.weight)
     other = features.clone()
     other[0, 3] = torch.randn(32)  # not a constant: the norm would take that away
-    changed = (mixer(other) - mixer(features)).abs().amax(-1) > 1e-6
+    changed = (residual_block(other) - residual_block(features)).abs().amax(-1) > 1e-6
     assert changed[0].tolist() == ([True] * 4 if vm_head_type == "attention" else [False, False, False, True])
     assert not changed[1].any()
 
@@ -246,7 +246,7 @@ def test_visual_tokens_are_the_top_words(build_model):
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}])
 def test_generate_batched_equals_alone(build_model, options):
-    """Different numbers of images per row, left padding; beams repeat the pictures of a row as a group."""
+    """Different numbers of images per row, left padding; beams repeat the images of a row as a group."""
     model = build_model()
     counts = [1, 2, 0]
     right_ids, right_mask, pixel_values = rows(model, counts)
@@ -266,7 +266,7 @@ def test_generate_batched_equals_alone(build_model, options):
 
 
 def test_beams_from_embeddings_equal_those_from_words(build_model):
-    """`generate` then has no words to tell which pictures belong to a row."""
+    """`generate` then has no words to tell which images belong to a row."""
     model = build_model()
     right_ids, right_mask, pixel_values = rows(model, [1, 2])
     settings = {"attention_mask": right_mask.flip(1), "pixel_values": pixel_values, "num_beams": 3, "do_sample": False}

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Other kinds of pictures: measures with known answers, the probability of an answer, and the whole in a grid."""
+"""Other kinds of images: measures with known answers, the probability of an answer, and the whole in a grid."""
 
 import json
 import random
@@ -43,7 +43,7 @@ def test_calibration_error_by_hand():
     assert (found["low"], found["high"]) == pytest.approx((0.05, (0.05 + 0.45) / 2))
 
 
-def test_calibration_draws_are_those_of_drawing_pictures():
+def test_calibration_draws_are_those_of_drawing_images():
     """A second implementation: the error computed anew from the answers of each draw."""
     rng = np.random.default_rng(0)
     clusters = np.repeat(np.arange(30), 3)
@@ -57,8 +57,8 @@ def test_calibration_draws_are_those_of_drawing_pictures():
 
     draws = []
     for _ in range(4000):
-        pictures = rng.integers(30, size=30)
-        draws.append(error(np.concatenate([np.flatnonzero(clusters == picture) for picture in pictures])))
+        images = rng.integers(30, size=30)
+        draws.append(error(np.concatenate([np.flatnonzero(clusters == image) for image in images])))
     found = calibration_error(probabilities, correct, clusters)
     assert found["value"] == pytest.approx(error(np.arange(90)))
     assert (found["low"], found["high"]) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.012)
@@ -87,7 +87,7 @@ def test_detection_interval_covers():
 
 
 def test_labels_become_questions(shared, tmp_path):
-    """Blood cells: counts of pictures as a plain look at the file gives them."""
+    """Blood cells: counts of images as a plain look at the file gives them."""
     words = {"WBC": "white blood cell", "Platelets": "platelet"}
     rows = presence_questions(str(shared / "data/bccd/bccd.parquet"), "objects", words)
     assert rows[0]["questions"] == ["is there a white blood cell in the image?", "is there a platelet in the image?"]
@@ -131,8 +131,8 @@ def test_an_answer_s_probability_is_that_of_its_tokens(work, tmp_path):  # noqa:
     assert len(lengths) > 1 or max(lengths) == 4
 
 
-def test_a_grid_on_other_kinds_of_pictures(work, tmp_path):  # noqa: F811
-    """The held-out pictures under another name are told apart by chance; captions give entropies alone."""
+def test_a_grid_on_other_kinds_of_images(work, tmp_path):  # noqa: F811
+    """The held-out images under another name are told apart by chance; captions give entropies alone."""
     rng, questions, captions = random.Random(0), [], []
     for i in range(6):
         name = str(tmp_path / f"{i}.png")
@@ -140,10 +140,10 @@ def test_a_grid_on_other_kinds_of_pictures(work, tmp_path):  # noqa: F811
         questions.append(
             {"image": name, "questions": ["is it red", "what"], "answers": [rng.choice(["yes", "No"]), "a"]}
         )
-        captions.append({"image": name, "caption": "a grey square"})
+        captions.append({"image": name, "caption": "a gray square"})
     for name, rows in (("questions", questions), ("captions", captions)):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    others = {"same": str(work / "test.json"), "grey": str(tmp_path / "questions.json")}
+    others = {"same": str(work / "test.json"), "gray": str(tmp_path / "questions.json")}
     others["captions"] = str(tmp_path / "captions.json")
     evaluate = {
         "dataset": str(work / "test.json"),
@@ -156,17 +156,17 @@ def test_a_grid_on_other_kinds_of_pictures(work, tmp_path):  # noqa: F811
     assert main(["ablate", str(path), "--output", str(output)]) == 0
     rows = rows_of(output)
     for row in rows:
-        own, same, grey, caption = (row["others"][name] for name in ("held out", "same", "grey", "captions"))
+        own, same, gray, caption = (row["others"][name] for name in ("held out", "same", "gray", "captions"))
         assert {**same, **own} == same and same["AUROC of the entropy"]["value"] == 0.5
-        assert own["accuracy, yes or no"]["n"] == 5 and grey["accuracy, yes or no"]["n"] == 6
+        assert own["accuracy, yes or no"]["n"] == 5 and gray["accuracy, yes or no"]["n"] == 6
         assert own["accuracy, yes or no, of the commoner answer"]["value"] == 1  # all five are yes
         assert caption.keys() == {"entropy of visual tokens", "entropy of their mean", "AUROC of the entropy"}
-        assert caption["entropy of visual tokens"] == grey["entropy of visual tokens"]
+        assert caption["entropy of visual tokens"] == gray["entropy of visual tokens"]
         for figure in ("entropy of visual tokens", "entropy of their mean"):
             assert own[figure]["value"] == pytest.approx(row["figures"][figure], rel=1e-4)  # as the trainer counts
-        assert row["figures"]["AUROC of the entropy: grey"] == grey["AUROC of the entropy"]["value"]
+        assert row["figures"]["AUROC of the entropy: gray"] == gray["AUROC of the entropy"]["value"]
     table = (output / "grid/results.md").read_text()
-    assert "## Other kinds of pictures" in table and (output / "grid/others.png").stat().st_size > 10_000
+    assert "## Other kinds of images" in table and (output / "grid/others.png").stat().st_size > 10_000
     saved = json.loads((output / "grid/results.json").read_text())["others"]
     assert format_others(saved) in table
 

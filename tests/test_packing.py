@@ -33,7 +33,7 @@ def test_the_tightest_room_is_taken():
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention", ROW_BY_ROW])
 @torch.no_grad()
 def test_packed_loss_is_the_unpacked_one(build_model, implementation):
-    """Ragged pictures and text-only rows in three packs; both losses and both counts."""
+    """Ragged images and text-only rows in three packs; both losses and both counts."""
     model = build_model()
     processor, rows = build_processor(), build_rows()
     collator = VTLMMCollator(processor)
@@ -91,7 +91,7 @@ def test_a_packed_step_is_the_padded_step(tmp_path):
     assert packed.args.packing  # TRL is not told, but whoever reads the settings is
 
 
-def test_lengths_need_no_picture(monkeypatch):
+def test_lengths_need_no_image(monkeypatch):
     """Nor a column that rows of other makers lack."""
     rows, processor = build_rows(), build_processor()
     expected = check_rows(rows, processor).lengths

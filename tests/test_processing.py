@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The processor: pictures per text, batches, chats, the pipeline, saving; the counts of image tokens by hand."""
+"""The processor: images per text, batches, chats, the pipeline, saving; the counts of image tokens by hand."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def chat(text: str, *images: Image.Image) -> list:
 
 CHATS = [
     chat("what is it ?", RED),
-    chat("describe the picture", GREEN, BLUE),
+    chat("describe the image", GREEN, BLUE),
     chat("hello"),
     chat("yes no yes no"),
 ]
@@ -40,7 +40,7 @@ def model(build_model):
     return model
 
 
-def picture_counts(processor, inputs) -> list[int]:
+def image_counts(processor, inputs) -> list[int]:
     return ((inputs["input_ids"] == processor.image_token_id).sum(1) // 4).tolist()
 
 
@@ -56,9 +56,9 @@ def picture_counts(processor, inputs) -> list[int]:
         (["hello", "yes"], [[], []], [0, 0]),
     ],
 )
-def test_each_mark_becomes_the_tokens_of_its_picture(processor, text, images, counts):
+def test_each_mark_becomes_the_tokens_of_its_image(processor, text, images, counts):
     inputs = processor(text=text, images=images, padding=True, return_tensors="pt")
-    assert picture_counts(processor, inputs) == counts
+    assert image_counts(processor, inputs) == counts
     assert ("pixel_values" in inputs) == (sum(counts) > 0)
     if sum(counts):
         assert inputs["pixel_values"].shape == (sum(counts), 3, 28, 28)
@@ -76,24 +76,24 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(processor):
     assert settings == {"padding": True}  # still the caller's
 
 
-def test_pictures_keep_the_order_of_their_marks(processor):
-    pictures = [[RED], [], [GREEN, BLUE]]
+def test_images_keep_the_order_of_their_marks(processor):
+    images = [[RED], [], [GREEN, BLUE]]
     text = ["<image>", "hello", "<image> <image>"]
-    found = processor(text=text, images=pictures, padding=True, return_tensors="pt")["pixel_values"]
+    found = processor(text=text, images=images, padding=True, return_tensors="pt")["pixel_values"]
     alone = [
         processor(text="<image>", images=image, return_tensors="pt")["pixel_values"] for image in (RED, GREEN, BLUE)
     ]
     assert torch.equal(found, torch.cat(alone))
 
 
-def test_no_text_is_cut_inside_a_picture(processor):
+def test_no_text_is_cut_inside_a_image(processor):
     with pytest.raises(ValueError, match="[Tt]runcat"):
         processor(text="<image> what", images=RED, truncation=True, max_length=3)
 
 
 def test_a_tokenizer_that_splits_the_image_token_is_refused(processor):
-    with pytest.raises(ValueError, match="splits '<picture>'"):
-        VTLMMProcessor(processor.image_processor, processor.tokenizer, patch_size=14, image_token="<picture>")
+    with pytest.raises(ValueError, match="splits '<image>'"):
+        VTLMMProcessor(processor.image_processor, processor.tokenizer, patch_size=14, image_token="<image>")
 
 
 @pytest.mark.parametrize(
@@ -116,11 +116,11 @@ def test_image_tokens_by_hand(processor, strategy, additional, expected):
 
 
 def test_a_batch_of_chats_answers_like_its_chats(model):
-    """Left padding; one picture, two, none."""
+    """Left padding; one image, two, none."""
     processor = left_padding_processor()
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     inputs = processor.apply_chat_template(CHATS, padding=True, **options)
-    assert picture_counts(processor, inputs) == [1, 2, 0, 0]
+    assert image_counts(processor, inputs) == [1, 2, 0, 0]
     lengths = inputs["attention_mask"].sum(1)
     assert len(set(lengths.tolist())) > 2 and (inputs["attention_mask"][:, -1] == 1).all()
     answers = model.generate(**inputs, **SETTINGS)[:, -4:]
@@ -131,7 +131,7 @@ def test_a_batch_of_chats_answers_like_its_chats(model):
 
 
 def test_the_pipeline_alone_and_in_batches(model):
-    """The library's pipeline cannot put a chat with pictures and one without into the same batch, for any model."""
+    """The library's pipeline cannot put a chat with images and one without into the same batch, for any model."""
     ask = pipeline("image-text-to-text", model=model, processor=left_padding_processor())
 
     def answer(output):
@@ -147,20 +147,20 @@ def test_the_pipeline_alone_and_in_batches(model):
 def test_saved_and_loaded_is_the_same(tmp_path):
     image_processor = CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False)
     tokenizer = build_processor().tokenizer
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<picture>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<image>"]})
     values = {
         "patch_size": 7,
         "num_additional_image_tokens": 2,
         "vision_feature_select_strategy": "full",
-        "image_token": "<picture>",
+        "image_token": "<image>",
     }
     processor = VTLMMProcessor(image_processor, tokenizer, chat_template=TEMPLATE, **values)
     processor.save_pretrained(tmp_path)
     loaded = VTLMMProcessor.from_pretrained(tmp_path)
     assert {name: getattr(loaded, name) for name in values} == values
-    assert loaded.chat_template == TEMPLATE and loaded.image_token_id == tokenizer.convert_tokens_to_ids("<picture>")
+    assert loaded.chat_template == TEMPLATE and loaded.image_token_id == tokenizer.convert_tokens_to_ids("<image>")
     assert loaded.to_dict() == processor.to_dict()
-    assert loaded(RED, "<picture>")["input_ids"] == processor(RED, "<picture>")["input_ids"]
+    assert loaded(RED, "<image>")["input_ids"] == processor(RED, "<image>")["input_ids"]
 
 
 def test_visual_words_are_one_string_per_id(processor):

@@ -12,7 +12,7 @@ from vtlmm.evaluation.submissions import write_mmbench_submission, write_submiss
 from vtlmm.hub.chat_templates import load_template
 
 
-# As LLaVA's question files and scripts have them, behind the picture
+# As LLaVA's question files and scripts have them, behind the image
 PROMPTS = {
     "vqav2": "Is it red?\nAnswer the question using a single word or phrase.",
     "gqa": "Is it red?\nAnswer the question using a single word or phrase.",
@@ -61,7 +61,7 @@ def test_stored_questions_are_rebuilt(shared):
 
 
 def test_the_whole_prompt_is_the_released_one(shared, processor):
-    """Picture, line break, question: by the chat templates that stand around it."""
+    """Image, line break, question: by the chat templates that stand around it."""
     released = json.loads((shared / "reference" / "prompts.json").read_text())
     content = [{"type": "image"}, {"type": "text", "text": build_prompt("gqa", "What is in the image?")}]
     for name, prompts in released.items():
@@ -75,7 +75,7 @@ def test_the_whole_prompt_is_the_released_one(shared, processor):
 
 
 def test_submissions(tmp_path):
-    """Answers are normalised as the server would; none is left out of MMBench's table."""
+    """Answers are normalized as the server would; none is left out of MMBench's table."""
     write_submission(tmp_path / "vqav2.json", "vqav2", {3: "The two dogs.", 4: "Yes, it's"})
     assert json.loads((tmp_path / "vqav2.json").read_text()) == [
         {"question_id": 3, "answer": "2 dogs"},

@@ -45,7 +45,7 @@ def assert_refused(fact: dict, *words: str):
 
 
 def test_nothing_is_pushed_that_does_not_verify(facts):
-    assert_refused(facts["incomplete"], "under which licence")  # before anything is computed
+    assert_refused(facts["incomplete"], "under which license")  # before anything is computed
     assert facts["incomplete"]["out"] == ""
     assert facts["dry run"]["code"] == 0 and "model-00001-of-00002.safetensors" in facts["dry run"]["out"]
     assert not facts["writes of both"]
@@ -66,7 +66,7 @@ def test_a_push_that_fails_in_the_middle(facts):
 
 
 def test_a_branch_and_a_tag(facts):
-    """Of a model in one file under another licence: the old shards and licence are not left beside it."""
+    """Of a model in one file under another license: the old shards and license are not left beside it."""
     assert facts["main unchanged"] and facts["tag is the branch"]
     assert set(facts["files of branch"]) == CODE | REST | {"model.safetensors"} | (ADDED - {"LICENSE"})
 
@@ -86,7 +86,7 @@ def test_the_push_of_a_trainer(facts):
     assert set(facts["files of trained"]) == CODE | REST | {"model.safetensors"}
     card = ModelCard(facts["card of trained"])
     assert CARD_MARK in card.text
-    assert card.data.license == "mit" and card.data.datasets == ["somebody/pictures"]
+    assert card.data.license == "mit" and card.data.datasets == ["somebody/images"]
     assert card.data.pipeline_tag == "image-text-to-text" and "| `learning_rate` | 0.01 |" in card.text
     assert "after 1 optimizer steps" in card.text and "lm_loss" in card.text and "vm_head teaches" in card.text
     assert facts["trained"]["code"] == 1 and "2 problems\n  vtlmm_check.json: no recorded" in facts["trained"]["out"]

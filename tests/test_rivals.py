@@ -13,7 +13,7 @@ from training_setup import build_rows, build_trainer
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.train.collator import VTLMMCollator
 from vtlmm.train.stages import describe, resolve_stage
-from vtlmm.train.visual_targets import basic_loss_sum, feature_loss_sum, supervise
+from vtlmm.train.visual_targets import basic_loss_sum, feature_loss_sum, set_visual_target
 
 
 PROJECTOR_TOO = ["multi_modal_projector", "language_model", "lm_head"]
@@ -90,7 +90,7 @@ def plain_visual_loss(model, batch, target: str) -> torch.Tensor:
     features = outputs.image_features.flatten(0, 1)
     embeddings = model.get_input_embeddings().weight[:size].detach()
     for row, column in outputs.image_token_mask.nonzero().tolist():
-        assert column > 0 and batch["attention_mask"][row, column - 1]  # every patch has a left neighbour
+        assert column > 0 and batch["attention_mask"][row, column - 1]  # every patch has a left neighbor
         last, middle = (states[row, column] for states in (outputs.hidden_states[-1], outputs.hidden_states[1]))
         feature = features[patch]
         if target == "same_patch":
@@ -142,7 +142,7 @@ def test_the_update_is_the_gradient_by_plain_autograd(whole, tmp_path, target):
     ids=["eight micro-batches", "packed", "checkpointed"],
 )
 def test_however_the_rows_come_the_step_is_one(whole, tmp_path, target, split):
-    """Ragged pictures and text-only rows."""
+    """Ragged images and text-only rows."""
     assert_same_update(update(build_trainer(tmp_path, **settings_of(target), **split)), whole[target], tolerance=2e-6)
 
 
@@ -159,7 +159,7 @@ def test_the_rival_is_seen_through_an_adapter(build_model):
     batch = VTLMMCollator(build_processor())(list(build_rows()))
     call = {"return_loss_sums": True, "visual_student": "lm_head"}
     model = build_model()
-    supervise(model, "feature")
+    set_visual_target(model, "feature")
     expected = model(**batch, **call).loss_sums["visual_loss"]
     peft_model = get_peft_model(model, LoraConfig(r=1, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     torch.testing.assert_close(peft_model(**batch, **call).loss_sums["visual_loss"], expected)
@@ -174,7 +174,7 @@ def test_what_is_saved_knows_no_rival(tmp_path):
     names, expected = ({path.name for path in (tmp_path / name).iterdir()} for name in ("rival", "paper"))
     assert names == expected
     loaded = VTLMMForConditionalGeneration.from_pretrained(tmp_path / "rival")
-    supervise(trainer.model, "next_patch")
+    set_visual_target(trainer.model, "next_patch")
     batch = trainer.data_collator(rows)
     call = {"return_loss_sums": True, "visual_student": "lm_head"}
     own, again = (model(**batch, **call).loss_sums for model in (loaded, trainer.model))

@@ -58,7 +58,7 @@ def test_train_writes_a_model_and_what_it_did(recipe, tmp_path, capsys):
         assert main(["train", "--config", str(recipe), "learning_rate=1e-2", "hub_token=hf_SECRET"]) == 0
     assert "hf_SECRET" not in (tmp_path / "out" / RUN_RECORD).read_text()  # it is published with the weights
     text = capsys.readouterr().out
-    assert "row 5: missing picture" in text and "Stage joint: loss = 1 · L_lm + 1 · L_vm" in text
+    assert "row 5: missing image" in text and "Stage joint: loss = 1 · L_lm + 1 · L_vm" in text
     loaded = VTLMMForConditionalGeneration.from_pretrained(tmp_path / "out")
     start = VTLMMForConditionalGeneration.from_pretrained(tmp_path / "start")
     assert not torch.equal(loaded.lm_head.weight, start.lm_head.weight)
@@ -161,7 +161,7 @@ def test_a_date_in_a_recipe_is_written_down(recipe, tmp_path):
         ("  visual_head:\n  joint: {adapter: lora, dtype: bfloat16}", [], "only mixed precision multiplies the two"),
         ("  visual_head:\n  joint: {adapter: lora, vm_head_type: mlp}", [], "`vm_head_type` makes a new VM head"),
         ("  visual_head:\n  joint: {streaming: true, packing: true}", [], "lengths, which packing goes by"),
-        ("  visual_head:\n  joint: {streaming: true, cache_image_features: x}", [], "does not know its pictures"),
+        ("  visual_head:\n  joint: {streaming: true, cache_image_features: x}", [], "does not know its images"),
         ("  visual_head:\n  joint: {adapter: lora, vm_head_init: random}", [], "`vm_head_init` makes a new VM head"),
         ("  visual_head:\n  joint: {packing: true, max_length: null}", [], "Packing needs `max_length`"),
         ("  visual_head:\n  joint: {router_aux_loss_coef: 0.1}", [], "can be 0 only"),
@@ -184,7 +184,7 @@ def test_a_date_in_a_recipe_is_written_down(recipe, tmp_path):
         ("  visual_head:\n  joint:", ["vm_head_init=random"], "belongs below the stage"),
         ("  visual_head:\n  joint: {eval_task_data: gone.json}", [], "gone.json: there is no such file"),
         ("  visual_head:\n  joint: {eval_dataset: gone.json}", [], "gone.json: there is no such file"),
-        ("  visual_head:\n  joint: {bad_rows: raise}", [], "row 5: missing picture"),
+        ("  visual_head:\n  joint: {bad_rows: raise}", [], "row 5: missing image"),
         ("  [visual_head, joint]", [], "`stages` must name its stages"),
         ("  [visual_head, joint]", ["stages.joint.seed=1"], "'stages' holds ['visual_head', 'joint']"),
         ("  {joint: 5}", [], "`stages` must name its stages"),
@@ -204,7 +204,7 @@ def test_settings_that_do_not_fit_stop_before_the_data_are_read(recipe, capsys, 
     assert main(["train", "--config", str(recipe), *settings]) == 1 and message in capsys.readouterr().err
 
 
-def test_quantisation_without_bitsandbytes_stops_before_the_data_are_read(recipe, capsys, monkeypatch):
+def test_quantization_without_bitsandbytes_stops_before_the_data_are_read(recipe, capsys, monkeypatch):
     monkeypatch.setattr("vtlmm.train.stage_runner.prepare_datasets", lambda *_: pytest.fail("the data were read"))
     monkeypatch.setattr("vtlmm.train.adapters.is_bitsandbytes_available", lambda: False)
     assert main(["train", "--config", str(recipe), "adapter=lora", "quantization=nf4"]) == 1
@@ -226,7 +226,7 @@ def test_the_check_looks_at_the_data_of_every_stage(recipe, tmp_path, capsys):
 
 
 def test_a_stream_is_shuffled(recipe):
-    """In a buffer of files: pictures are decoded behind it."""
+    """In a buffer of files: images are decoded behind it."""
     orders = {}
     for shuffle in (False, True):
         changes = ["streaming=true", "bad_rows=skip", "eval_dataset=null", f"shuffle_dataset={shuffle}", "seed=3"]
@@ -254,7 +254,7 @@ def test_bad_recipes_stop_before_anything_is_loaded(recipe, capsys):
     assert main(["train", "--config", str(recipe), "stage=V"]) == 1
     assert "Unknown stage 'V'" in capsys.readouterr().err
     assert main(["train", "--config", str(recipe), "bad_rows=raise"]) == 1
-    assert "row 5: missing picture" in capsys.readouterr().err
+    assert "row 5: missing image" in capsys.readouterr().err
     assert main(["train", "--config", str(recipe), "quantization=nf4"]) == 1
     assert "set `adapter`" in capsys.readouterr().err
 

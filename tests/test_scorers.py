@@ -75,7 +75,7 @@ def test_vqa_scores_are_those_of_the_official_programs(shared):
 
 
 def test_vqa_rules():
-    assert vqa_accuracy("Yes", ["yes"] * 10) == 0  # the ten agree: nothing is normalised
+    assert vqa_accuracy("Yes", ["yes"] * 10) == 0  # the ten agree: nothing is normalized
     assert vqa_accuracy("Yes", ["yes"] * 9 + ["no"]) == 1
     assert textvqa_accuracy("Yes", ["yes"] * 10) == 1
     answers = ["red"] * 2 + ["blue"] + [f"other {i}" for i in range(7)]
@@ -112,7 +112,7 @@ def test_how_answers_are_read():
         with pytest.raises(ValueError, match="which this benchmark has"):
             SCORERS["scienceqa"]("A", label)
     assert [mme_answer(text) for text in ("Yes", "not", "I know", "Church")] == ["yes", "no", "other", "other"]
-    with pytest.raises(ValueError, match="two questions about a picture; count has 1"):
+    with pytest.raises(ValueError, match="two questions about a image; count has 1"):
         score_mme([{"category": "count", "question_id": "x", "label": "yes", "answer": "yes"}])
     with pytest.raises(ValueError, match="The truth 'Yes' is none of yes, no"):
         score_pope([{"category": "random", "label": "Yes", "answer": "yes"}])

@@ -21,7 +21,7 @@ from vtlmm.inference.generate import answer_batch
 
 openai = pytest.importorskip("openai", reason="the extra `serve` is not installed")
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
-QUESTION = "what is in the picture ?"
+QUESTION = "what is in the image ?"
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +75,13 @@ def ask(address):
     return create
 
 
-def picture(colour: str) -> Image.Image:
-    return Image.new("RGB", (28, 28), colour)
+def make_image(color: str) -> Image.Image:
+    return Image.new("RGB", (28, 28), color)
 
 
-def uri(colour: str) -> str:
+def uri(color: str) -> str:
     file = io.BytesIO()
-    picture(colour).save(file, "PNG")
+    make_image(color).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -93,16 +93,16 @@ def about(url: str) -> list[dict]:
 TEXT = [{"role": "user", "content": "hello"}]
 
 
-def expected(model, question: str, *colours: str) -> str:
-    asked = {"images": [picture(colour) for colour in colours], "question": question}
+def expected(model, question: str, *colors: str) -> str:
+    asked = {"images": [make_image(color) for color in colors], "question": question}
     return answer_batch(model, build_processor(), [asked], 6)[0]
 
 
-def test_text_and_pictures(model, ask):
+def test_text_and_images(model, ask):
     reply = ask(TEXT)
     assert reply.choices[0].message.content == expected(model, "hello") and reply.usage.completion_tokens == 6
-    answers = [ask(about(uri(colour))).choices[0].message.content for colour in ("red", "blue")]
-    assert answers == [expected(model, QUESTION, colour) for colour in ("red", "blue")] and len(set(answers)) == 2
+    answers = [ask(about(uri(color))).choices[0].message.content for color in ("red", "blue")]
+    assert answers == [expected(model, QUESTION, color) for color in ("red", "blue")] and len(set(answers)) == 2
     assert [entry.id for entry in ask.client.models.list().data] == ["user/name"]
 
 
@@ -114,18 +114,18 @@ def test_streaming(model, ask):
 
 def test_two_at_once(model, ask):
     with ThreadPoolExecutor(2) as executor:
-        replies = [executor.submit(ask, about(uri(colour))) for colour in ("red", "blue")]
+        replies = [executor.submit(ask, about(uri(color))) for color in ("red", "blue")]
         answers = [reply.result().choices[0].message.content for reply in replies]
-    assert answers == [expected(model, QUESTION, colour) for colour in ("red", "blue")]
+    assert answers == [expected(model, QUESTION, color) for color in ("red", "blue")]
 
 
-def test_the_responses_route_reads_pictures_of_requests_only(model, ask, tmp_path):
+def test_the_responses_route_reads_images_of_requests_only(model, ask, tmp_path):
     parts = [{"type": "input_image", "image_url": uri("red")}, {"type": "input_text", "text": QUESTION}]
     message = {"role": "user", "content": parts}
     options = {"model": "user/name", "max_output_tokens": 6, "stream": False}
     reply = ask.client.responses.create(input=[message], **options)
     assert reply.output_text == expected(model, QUESTION, "red")
-    picture("red").save(tmp_path / "red.png")
+    make_image("red").save(tmp_path / "red.png")
     parts[0]["image_url"] = str(tmp_path / "red.png")
     with pytest.raises(openai.BadRequestError, match="opens no files"):
         ask.client.responses.create(input=[message], **options)
@@ -145,8 +145,8 @@ BAD = {
         400,
         "`chat_template_kwargs` are not taken",
     ),
-    "a broken picture": ({"messages": about("data:image/png;base64,AAAA")}, 400, "cannot identify image"),
-    "no picture": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "not in the request"),
+    "a broken image": ({"messages": about("data:image/png;base64,AAAA")}, 400, "cannot identify image"),
+    "no image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "not in the request"),
     "sound": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "of type 'input_audio'"),
     "part": ({"messages": [{"role": "user", "content": ["hello"]}]}, 400, "of type None"),
     "number": ({"messages": [{"role": "user", "content": 1}]}, 400, "of type None"),

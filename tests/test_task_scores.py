@@ -20,26 +20,26 @@ from vtlmm.train.stage_runner import RUN_RECORD
 from vtlmm.train.stage_runner import build_trainer as build_trainer_of_run
 
 
-COLOURS = ("red", "green", "blue", "white")
+COLORS = ("red", "green", "blue", "white")
 
 
 @pytest.fixture
 def questions(tmp_path):
-    """Three questions of different lengths about each of four pictures, and one about none."""
+    """Three questions of different lengths about each of four images, and one about none."""
     rows = [{"question": "say hello", "answer": "hello"}]
-    for i, colour in enumerate(COLOURS):
-        PILImage.new("RGB", (28, 28), colour).save(tmp_path / f"{colour}.png")
+    for i, color in enumerate(COLORS):
+        PILImage.new("RGB", (28, 28), color).save(tmp_path / f"{color}.png")
         for j in range(3):
             asked = " ".join(WORDS[3 + i : 5 + i + 2 * j])
-            rows.append({"image": f"{colour}.png", "question": asked, "answer": "boat"})
+            rows.append({"image": f"{color}.png", "question": asked, "answer": "boat"})
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load_rows(DataConfig(dataset=str(path)))
 
 
-@pytest.mark.parametrize(("num_pictures", "number"), [(3, 9), (9, 12)])
-def test_scores_are_those_of_one_by_one(questions, tmp_path, num_pictures, number):
-    """Of the questions about the first pictures only. Truths are what the model says to some, and the start of what it
+@pytest.mark.parametrize(("num_images", "number"), [(3, 9), (9, 12)])
+def test_scores_are_those_of_one_by_one(questions, tmp_path, num_images, number):
+    """Of the questions about the first images only. Truths are what the model says to some, and the start of what it
     says to others, which is not enough."""
     model, processor = build_trainer(tmp_path).model, build_processor()
     model.generation_config.eos_token_id = list(range(2, 24))  # a random model would hardly ever stop
@@ -64,18 +64,18 @@ def test_scores_are_those_of_one_by_one(questions, tmp_path, num_pictures, numbe
     truths = [row["messages"][1]["content"][0]["text"] for row in rows if row["images"]][:number]
     expected = {
         name: sum(text == truth for text, truth in zip(side, truths, strict=True)) / number
-        for name, side in (("accuracy", texts), ("accuracy_shuffled", blind))
+        for name, side in (("accuracy", texts), ("accuracy_shuffled_images", blind))
     }
-    assert 0 < expected["accuracy"] < 1 and 0 < expected["accuracy_shuffled"] < 1
-    score = task_scores(rows, processor, num_pictures, batch_size=4)
+    assert 0 < expected["accuracy"] < 1 and 0 < expected["accuracy_shuffled_images"] < 1
+    score = task_scores(rows, processor, num_images, batch_size=4)
     for training in (True, False):
         model.train(training)
         assert score(model) == pytest.approx(expected)
         assert model.training is training
 
 
-def test_questions_without_pictures_are_refused(questions):
-    with pytest.raises(ValueError, match="No question about pictures"):
+def test_questions_without_images_are_refused(questions):
+    with pytest.raises(ValueError, match="No question about images"):
         task_scores(questions.select([0]), build_processor(), 2)
 
 
@@ -120,7 +120,7 @@ def test_training_goes_on_as_without(questions, tmp_path):
     expected = weights(plain.model)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(scored.model).items())
     logged = [log for log in scored.state.log_history if "eval_loss" in log]
-    assert len(logged) == 2 and all({"eval_accuracy", "eval_accuracy_shuffled"} <= log.keys() for log in logged)
+    assert len(logged) == 2 and all({"eval_accuracy", "eval_accuracy_shuffled_images"} <= log.keys() for log in logged)
     assert not any("eval_accuracy" in log for log in plain.state.log_history)
 
 
@@ -140,11 +140,11 @@ def test_a_recipe_scores_its_questions_and_keeps_the_best(tmp_path, capsys):
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     logged = [log["eval_accuracy"] for log in state["log_history"] if "eval_accuracy" in log]
     assert state["best_metric"] == max(logged) == record["metrics"]["eval_accuracy"] == 1.0
-    assert "eval_accuracy_shuffled" not in record["metrics"]  # one picture has no other
+    assert "eval_accuracy_shuffled_images" not in record["metrics"]  # one image has no other
     # an adapter's weights and a head in float32 on a bfloat16 base, which only autocast multiplies
     lora = ["adapter=lora", "lora_r=2", "dtype=bfloat16", "bf16=true", "stage=joint", f"output_dir={tmp_path}/lora"]
     assert main(["train", "--config", str(recipe), *lora]) == 0
-    assert main(["train", "--config", str(recipe), "eval_task_pictures=0"]) == 1
-    assert "eval_task_pictures" in capsys.readouterr().err
+    assert main(["train", "--config", str(recipe), "eval_task_images=0"]) == 1
+    assert "eval_task_images" in capsys.readouterr().err
     with pytest.raises(ValueError, match="`vtlmm train` gives"):
         build_trainer_of_run(settings)

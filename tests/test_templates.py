@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Chat templates: the release's to the character, the decoder's own with pictures, and what the marks cover."""
+"""Chat templates: the release's to the character, the decoder's own with images, and what the marks cover."""
 
 import json
 
@@ -18,7 +18,7 @@ ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "A boat."}]}
 TWO_TURNS = [
     QUESTION,
     ANSWER,
-    {"role": "user", "content": "What colour is it?"},
+    {"role": "user", "content": "What color is it?"},
     {"role": "assistant", "content": "White."},
 ]
 CHATML = (
@@ -68,7 +68,7 @@ def tokenizer():
 
 
 def as_processor(template: str, *args, **kwargs) -> VTLMMProcessor:
-    """28 × 28 pixel pictures, 4 patches each."""
+    """28 × 28 pixel images, 4 patches each."""
     tokenizer = byte_tokenizer([*SPECIAL, "<image>"], *args, **kwargs)
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     return VTLMMProcessor(
@@ -76,9 +76,9 @@ def as_processor(template: str, *args, **kwargs) -> VTLMMProcessor:
     )
 
 
-def with_picture(message: dict) -> dict:
-    picture = {"type": "image", "image": Image.new("RGB", (50, 40))}
-    return {**message, "content": [picture, *message["content"][1:]]}
+def with_image(message: dict) -> dict:
+    image = {"type": "image", "image": Image.new("RGB", (50, 40))}
+    return {**message, "content": [image, *message["content"][1:]]}
 
 
 def text_of(template: str, messages: list[dict], tokenizer, **kwargs) -> str:
@@ -117,7 +117,7 @@ def test_image_block_is_one_text(name):
         ([], ""),
     ],
 )
-def test_pictures_stand_on_a_line_of_their_own(tokenizer, parts, text):
+def test_images_stand_on_a_line_of_their_own(tokenizer, parts, text):
     content = [{"type": "image"} if part == "<image>" else {"type": "text", "text": part} for part in parts]
     messages = [{"role": "user", "content": content}]
     assert text_of(load_template("mistral"), messages, tokenizer) == f"[INST] {text} [/INST]"
@@ -163,7 +163,7 @@ def test_wrong_roles_and_parts_raise(tokenizer, name, messages, said):
 def test_marks_cover_the_answers_and_their_ends(tokenizer, template, answers, num_messages):
     own = template in TEMPLATE_NAMES
     processor = as_processor(load_template(template) if own else add_images_and_marks(template, tokenizer))
-    messages = [with_picture(QUESTION), *TWO_TURNS[1:num_messages]]
+    messages = [with_image(QUESTION), *TWO_TURNS[1:num_messages]]
     batch = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
     )
@@ -183,7 +183,7 @@ def test_one_bos_when_the_tokenizer_has_one(tokenizer, template, bos):
     own = template in TEMPLATE_NAMES
     processor = as_processor(load_template(template) if own else add_images_and_marks(template, tokenizer), bos=bos)
     batch = processor.apply_chat_template(
-        [with_picture(QUESTION)], tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+        [with_image(QUESTION)], tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
     )
     ids = batch["input_ids"][0].tolist()
     assert ids.count(processor.tokenizer.bos_token_id) == (1 if bos else 0)
@@ -191,7 +191,7 @@ def test_one_bos_when_the_tokenizer_has_one(tokenizer, template, bos):
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA_3, ZEPHYR], ids=["chatml", "llama_3", "zephyr"])
-def test_without_pictures_a_foreign_template_prints_as_before(tokenizer, template):
+def test_without_images_a_foreign_template_prints_as_before(tokenizer, template):
     adapted = add_images_and_marks(template, tokenizer)
     talk = [{"role": "user", "content": " spaces \n"}, {"role": "assistant", "content": "\n around \n\n"}]
     for messages in (talk[:1], talk, [*talk, talk[0]], [*talk, *talk]):

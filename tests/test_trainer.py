@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The trainer: exact normalisation, what each stage changes, resuming, what is logged."""
+"""The trainer: exact normalization, what each stage changes, resuming, what is logged."""
 
 import dataclasses
 import os
@@ -83,7 +83,7 @@ WRONG_COUNTS = {
 
 
 @pytest.mark.parametrize("wrong", WRONG_COUNTS)
-def test_other_normalisations_would_be_wrong(tmp_path, wrong):
+def test_other_normalizations_would_be_wrong(tmp_path, wrong):
     """The guard of the test above: each of the usual ways gives another update."""
     rows = build_rows((1, 0, 0, 1, 0, 0, 0, 1))  # with about as many image tokens as words two counts would be alike
     settings = {"visual_loss_coef": 20.0, "learning_rate": 1.0}  # or this tiny model's visual loss would hardly count
@@ -328,9 +328,9 @@ def test_a_stream_is_not_evaluated_on_several_processes(tmp_path, monkeypatch):
         build_trainer(tmp_path, eval_dataset=build_rows().to_iterable_dataset())
 
 
-def test_candidates_need_a_picture_to_be_chosen_by(tmp_path):
+def test_candidates_need_a_image_to_be_chosen_by(tmp_path):
     settings = {"stage": "visual_head", "vm_head_candidates": [{"learning_rate": 1e-2}, {"learning_rate": 1e-3}]}
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         build_trainer(tmp_path, eval_dataset=build_rows((0, 0)), **settings)
 
 

@@ -72,9 +72,9 @@ class VTLMMProcessorTest(test_processing_common.ProcessorTesterMixin, unittest.T
         return {"patch_size": 14, "num_additional_image_tokens": 1, "chat_template": load_template("vicuna_v1")}
 
     @pytest.fixture(autouse=True)
-    def own_picture(self, monkeypatch, tmp_path):
-        """The pictures of these tests lie on the Hub."""
-        path = str(tmp_path / "picture.png")
+    def own_image(self, monkeypatch, tmp_path):
+        """The images of these tests lie on the Hub."""
+        path = str(tmp_path / "image.png")
         Image.new("RGB", (40, 30), "teal").save(path)
         monkeypatch.setattr(test_processing_common, "url_to_local_path", lambda url: path)
         monkeypatch.setitem(test_processing_common.MODALITY_INPUT_DATA, "images", [path, path])

@@ -44,10 +44,10 @@ def load_twin(folder) -> LlavaForConditionalGeneration:
 
 
 def asked(processor, image_token_id: int) -> dict:
-    """Two questions of different length about two pictures."""
-    pictures = [Image.new("RGB", (40, 30), (200, 30, 30)), Image.new("RGB", (30, 50), (20, 160, 60))]
-    texts = ["USER : <image> what is in the picture ? ASSISTANT :", "USER : <image> describe ASSISTANT :"]
-    inputs = processor(images=pictures, text=texts, return_tensors="pt", padding=True)
+    """Two questions of different length about two images."""
+    images = [Image.new("RGB", (40, 30), (200, 30, 30)), Image.new("RGB", (30, 50), (20, 160, 60))]
+    texts = ["USER : <image> what is in the image ? ASSISTANT :", "USER : <image> describe ASSISTANT :"]
+    inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
     inputs["input_ids"][inputs["input_ids"] == processor.image_token_id] = image_token_id
     return dict(inputs)
 
@@ -325,7 +325,7 @@ def test_the_processor_of_a_llava(llava, tmp_path, caplog, mark):
     generation = GenerationConfig.from_pretrained(tmp_path / "vtlmm")
     assert generation.suppress_tokens == [image_token_id] and generation.pad_token_id == tokenizer.pad_token_id
 
-    assert "Only the middle of a picture is seen" in caplog.text
+    assert "Only the middle of a image is seen" in caplog.text
 
     caplog.clear()
     command = ["convert", str(folder), "--output", str(tmp_path / "named"), "--chat-template", "vicuna_v1"]
@@ -338,14 +338,14 @@ def test_the_processor_of_a_llava(llava, tmp_path, caplog, mark):
     assert cropped.shape == padded.shape and cropped.std(dim=(1, 2)).max() < 1e-3 < padded.std(dim=(1, 2)).min()
     values["vision_config"]["model_type"] = "siglip_vision_model"
     (folder / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="siglip_vision_model sees the whole picture"):
+    with pytest.raises(ValueError, match="siglip_vision_model sees the whole image"):
         convert(folder, tmp_path / "siglip", pad_to_square=True)
     assert main([*command, "--tokenizer", "x"]) == 1 and main([*command, "--to", "llava"]) == 1
 
 
-def test_pictures_of_any_size_are_refused(llava, tmp_path):
+def test_images_of_any_size_are_refused(llava, tmp_path):
     folder = llava()
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "vision_config": {"model_type": "pixtral"}}))
-    with pytest.raises(ValueError, match="Pixtral takes pictures of any size"):
+    with pytest.raises(ValueError, match="Pixtral takes images of any size"):
         convert(folder, tmp_path / "vtlmm")

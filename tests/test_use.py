@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from PIL import ImageOps
 from safetensors.torch import load_file, save_file
-from test_analysis import picture
+from test_analysis import make_image
 from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -27,13 +27,13 @@ from vtlmm.inference.generate import answer_batch, conversation, stream_answer
 from vtlmm.inference.resumable import weights_digest
 
 
-QUESTION = "what is in the picture ?"
-COLOURS = ("red", "green", "blue", "white", "black")
+QUESTION = "what is in the image ?"
+COLORS = ("red", "green", "blue", "white", "black")
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A tiny model whose layers bitsandbytes takes, that never ends an answer early, and pictures."""
+    """A tiny model whose layers bitsandbytes takes, that never ends an answer early, and images."""
     folder = tmp_path_factory.mktemp("use")
     config = build_config()
     config.text_config.update({"hidden_size": 64, "intermediate_size": 64, "head_dim": 16})
@@ -53,9 +53,9 @@ def work(tmp_path_factory):
     model.generation_config.suppress_tokens = [0, 1, 2, 3, config.image_token_id, *range(45, 64)]
     model.save_pretrained(folder / "model")
     build_processor().save_pretrained(folder / "model")
-    for colour in COLOURS:
-        PILImage.new("RGB", (28, 28), colour).save(folder / f"{colour}.png")
-    picture(3).save(folder / "squares.png")
+    for color in COLORS:
+        PILImage.new("RGB", (28, 28), color).save(folder / f"{color}.png")
+    make_image(3).save(folder / "squares.png")
     (folder / "broken.png").write_bytes((folder / "red.png").read_bytes()[:40])
     return folder
 
@@ -69,9 +69,9 @@ def model_and_processor(work):
     return loaded(work)
 
 
-def expected_answer(model, processor, question: str, *colours: str, length: int = 6, folder=None) -> str:
-    pictures = [PILImage.open(folder / f"{colour}.png").convert("RGB") for colour in colours]
-    [text] = answer_batch(model, processor, [{"images": pictures, "question": question}], length)
+def expected_answer(model, processor, question: str, *colors: str, length: int = 6, folder=None) -> str:
+    images = [PILImage.open(folder / f"{color}.png").convert("RGB") for color in colors]
+    [text] = answer_batch(model, processor, [{"images": images, "question": question}], length)
     return text
 
 
@@ -90,8 +90,8 @@ def test_one_answer_is_all_that_stdout_gets(work, model_and_processor, capfd):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (["broken.png", QUESTION], "broken.png is no picture that can be read"),
-        (["model", QUESTION], "model is no picture that can be read"),
+        (["broken.png", QUESTION], "broken.png is no image that can be read"),
+        (["model", QUESTION], "model is no image that can be read"),
         (["nowhere.png", QUESTION], "No such file"),
         (["red.png"], "There is no question"),
         (["what " * 60], "Repo id must use"),  # longer than the name of a file may be
@@ -114,7 +114,7 @@ def test_what_cannot_be_asked_is_said_before_a_model_is_loaded(work, capfd, aske
 
 def write_rows(work, path) -> list[dict]:
     rows = [
-        {"id": 7 * i, "image": f"{colour}.png", "question": "what " * (i % 3 + 1)} for i, colour in enumerate(COLOURS)
+        {"id": 7 * i, "image": f"{color}.png", "question": "what " * (i % 3 + 1)} for i, color in enumerate(COLORS)
     ]
     rows.append({"question": "hello", "images": []})
     rows.append({"question": "yes or no ?", "images": ["red.png", "blue.png"]})
@@ -125,7 +125,7 @@ def write_rows(work, path) -> list[dict]:
     else:
         table = [{"question": row["question"], "image": str(work / row["image"])} for row in rows if "image" in row]
         features = Features({"question": Value("string"), "image": Image()})
-        Dataset.from_list(table).cast(features).to_parquet(path)  # with the pictures in it
+        Dataset.from_list(table).cast(features).to_parquet(path)  # with the images in it
         rows = rows[: len(table)]
     return rows
 
@@ -140,8 +140,8 @@ def test_a_file_of_questions(work, model_and_processor, tmp_path, kind):
     records = sorted(map(json.loads, output.read_text().splitlines()), key=lambda record: record["index"])
     for row, record in zip(rows, records, strict=True):
         images = row["images"] if "images" in row else [row["image"]]
-        colours = [name.removesuffix(".png") for name in images]
-        answer = expected_answer(*model_and_processor, row["question"], *colours, folder=work)
+        colors = [name.removesuffix(".png") for name in images]
+        answer = expected_answer(*model_and_processor, row["question"], *colors, folder=work)
         assert record["answer"] == answer and record["question"] == row["question"] and "truth" not in record
         assert record.get("id") == (None if kind == "parquet" else row.get("id"))
     assert len({record["answer"] for record in records}) > 3
@@ -153,11 +153,11 @@ def test_a_file_of_questions(work, model_and_processor, tmp_path, kind):
     assert main(command) == 0 and output.read_bytes() == whole
     # answers of two models or of two files are never mixed
     assert main([*command, "--pseudo"]) == 1 and main([*command[:-3], "5"]) == 1
-    # nor those about other pictures of the same names
+    # nor those about other images of the same names
     other = tmp_path / "other"
     other.mkdir()
-    for colour in COLOURS:
-        ImageOps.invert(PILImage.open(work / f"{colour}.png").convert("RGB")).save(other / f"{colour}.png")
+    for color in COLORS:
+        ImageOps.invert(PILImage.open(work / f"{color}.png").convert("RGB")).save(other / f"{color}.png")
     write_rows(other, data)
     assert main([str(other) if option == str(work) else option for option in command]) == 1
     assert output.read_bytes() == whole
@@ -167,7 +167,7 @@ def test_a_file_of_questions(work, model_and_processor, tmp_path, kind):
     ("text", "said"),
     [
         ('[{"image": "red.png"}]', "row 0 has no text in `question`"),
-        ('[{"question": "what", "image": "nowhere.png"}]', "row 0: there is no picture 'nowhere.png'"),
+        ('[{"question": "what", "image": "nowhere.png"}]', "row 0: there is no image 'nowhere.png'"),
         ('{"question": "what"}', "must hold a list of records"),
         ('{"question": "what"}\n{"question": "is"}', "name it .jsonl"),
         ("[]", "has no rows"),
@@ -185,7 +185,7 @@ def test_rows_that_cannot_be_asked_are_named(work, tmp_path, capfd, text, said):
 
 
 def turns(*texts: str, images=()) -> list[dict]:
-    """Question, answer, question, …; the pictures stand in the first."""
+    """Question, answer, question, …; the images stand in the first."""
     messages = conversation({"images": list(images), "question": texts[0]})
     for i, text in enumerate(texts[1:]):
         part = {"type": "text", "text": text}
@@ -207,7 +207,7 @@ def test_pieces_are_the_answer(work, model_and_processor):
 
 
 def test_chat(work, model_and_processor, monkeypatch, capsys):
-    """Two turns about a picture, one more picture, what cannot be done, and a new conversation."""
+    """Two turns about a image, one more image, what cannot be done, and a new conversation."""
     model, processor = model_and_processor
     red, squares = (PILImage.open(work / f"{name}.png").convert("RGB") for name in ("red", "squares"))
     lines = [
@@ -236,20 +236,20 @@ def test_chat(work, model_and_processor, monkeypatch, capsys):
     words = processor.visual_words(model.get_visual_tokens(pixel_values, top_k=1).token_ids[0, :, 0])
     found = [line.removeprefix("> ") for line in capsys.readouterr().out.splitlines()[1:]]
     assert found[:2] == [one, two] and len({one, two}) == 2
-    assert "broken.png is no picture" in found[2] and found[3].startswith("There is no /jump")
+    assert "broken.png is no image" in found[2] and found[3].startswith("There is no /jump")
     assert found[4].removeprefix("> ") == answered(third)
     assert " ".join(found[5:7]).split() == words and len(set(words)) > 1
-    assert "no picture yet" in found[7] and found[8:] == [answered(turns("hello")), ""]
+    assert "no image yet" in found[7] and found[8:] == [answered(turns("hello")), ""]
 
 
 # ---- How a model is loaded ----
 
 
 @pytest.mark.parametrize(("quantization", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
-def test_quantised(work, model_and_processor, quantization, kind):
+def test_quantized(work, model_and_processor, quantization, kind):
     model, processor = loaded(work, "--quantization", quantization)
-    quantised = {name for name, module in model.named_modules() if type(module).__name__ == kind}
-    assert len(quantised) == 14 and all(name.startswith("model.language_model.layers.") for name in quantised)
+    quantized = {name for name, module in model.named_modules() if type(module).__name__ == kind}
+    assert len(quantized) == 14 and all(name.startswith("model.language_model.layers.") for name in quantized)
     inputs = processor(PILImage.new("RGB", (28, 28), "red"), "USER : <image> what ASSISTANT :", return_tensors="pt")
     with torch.no_grad():
         found, expected = (m(**inputs).logits.float() for m in (model, model_and_processor[0]))
@@ -330,8 +330,8 @@ def test_a_twin_answers_the_same_and_says_what_it_lacks(work, model_and_processo
     assert "A llava has no VM head" in capfd.readouterr().out
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"image": str(work / "red.png"), "question": QUESTION, "answer": "red"}]))
-    for command in (["tokens", str(tmp_path / "twin"), str(work / "red.png")], ["analyse", str(tmp_path / "twin")]):
-        command += ["--data", str(rows)] if command[0] == "analyse" else []
+    for command in (["tokens", str(tmp_path / "twin"), str(work / "red.png")], ["analyze", str(tmp_path / "twin")]):
+        command += ["--data", str(rows)] if command[0] == "analyze" else []
         assert main(command) == 1 and "only a VT-LMM has visual tokens" in capfd.readouterr().err
 
     weights = load_file(tmp_path / "twin" / "model.safetensors")

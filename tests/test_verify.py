@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 from vtlmm.cli.main import main
-from vtlmm.hub import load_alone
+from vtlmm.hub import isolated_load
 from vtlmm.hub.isolated_load import differences, probe
 from vtlmm.hub.model_card import write_card
 from vtlmm.hub.push import record_logits
@@ -118,7 +118,7 @@ DAMAGES = {
         lambda f: edit_text(f / "README.md", "tags:\n", "tags: [\n"),
         "README.md: the front matter cannot be read: while parsing",
     ),
-    "licence": (
+    "license": (
         lambda f: edit_text(f / "README.md", "license: apache-2.0\n", ""),
         "README.md: the front matter has no `license`",
     ),
@@ -184,9 +184,9 @@ def test_as_much_may_differ_as_16_bits_round(whole):
 def test_the_pipeline_takes_no_gpu(folder, monkeypatch, change, device):
     """A model that is too large for this machine's is right all the same; bitsandbytes places its own."""
     found = {}
-    monkeypatch.setattr(load_alone, "pipeline", lambda *args, **kwargs: found.update(kwargs))
+    monkeypatch.setattr(isolated_load, "pipeline", lambda *args, **kwargs: found.update(kwargs))
     edit_json(folder / "config.json", lambda config: config.update(change))
-    load_alone.load(
+    isolated_load.load(
         {"name": str(folder), "revision": None, "trust_remote_code": True, "classes": [], "recorded": None}
     )
     assert found["device"] == device

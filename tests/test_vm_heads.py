@@ -97,9 +97,12 @@ def test_heads_start_as_they_are_told(tmp_path):
     model = build(tmp_path).model
     heads = vm_heads(model)
     words = model.config.visual_vocab_size
-    assert torch.equal(heads[1].weight, model.lm_head.weight[:words]) and heads[1].mixer.output.weight.abs().max() == 0
+    assert (
+        torch.equal(heads[1].weight, model.lm_head.weight[:words])
+        and heads[1].residual_block.output.weight.abs().max() == 0
+    )
     assert torch.equal(heads[2].weight, model.get_input_embeddings().weight[:words])
-    assert heads[1].mixer.input.weight.abs().max() > 0 and not torch.equal(heads[0].weight, heads[3].weight)
+    assert heads[1].residual_block.input.weight.abs().max() > 0 and not torch.equal(heads[0].weight, heads[3].weight)
 
 
 def test_a_resumed_run_chooses_the_same_head(trained, tmp_path):

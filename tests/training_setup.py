@@ -22,14 +22,14 @@ IMAGES_PER_ROW = (1, 0, 2, 1, 0, 3, 1, 1)
 
 
 def build_rows(images_per_row=IMAGES_PER_ROW, seed: int = 0) -> Dataset:
-    """Conversations of different lengths, about different numbers of pictures of random colours, none in some."""
+    """Conversations of different lengths, about different numbers of images of random colors, none in some."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for number in images_per_row:
         length = int(torch.randint(1, 6, (1,), generator=generator))
         words = [WORDS[int(i)] for i in torch.randint(4, len(WORDS), (2 * length,), generator=generator)]
-        colours = torch.randint(0, 256, (number, 3), generator=generator).tolist()
-        images = [PILImage.new("RGB", (28, 28), tuple(colour)) for colour in colours]
+        colors = torch.randint(0, 256, (number, 3), generator=generator).tolist()
+        images = [PILImage.new("RGB", (28, 28), tuple(color)) for color in colors]
         question = [{"type": "image", "text": None}] * number + [{"type": "text", "text": " ".join(words[:length])}]
         answer = [{"type": "text", "text": " ".join(words[length:])}]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

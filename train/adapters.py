@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""LoRA, DoRA and quantised bases: one table of what is quantised, what gets an adapter and what is saved in full."""
+"""LoRA, DoRA and quantized bases: one table of what is quantized, what gets an adapter and what is saved in full."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from .stages import Stage, module_of
 # Only the decoder's projections: CLIP has modules of the same names, and `all-linear` reaches the tower too.
 DECODER_PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
-# module: (quantised with the base, how it learns when a stage trains it)
+# module: (quantized with the base, how it learns when a stage trains it)
 MODULE_TABLE = {
     "vision_tower": (False, "full"),
     "multi_modal_projector": (False, "full"),
@@ -29,7 +29,7 @@ MODULE_TABLE = {
 # bitsandbytes matches a name against the whole path, so a bare "vision_tower" would be ignored; the list replaces
 # the library's own, which keeps the head.
 NOT_QUANTISED = [
-    f"model.{name}" if name != "lm_head" else name for name, (quantised, _) in MODULE_TABLE.items() if not quantised
+    f"model.{name}" if name != "lm_head" else name for name, (quantized, _) in MODULE_TABLE.items() if not quantized
 ]
 
 
@@ -56,7 +56,7 @@ class AdapterConfig:
         if self.adapter not in ("none", "lora", "dora"):
             raise ValueError(f"`adapter` is {self.adapter!r}; it must be none, lora or dora.")
         if self.quantization != "none" and self.adapter == "none":
-            raise ValueError("A quantised decoder cannot learn in full: set `adapter` to lora or dora.")
+            raise ValueError("A quantized decoder cannot learn in full: set `adapter` to lora or dora.")
         if (self.quantization, self.adapter) == ("int8", "dora"):
             # PEFT loses the scales of int8 weights on a CPU when it computes DoRA's norms; elsewhere it was not run
             raise ValueError("DoRA does not work on an int8 base: set `adapter: lora`, or `quantization: nf4`.")
@@ -64,7 +64,7 @@ class AdapterConfig:
 
 def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """
-    How a model is loaded as none, nf4 or int8; the tower, the projector and both heads are never quantised.
+    How a model is loaded as none, nf4 or int8; the tower, the projector and both heads are never quantized.
 
     Raises:
         `ValueError`: when bitsandbytes is not installed.

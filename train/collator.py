@@ -17,17 +17,17 @@ class VTLMMCollator:
         processor ([`VTLMMProcessor`])
         max_length (`int`, *optional*): longest row in tokens, image tokens included; a longer one is an error.
         pad_to_multiple_of (`int`, *optional*)
-        feature_cache ([`VisionFeatureCache`], *optional*): pictures that are not decoded become `vision_features`.
+        feature_cache ([`VisionFeatureCache`], *optional*): images that are not decoded become `vision_features`.
 
     Returns, when called on a `list[dict]`:
         `dict`: `input_ids`, `attention_mask` and `labels` (-100 where there is no target), each a `torch.LongTensor`
         of shape `(batch_size, sequence_length)`, and `pixel_values`, a `torch.FloatTensor` of shape
-        `(num_images, 3, height, width)` with the pictures of row 0 first; absent when no row has one. With a cache
-        `vision_features` of shape `(num_images, num_patches, vision_feature_size)` in its place, for no pictures too.
+        `(num_images, 3, height, width)` with the images of row 0 first; absent when no row has one. With a cache
+        `vision_features` of shape `(num_images, num_patches, vision_feature_size)` in its place, for no images too.
 
     Raises:
         `ValueError`: for a chat template without generation marks or end of turn, and for a row that is too long, has
-        no target, or whose pictures are not as many as its marks.
+        no target, or whose images are not as many as its marks.
     """
 
     def __init__(
@@ -43,19 +43,19 @@ class VTLMMCollator:
         packs = [row["rows"] for row in rows] if "rows" in rows[0] else None
         rows = [row for pack in packs for row in pack] if packs else rows
         images = [image for row in rows for image in row["images"]]
-        tokens_per_image, pictures = 1, {}
+        tokens_per_image, image_inputs = 1, {}
         if self.feature_cache is not None and all(isinstance(image, dict) for image in images):
             vision_features = self.feature_cache[images]
             tokens_per_image = vision_features.shape[1]
-            pictures = {"vision_features": vision_features}
+            image_inputs = {"vision_features": vision_features}
         elif images:
             images = [image.convert("RGB") for image in images]
             pixel_values = self.processor.image_processor(images, return_tensors="pt")["pixel_values"].float()
             tokens_per_image = self.processor.num_image_tokens(*pixel_values.shape[-2:])
-            pictures = {"pixel_values": pixel_values}
+            image_inputs = {"pixel_values": pixel_values}
         encoded = [self._encode(row, tokens_per_image) for row in rows]
         batch = self._pad(encoded) if packs is None else self._pack(encoded, [len(pack) for pack in packs])
-        return {**batch, **pictures}
+        return {**batch, **image_inputs}
 
     def _encode(self, row: dict, tokens_per_image: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and labels of one row, with all its image tokens; both of shape `(sequence_length,)`."""
@@ -68,8 +68,8 @@ class VTLMMCollator:
         is_image = input_ids == self.processor.image_token_id
         if is_image.sum() != len(row["images"]):
             raise ValueError(
-                f"{describe_row(row)} has {int(is_image.sum())} image marks and {len(row['images'])} pictures: give "
-                "every picture one mark. `vtlmm data check` lists all such rows."
+                f"{describe_row(row)} has {int(is_image.sum())} image marks and {len(row['images'])} images: give "
+                "every image one mark. `vtlmm data check` lists all such rows."
             )
         repeats = torch.where(is_image, tokens_per_image, 1)
         if self.max_length is not None and repeats.sum() > self.max_length:

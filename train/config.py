@@ -41,10 +41,10 @@ class VTLMMTrainingConfig(SFTConfig):
         adapter_learning_rate (`float`, *optional*):
             Learning rate of LoRA's weights where it differs (LLaVA-1.5's recipe: 2e-4 beside 2e-5).
         cache_image_features (`str` or `bool`, *optional*):
-            Folder where the frozen tower's features of every picture are kept (`True`: `image_features` beside
-            `output_dir`, which further stages find too). Each picture is decoded and encoded once, whatever the
+            Folder where the frozen tower's features of every image are kept (`True`: `image_features` beside
+            `output_dir`, which further stages find too). Each image is decoded and encoded once, whatever the
             epochs and runs; several processes share the work, so all machines must see the folder. Takes num_patches ·
-            vision_feature_size numbers a picture: 1.2 MB with CLIP-L/336 in bfloat16.
+            vision_feature_size numbers a image: 1.2 MB with CLIP-L/336 in bfloat16.
 
     > Defaults other than TRL's: `learning_rate` (the stage's), `lr_scheduler_type` (cosine), `warmup_steps` (0.03 of
     > the steps), `max_length` (2048, and a longer row is refused, never cut), `bf16` (where the GPU has it),

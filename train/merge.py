@@ -32,8 +32,8 @@ def merge(
     r"""
     The model that `vtlmm train` made with an adapter, as one whole model; computed in float32.
 
-    An adapter on a quantised base learnt beside the rounding of that base: on the base in full precision the outputs
-    are near those of the training, on the dequantised base (`dequantize`) they are the same. (Not quite with int8,
+    An adapter on a quantized base learnt beside the rounding of that base: on the base in full precision the outputs
+    are near those of the training, on the dequantized base (`dequantize`) they are the same. (Not quite with int8,
     which outside training on a CPU rounds activations too.)
 
     Args:
@@ -46,7 +46,7 @@ def merge(
 
     Raises:
         `ValueError`: when the adapter does not fit the base, or leaves a weight that it should change as it was, and
-        when the base was not quantised in training or is not found.
+        when the base was not quantized in training or is not found.
     """
     record = Path(adapter, RUN_RECORD)
     if not record.is_file():  # of a checkpoint: the finished run's, if it was finished
@@ -56,7 +56,7 @@ def merge(
     quantization = settings.get("quantization", "none")
     if dequantize and quantization == "none":
         raise ValueError(
-            f"No {RUN_RECORD} of {adapter} says that the base was quantised in training: leave out `--dequantize`, or "
+            f"No {RUN_RECORD} of {adapter} says that the base was quantized in training: leave out `--dequantize`, or "
             "merge the folder that the finished run wrote."
         )
     if quantization != "none" and not dequantize:
@@ -93,8 +93,8 @@ def merge(
 def round_weights(model: PreTrainedModel, base: str, revision: str | None, quantization: str, dtype: str) -> None:
     """The decoder's weights of `model` as they are when `base` is loaded in `dtype` and `quantization`."""
     config = quantization_config(quantization, torch.float32)
-    quantised = type(model).from_pretrained(base, revision=revision, dtype=dtype, quantization_config=config)
-    for name, module in quantised.named_modules():
+    quantized = type(model).from_pretrained(base, revision=revision, dtype=dtype, quantization_config=config)
+    for name, module in quantized.named_modules():
         weight = getattr(module, "weight", None)
         if type(weight).__name__ in ("Params4bit", "Int8Params"):
             model.get_submodule(name).weight.copy_(dequantize_module_weight(module))
@@ -120,7 +120,7 @@ def merge_into(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
     moved = {}
     for name in names:
         # base_model.model.….q_proj.lora_A.weight belongs to ….q_proj.weight; what is saved in full has its own name
-        # and moves as a module: the first layer of a VM head's mixer rests until the last one has left zero
+        # and moves as a module: the first layer of a VM head's residual_block rests until the last one has left zero
         weight, *lora = name.removeprefix("base_model.model.").split(".lora_")
         weight = f"{weight}.weight" if lora else weight
         part = weight if lora else module_of(weight)

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Packing: several rows with their pictures in one sequence, so that nothing is spent on padding.
+"""Packing: several rows with their images in one sequence, so that nothing is spent on padding.
 
 Positions restart with each row, and transformers' masks keep rows that restart from attending to each other; a row's
 first token is never a target. So the loss is that of the unpacked rows (tested).
@@ -99,7 +99,7 @@ def pack_dataset(dataset: Dataset, max_length: int) -> Dataset:
     """
     A dataset of packs: `rows`, the rows of one pack, read when the pack is. `dataset` needs a column `length`.
 
-    The column `images` (empty) tells TRL that this is a data set with pictures.
+    The column `images` (empty) tells TRL that this is a data set with images.
     """
     packs = pack_lengths(list(dataset["length"]), max_length)
 
@@ -146,4 +146,4 @@ def with_lengths(dataset, processor, max_length: int | None):
         return dataset and {name: with_lengths(one, processor, max_length) for name, one in named}
     if isinstance(dataset, IterableDataset) or "length" in dataset.column_names:
         return dataset
-    return dataset.add_column("length", check_rows(dataset, processor, max_length, pictures=False).lengths)
+    return dataset.add_column("length", check_rows(dataset, processor, max_length, images=False).lengths)

@@ -139,7 +139,7 @@ def check_run(model: ModelConfig, data: DataConfig, adapter: AdapterConfig, args
     """
     Raises:
         `ValueError`: for settings of one run that do not go together, as far as the settings alone tell, and for a
-            quantised decoder without bitsandbytes.
+            quantized decoder without bitsandbytes.
     """
     quantization_config(adapter.quantization, torch.float32)  # or bitsandbytes would be missed when the model loads
     if adapter.adapter != "none" and model.dtype != "float32" and not (args.bf16 or args.fp16):
@@ -165,4 +165,4 @@ def check_run(model: ModelConfig, data: DataConfig, adapter: AdapterConfig, args
     if data.streaming and by_length in ("packing", "group_by_length"):
         raise ValueError(f"A stream does not know its rows' lengths, which {by_length} goes by: take one of them out.")
     if data.streaming and args.cache_image_features:
-        raise ValueError("A stream does not know its pictures before: take `streaming` or `cache_image_features` out.")
+        raise ValueError("A stream does not know its images before: take `streaming` or `cache_image_features` out.")

@@ -69,7 +69,7 @@ def prepare_datasets(data: DataConfig, processor, args: VTLMMTrainingConfig) -> 
     """Rows to train on and rows to evaluate on, by [`prepare_dataset`]; a stream is shuffled by `shuffle_dataset`."""
     train, evaluation = (prepare_dataset(data, split, processor, args.max_length) for split in ("train", "eval"))
     if args.shuffle_dataset and isinstance(train, IterableDataset):  # other rows are shuffled by the sampler
-        # a buffer of files, not of decoded pictures
+        # a buffer of files, not of decoded images
         train = train.decode(False).shuffle(seed=args.seed).cast(ROW_FEATURES)
     return [train, evaluation]
 
@@ -88,7 +88,7 @@ def build_trainer(settings: dict, datasets: list | None = None, task_scores=None
     Args:
         datasets (`list`, *optional*): what [`prepare_datasets`] gave for these settings, if it has run before.
         task_scores (callable, *optional*): makes the function that scores `eval_task_data`: (rows, processor, number
-            of pictures, batch size) → (model → `dict` of scores). Whoever evaluates gives it: this package trains.
+            of images, batch size) → (model → `dict` of scores). Whoever evaluates gives it: this package trains.
     """
     model_config, data, adapter, args = parse_settings(settings)
     refuse_adapter(model_config)
@@ -109,7 +109,7 @@ def build_trainer(settings: dict, datasets: list | None = None, task_scores=None
         if task_scores is None:
             raise ValueError("`eval_task_data` needs `task_scores`, which `vtlmm train` gives: take the setting out.")
         rows, batch_size = load_task_rows(data), args.per_device_eval_batch_size
-        kwargs["task_scores"] = task_scores(rows, processor, data.eval_task_pictures, batch_size)
+        kwargs["task_scores"] = task_scores(rows, processor, data.eval_task_images, batch_size)
     lora = peft_config(adapter, args.resolved_stage())
     # the base as PEFT writes it into the adapter's folder
     if adapter.base_id is not None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The trainer: TRL's SFTTrainer with the visual loss, normalised over the whole optimizer step."""
+"""The trainer: TRL's SFTTrainer with the visual loss, normalized over the whole optimizer step."""
 
 import math
 import time
@@ -23,7 +23,7 @@ from .config import VTLMMTrainingConfig
 from .metrics import LossSums, blank_words
 from .packing import prepare_packs, with_lengths
 from .stages import describe, set_trainable
-from .visual_targets import supervise
+from .visual_targets import set_visual_target
 from .vm_head_search import add_candidates, format_table, keep_candidate, vm_heads
 
 
@@ -81,10 +81,10 @@ class VTLMMTrainer(SFTTrainer):
         self.stage = args.resolved_stage()
         set_seed(args.seed)  # the base class's comes after LoRA's and the VM head's first values
         adapter = kwargs.pop("peft_config", None)
-        supervise(model, self.stage.visual_target)
+        set_visual_target(model, self.stage.visual_target)
         self.vm_head_candidates, self.vm_head_table = self._prepare_model(model, args, adapter, eval_dataset), None
         learner = model if adapter is None else add_adapter(model, adapter)
-        # TRL rounds what learns on a quantised base to bfloat16, where small steps are lost; so they are in what is
+        # TRL rounds what learns on a quantized base to bfloat16, where small steps are lost; so they are in what is
         # saved in full of a base loaded in bfloat16
         learning = {p: p.data.float() for p in learner.parameters() if p.requires_grad and adapter is not None}
         if data_collator is None:
@@ -92,7 +92,7 @@ class VTLMMTrainer(SFTTrainer):
         datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         if args.cache_image_features:
             train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
-        packing, args.packing = args.packing, False  # TRL packs texts only and refuses pictures: it is not told
+        packing, args.packing = args.packing, False  # TRL packs texts only and refuses images: it is not told
         if packing or args.train_sampling_strategy == "group_by_length":
             if isinstance(train_dataset, IterableDataset):
                 raise ValueError("Packing and grouping by length need lengths: a dataset that is not streamed.")
@@ -101,7 +101,7 @@ class VTLMMTrainer(SFTTrainer):
                 train_dataset = prepare_packs(model, args, train_dataset)
             else:
                 eval_dataset = with_lengths(eval_dataset, processing_class, args.max_length)
-        # Of a stream accelerate would cut each batch to as many pictures as rows; TRL thinks of training rows only
+        # Of a stream accelerate would cut each batch to as many images as rows; TRL thinks of training rows only
         args.accelerator_config.dispatch_batches = False
         super().__init__(
             model=learner,
@@ -162,9 +162,7 @@ class VTLMMTrainer(SFTTrainer):
                 raise ValueError("`vm_head_candidates` need one `eval_dataset`, to choose by, and no adapter.")
             streamed = isinstance(eval_dataset, IterableDataset)
             if not streamed and not any(row["images"] for row in undecoded(eval_dataset)):
-                raise ValueError(
-                    "`vm_head_candidates` are chosen by held-out pictures: `eval_dataset` has no picture."
-                )
+                raise ValueError("`vm_head_candidates` are chosen by held-out images: `eval_dataset` has no image.")
         elif args.vm_head_init != "keep":
             model.initialize_vm_head(args.vm_head_init)
         if adapter is None:
@@ -180,7 +178,7 @@ class VTLMMTrainer(SFTTrainer):
         return add_candidates(model, args.vm_head_candidates, args.learning_rate, source, args.seed)
 
     def _cache_vision_features(self, model, datasets) -> VisionFeatureCache | None:
-        """The features of all pictures, as training would compute them; the processes share what lacks."""
+        """The features of all images, as training would compute them; the processes share what lacks."""
         if not isinstance(self.data_collator, VTLMMCollator):
             raise ValueError("`cache_image_features` works with a VTLMMCollator: leave `data_collator` out.")
         image_processor, tower = self.processing_class.image_processor, model.model.vision_tower.eval()

@@ -78,7 +78,7 @@ def basic_loss_sum(
     return (1 - cosine).sum() + BASIC_KL_COEF * divergence(image_features, embeddings, refined_features, embeddings)
 
 
-def supervise(model, visual_target: str) -> None:
+def set_visual_target(model, visual_target: str) -> None:
     r"""
     Makes `visual_target` the visual loss of this model object, in place of what an earlier call made it.
 
@@ -97,7 +97,7 @@ def supervise(model, visual_target: str) -> None:
 def _at_patches(outputs, hidden_states, attention_mask, position_ids):
     """Image features, and hidden states at the same patches, `(N, D)` each."""
     image_features = outputs.image_features.flatten(0, 1)
-    if outputs.image_token_mask is None:  # the picture of zeros of a text-only batch
+    if outputs.image_token_mask is None:  # the image of zeros of a text-only batch
         return image_features[:0], hidden_states[0, :0]
     predicted = predicted_positions(outputs.image_token_mask, attention_mask, position_ids)
     return image_features[predicted[outputs.image_token_mask]], hidden_states[predicted]

@@ -16,7 +16,7 @@ from vtlmm.train.recipe import change_settings, check_settings, split_stages
 
 
 PARTS = ("seeds", "reference", "base", "arms", "evaluate")
-# Of a start: what its weights, prompts and pictures depend on, not where it comes from
+# Of a start: what its weights, prompts and images depend on, not where it comes from
 START_FILES = ("*.safetensors", "config.json", "processor_config.json", "tokenizer.json", "*.jinja")
 FIGURES = ("accuracy", "blind", "pseudo", "visual", "text", "others")
 
@@ -29,17 +29,17 @@ class EvaluateConfig:
     Parameters:
         dataset (`str`): questions with answers, as for training; none of the training's.
         dataset_split, image_folder, max_rows: see `DataConfig`. With `max_rows` the table says that it is a subset.
-        figures (`list[str]`): of `"accuracy"`; `"blind"`: the same with shuffled pictures; `"pseudo"`: the same with
+        figures (`list[str]`): of `"accuracy"`; `"blind"`: the same with shuffled images; `"pseudo"`: the same with
             pseudo image features; `"visual"`: the losses of stages III and IV and the entropies of the visual
             tokens; `"text"`: perplexity on `text`; `"others"`: yes/no questions, calibration and entropies of the
-            visual tokens on the pictures of `others`, beside the held-out ones.
+            visual tokens on the images of `others`, beside the held-out ones.
         kind (`str`, *optional*): column with the kinds of the questions.
         kinds (`dict[str, list[str]]`, *optional*): or each kind with the answers by which it is known.
         scorer (`str`, *optional*, defaults to `"exact"`): see `vtlmm eval`.
         text (`str`, *optional*): file of held-out texts, one a line.
-        others (`dict[str, str]`, *optional*): name → data with pictures of another kind, in any form of training data;
+        others (`dict[str, str]`, *optional*): name → data with images of another kind, in any form of training data;
             all rows of each.
-        use_pseudo_image_features (`bool`, *optional*): what the decoder reads in the place of pictures, if not as
+        use_pseudo_image_features (`bool`, *optional*): what the decoder reads in the place of images, if not as
             the model says. An arm may set it alone: `evaluate` beside its stages.
         batch_size (`int`, *optional*, defaults to 64), max_new_tokens (`int`, *optional*, defaults to 16)
     """

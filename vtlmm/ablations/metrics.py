@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The figures of one trained model. The tower sees each picture once for all of them, and for all runs of a grid."""
+"""The figures of one trained model. The tower sees each image once for all of them, and for all runs of a grid."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from vtlmm.data.rows import DataConfig, load_rows
 from vtlmm.data.vision_feature_cache import VisionFeatureCache, tower_key, undecoded
 from vtlmm.evaluation.questions import read_questions
-from vtlmm.evaluation.report import by_kind, picture_cluster, score_answers
+from vtlmm.evaluation.report import by_kind, image_cluster, score_answers
 from vtlmm.inference.generate import asking_order, conversation, with_shuffled_images
 
 from .grid import EvaluateConfig
@@ -21,8 +21,8 @@ from .ood import OWN, measure_others, visual_token_diversity
 
 @dataclass
 class HeldOut:
-    """Questions, and where the pictures are that they ask about; see `read_questions`. `others` are those about other
-    kinds of pictures, by name."""
+    """Questions, and where the images are that they ask about; see `read_questions`. `others` are those about other
+    kinds of images, by name."""
 
     rows: object
     questions: list[dict]
@@ -30,13 +30,13 @@ class HeldOut:
     others: dict[str, "HeldOut"] = field(default_factory=dict)
 
     def vision_features(self, model, processor, folder: str | Path, batch_size: int) -> dict[str, torch.Tensor]:
-        """The tower's features of every picture by its key, each `(num_patches, vision_feature_size)`."""
+        """The tower's features of every image by its key, each `(num_patches, vision_feature_size)`."""
         cache = VisionFeatureCache(str(folder), tower_key(model, processor.image_processor, "no"))
 
         @torch.inference_mode()
         def encode(images):
-            pictures = [image.convert("RGB") for image in images]
-            pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+            rgb_images = [image.convert("RGB") for image in images]
+            pixel_values = processor.image_processor(rgb_images, return_tensors="pt")["pixel_values"]
             return model.get_image_features(pixel_values.to(model.device, model.dtype)).vision_features
 
         cache.fill(self.rows, encode, batch_size)
@@ -94,7 +94,7 @@ def measure(folder: str | Path, measures: EvaluateConfig, held_out: HeldOut, fea
     features = held_out.vision_features(model, processor, feature_folder, measures.batch_size)
     figures, details, others = {}, {}, {}
     asked = {"accuracy": held_out.questions, "blind": with_shuffled_images(held_out.questions)}
-    for name, title in (("accuracy", "accuracy"), ("blind", "accuracy, pictures shuffled")):
+    for name, title in (("accuracy", "accuracy"), ("blind", "accuracy, images shuffled")):
         if name in measures.figures:
             figures |= _accuracy(title, model, processor, asked[name], features, measures, details)
     if "visual" in measures.figures:
@@ -111,7 +111,7 @@ def measure(folder: str | Path, measures: EvaluateConfig, held_out: HeldOut, fea
             ),
             lambda own: visual_token_diversity(model, own, size),
         )
-        for name, own in others.items():  # a number without pictures is of the questions, not of the model
+        for name, own in others.items():  # a number without images is of the questions, not of the model
             figures |= {f"{figure}: {name}": found["value"] for figure, found in own.items() if "n" in found}
     if "text" in measures.figures:
         texts = Path(measures.text).read_text(encoding="utf-8").splitlines()
@@ -178,9 +178,9 @@ def _answer_batch(model, processor, questions: list[dict], features: dict, max_n
     ids, attention_mask = _prompts(processor, questions, num_patches, model.device)
     mask = model.model.get_image_token_mask(ids, None)
     inputs_embeds = model.get_input_embeddings()(ids.masked_fill(mask, 0))
-    pictures = [features[key] for question in questions for key in question["images"]]
-    if pictures:
-        encoded = model.model.get_image_features(vision_features=torch.stack(pictures).to(model.device, model.dtype))
+    images = [features[key] for question in questions for key in question["images"]]
+    if images:
+        encoded = model.model.get_image_features(vision_features=torch.stack(images).to(model.device, model.dtype))
         inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), torch.cat(list(encoded.pooler_output)))
     found = model.generate(
         inputs_embeds=inputs_embeds,
@@ -203,7 +203,7 @@ def _answer_batch(model, processor, questions: list[dict], features: dict, max_n
 @torch.inference_mode()
 def visual_figures(model, processor, features: list[torch.Tensor], batch_size: int) -> dict[str, float]:
     """
-    Mean visual losses in both directions and entropies, in nats per patch, of pictures with the features `features`.
+    Mean visual losses in both directions and entropies, in nats per patch, of images with the features `features`.
 
     Each stands at the start of a user's turn of its own; attention is causal, so that no question would change this.
     """
@@ -244,8 +244,8 @@ def perplexity(model, processor, texts: list[str], batch_size: int = 32) -> floa
 
 
 def save_details(path: Path, held_out: HeldOut, details: dict) -> None:
-    """The answers and scores of one run, and to which pictures each belongs."""
+    """The answers and scores of one run, and to which images each belongs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    clusters = [picture_cluster(question) for question in held_out.questions]
+    clusters = [image_cluster(question) for question in held_out.questions]
     text = json.dumps({"clusters": clusters, "figures": details}, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")

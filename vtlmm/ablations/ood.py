@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""A model on pictures of other kinds than it was trained on, beside the held-out ones of its own kind."""
+"""A model on images of other kinds than it was trained on, beside the held-out ones of its own kind."""
 
 import numpy as np
 import torch
@@ -8,41 +8,41 @@ from vtlmm.analysis.analyze import Diversity
 from vtlmm.analysis.metrics import word_probabilities
 from vtlmm.analysis.ood_metrics import calibration_error, detection
 from vtlmm.analysis.patch_features import heads
-from vtlmm.evaluation.report import picture_cluster, score_answers
+from vtlmm.evaluation.report import image_cluster, score_answers
 from vtlmm.evaluation.statistics import bootstrap_interval
 from vtlmm.inference.generate import with_shuffled_images
 
 
 OWN = "held out"
 OTHERS_NOTE = (
-    "Intervals are each seed's over pictures, their ends averaged. The calibration error is never below 0, and chance "
-    "alone lifts it, the more the fewer questions. AUROC: strange pictures against the held-out ones; 0.5 is chance."
+    "Intervals are each seed's over images, their ends averaged. The calibration error is never below 0, and chance "
+    "alone lifts it, the more the fewer questions. AUROC: strange images against the held-out ones; 0.5 is chance."
 )
 
 
 @torch.inference_mode()
 def visual_token_diversity(model, features: list[torch.Tensor], batch_size: int) -> Diversity:
-    """Entropies of the visual tokens of pictures with the tower's features `features`, picture by picture."""
+    """Entropies of the visual tokens of images with the tower's features `features`, image by image."""
     vm_weight, _, _ = heads(model)
     diversity = Diversity(len(vm_weight), vm_weight.device)
     for start in range(0, len(features), batch_size):
         batch = torch.stack(features[start : start + batch_size]).to(model.device, model.dtype)
         encoded = model.model.get_image_features(vision_features=batch)
-        for mixed in model.model.vm_head.mixer(encoded.image_features):
+        for mixed in model.model.vm_head.residual_block(encoded.image_features):
             diversity.add(word_probabilities(mixed, vm_weight))
     return diversity
 
 
 def measure_others(sets: dict[str, tuple], ask, diversity_of) -> dict[str, dict]:
     r"""
-    The figures of each set of pictures, with intervals by bootstrap over its pictures (the entropy of the mean: by a
+    The figures of each set of images, with intervals by bootstrap over its images (the entropy of the mean: by a
     jackknife over groups of them).
 
     Only questions with the answer yes or no are asked, of all sets alike: a model can hardly know the other answers of
-    another kind of picture, and two sets are to be compared.
+    another kind of image, and two sets are to be compared.
 
     Args:
-        sets (`dict[str, tuple]`): name → questions and tower features by picture; the first is the model's own kind.
+        sets (`dict[str, tuple]`): name → questions and tower features by image; the first is the model's own kind.
         ask (callable): questions and features to answers and their probabilities.
         diversity_of (callable): features to [`Diversity`].
 
@@ -54,13 +54,13 @@ def measure_others(sets: dict[str, tuple], ask, diversity_of) -> dict[str, dict]
         figures = found[name] = {}
         asked = [question for question in questions if str(question["answer"]).strip().lower() in ("yes", "no")]
         if asked:
-            clusters = [picture_cluster(question) for question in asked]
+            clusters = [image_cluster(question) for question in asked]
             answers, probabilities = ask(asked, features)
             scores = score_answers(asked, answers, "exact")
             blind, _ = ask(with_shuffled_images(asked), features)
             yes = np.mean([question["answer"].strip().lower() == "yes" for question in asked])
             figures["accuracy, yes or no"] = _mean(scores, clusters)
-            figures["accuracy, yes or no, pictures shuffled"] = _mean(score_answers(asked, blind, "exact"), clusters)
+            figures["accuracy, yes or no, images shuffled"] = _mean(score_answers(asked, blind, "exact"), clusters)
             figures["accuracy, yes or no, of the commoner answer"] = {"value": float(max(yes, 1 - yes))}
             figures["calibration error"] = calibration_error(probabilities, scores, clusters)
         diversity = diversity_of(list(features.values()))
@@ -84,8 +84,8 @@ def summarize_others(rows: list[dict], arms: list[str]) -> list[dict]:
     Each figure of each set and arm over the seeds.
 
     Returns:
-        `list[dict]`: `figure`, `set`, `arm`, `values` by seed, `mean`, `sd`, `n` pictures, `low` and `high`: the ends
-        of the seeds' intervals over pictures, averaged.
+        `list[dict]`: `figure`, `set`, `arm`, `values` by seed, `mean`, `sd`, `n` images, `low` and `high`: the ends
+        of the seeds' intervals over images, averaged.
     """
     lines = []
     names = dict.fromkeys((figure, name) for row in rows for name, own in row["others"].items() for figure in own)
@@ -109,7 +109,7 @@ def summarize_others(rows: list[dict], arms: list[str]) -> list[dict]:
 def format_others(lines: list[dict]) -> str:
     """The lines of [`summarize_others`] in Markdown."""
     text = [
-        "| figure | pictures | number | arm | seeds | mean (sd) | 95 % over pictures |",
+        "| figure | images | number | arm | seeds | mean (sd) | 95 % over images |",
         "|---|---|---|---|---|---|---|",
     ]
     for line in lines:

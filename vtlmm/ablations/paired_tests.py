@@ -56,12 +56,12 @@ def paired_difference(reference: dict[int, float], arm: dict[int, float]) -> dic
     return {**found, "low": low, "high": high, "reading": reading}
 
 
-def over_pictures(reference: dict[int, list[float]], arm: dict[int, list[float]], clusters: list[str]):
-    """95 % interval of the same difference by bootstrap over pictures, for these trained models: `(low, high)`.
+def over_images(reference: dict[int, list[float]], arm: dict[int, list[float]], clusters: list[str]):
+    """95 % interval of the same difference by bootstrap over images, for these trained models: `(low, high)`.
 
     Args:
         reference, arm (`dict[int, list[float]]`): seed → score of each question.
-        clusters (`list[str]`): the picture of each question.
+        clusters (`list[str]`): the image of each question.
     """
     seeds = sorted(set(reference) & set(arm))
     if not seeds:
@@ -77,11 +77,11 @@ def compare_arms(rows: list[dict], arms: list[str], reference: str, details: dic
     Args:
         rows (`list[dict]`): `arm`, `seed`, `figures` of finished runs.
         details (`dict`): (arm, seed) → figure → score of each question, for figures that are means over questions.
-        clusters (`list[str]`): the picture of each question.
+        clusters (`list[str]`): the image of each question.
 
     Returns:
         `list[dict]`: `figure`, `arm`, `values` by seed, `mean`, `sd`; of all but the reference also what
-        [`paired_difference`] gives, `pictures_low` and `pictures_high`.
+        [`paired_difference`] gives, `images_low` and `images_high`.
     """
     lines = []
     for figure in dict.fromkeys(name for row in rows for name in row["figures"]):
@@ -100,9 +100,9 @@ def compare_arms(rows: list[dict], arms: list[str], reference: str, details: dic
                     {seed: found[figure] for (name, seed), found in details.items() if name == a and figure in found}
                     for a in (reference, arm)
                 ]
-                low, high = over_pictures(*scores, clusters)
+                low, high = over_images(*scores, clusters)
                 line |= paired_difference(values[reference], values[arm])
-                line |= {"pictures_low": low, "pictures_high": high}
+                line |= {"images_low": low, "images_high": high}
             lines.append(line)
     return lines
 
@@ -117,7 +117,7 @@ def _number(figure: str, value: float | None, signed: bool = False) -> str:
 def format_table(lines: list[dict], reference: str) -> str:
     """The comparison in Markdown, one line for each figure and arm."""
     text = [
-        f"| figure | arm | seeds | mean (sd) | less {reference} | 95 % over seeds | 95 % over pictures | difference |",
+        f"| figure | arm | seeds | mean (sd) | less {reference} | 95 % over seeds | 95 % over images | difference |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
@@ -128,7 +128,7 @@ def format_table(lines: list[dict], reference: str) -> str:
             cells += ["reference", "", "", ""]
         else:
             cells.append(_number(figure, line["difference"], True))
-            for low, high in (("low", "high"), ("pictures_low", "pictures_high")):
+            for low, high in (("low", "high"), ("images_low", "images_high")):
                 known = line[low] is not None
                 ends = [_number(figure, line[end], True) for end in (low, high)]
                 cells.append(" – ".join(ends) if known else "–")

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Plots of a grid: each arm's difference to the reference, seed by seed; each arm on other kinds of pictures."""
+"""Plots of a grid: each arm's difference to the reference, seed by seed; each arm on other kinds of images."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def save_differences(path: Path, lines: list[dict], reference: str, title: str) 
 
 def save_others(path: Path, lines: list[dict], title: str) -> None:
     r"""
-    A panel for each figure, in it the sets of pictures; a point a seed, a bar for the 95 % interval over pictures.
+    A panel for each figure, in it the sets of images; a point a seed, a bar for the 95 % interval over images.
 
     Args:
         lines (`list[dict]`): of `others.summarize_others`.
@@ -63,12 +63,12 @@ def save_others(path: Path, lines: list[dict], title: str) -> None:
         axes.set_xticks(range(len(sets)), sets)
         for line in (line for line in lines if line["figure"] == name):
             arm = arms.index(line["arm"])
-            place, colour = sets.index(line["set"]) + 0.6 * ((arm + 0.5) / len(arms) - 0.5), f"C{arm}"
+            place, color = sets.index(line["set"]) + 0.6 * ((arm + 0.5) / len(arms) - 0.5), f"C{arm}"
             axes.plot(
-                [place] * len(line["values"]), line["values"].values(), "o", markersize=3, alpha=0.5, color=colour
+                [place] * len(line["values"]), line["values"].values(), "o", markersize=3, alpha=0.5, color=color
             )
             if line["low"] is not None:
-                axes.plot([place, place], [line["low"], line["high"]], color=colour, linewidth=2)
+                axes.plot([place, place], [line["low"], line["high"]], color=color, linewidth=2)
     for arm, name in enumerate(arms):
         grid.flat[0].plot([], [], color=f"C{arm}", label=name)
     grid.flat[0].legend(fontsize=6)

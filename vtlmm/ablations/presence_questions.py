@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Yes/no questions from the labels of pictures:
+"""Yes/no questions from the labels of images:
 
 `python -m vtlmm.ablations.presence_questions LABELLED.parquet OUT.parquet --labels objects --ask WBC="white blood
 cell" Platelets=platelet` writes rows with `image`, `questions` and `answers`, which everything here reads.
@@ -16,7 +16,7 @@ QUESTION = "is there a {} in the image?"
 
 def presence_questions(source: str, labels: str, words: dict[str, str], question: str = QUESTION):
     r"""
-    A row for each picture, and in it a question for each label: "yes" where the picture has it, "no" where not.
+    A row for each image, and in it a question for each label: "yes" where the image has it, "no" where not.
 
     Args:
         source (`str`): parquet file with `image`.
@@ -59,5 +59,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     asked = dict(pair.split("=", 1) for pair in arguments.ask)
     found = presence_questions(arguments.source, arguments.labels, asked, arguments.question)
-    print(f"{len(found)} pictures, {len(asked)} questions each: {arguments.output}")
+    print(f"{len(found)} images, {len(asked)} questions each: {arguments.output}")
     found.to_parquet(arguments.output)

@@ -3,7 +3,7 @@
 
 In the folder of the output: `stages/`, every trained stage under the digest of all that its weights depend on, for all
 grids with this output; and in a folder of each grid `rows.jsonl` (one line a finished run), `answers/`,
-`results.json`, `results.md` and `results.png`; `others.png` where pictures of other kinds were measured.
+`results.json`, `results.md` and `results.png`; `others.png` where images of other kinds were measured.
 """
 
 import gc
@@ -111,7 +111,7 @@ def run_once(grid: Grid, arm: str, seed: int, output: Path, folder: Path, held_o
         "figures": figures,
         **({"others": others} if others else {}),
         "num_questions": len(held_out.questions),
-        "num_pictures": len(held_out.places),
+        "num_images": len(held_out.places),
         "subset": measures.max_rows is not None,
         "model": str(model),
         "seconds": {"training": round(trained - started, 1), "evaluation": round(time.time() - trained, 1)},
@@ -182,7 +182,7 @@ def write_results(folder: Path, grid: Grid) -> str:
     others = summarize_others([row for row in rows if "others" in row], list(grid.arms))
     tables = [format_table(lines, grid.reference)]
     if others:
-        tables.append(f"## Other kinds of pictures\n\n{format_others(others)}\n\n{OTHERS_NOTE}")
+        tables.append(f"## Other kinds of images\n\n{format_others(others)}\n\n{OTHERS_NOTE}")
     text = "\n\n".join([f"# {Path(grid.path).stem}", *tables, footer(rows)]) + "\n"
     results = {"reference": grid.reference, "lines": lines, "others": others, "rows": rows}
     write_whole(folder / RESULTS_FILE, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
@@ -200,11 +200,11 @@ def footer(rows: list[dict]) -> str:
     """What a reader of the table must know, and how to run each of its rows again."""
     if not rows:
         return "No run is finished."
-    sizes = {(row["num_pictures"], row["num_questions"], row["subset"]) for row in rows}
-    text = ["Differences are paired by seed; intervals over seeds are Student's, those over pictures a bootstrap for"]
+    sizes = {(row["num_images"], row["num_questions"], row["subset"]) for row in rows}
+    text = ["Differences are paired by seed; intervals over seeds are Student's, those over images a bootstrap for"]
     text[0] += " these trained models. No interval is corrected for the number of comparisons; one that holds 0 shows"
     text[0] += " no difference, which is not the same as showing that there is none."
-    text += [f"Held out: {p} pictures, {q} questions{' (a subset)' if s else ''}." for p, q, s in sorted(sizes)]
+    text += [f"Held out: {p} images, {q} questions{' (a subset)' if s else ''}." for p, q, s in sorted(sizes)]
     text += sorted({f"Machine: {row['machine']}; commit {row['commit']}." for row in rows})
     text += sorted({"Versions: " + ", ".join(f"{k} {v}" for k, v in row["versions"].items()) + "." for row in rows})
     seconds = [sum(row["seconds"].values()) for row in rows]

@@ -51,9 +51,9 @@ def format_analysis(results: dict) -> str:
         lines += [f"SUBSET: {results['subset']}", ""]
     lines += [f"**{warning}**\n" for warning in results["warnings"]]
     lines += [
-        f"{results['pictures']} pictures, {labels['labelled']} of them with a label that the vocabulary has as one "
+        f"{results['images']} images, {labels['labeled']} of them with a label that the vocabulary has as one "
         f"token; so it has {labels['words_in_vocabulary']} of the {labels['words']} words of the labels. In brackets: "
-        "95 %, over pictures.",
+        "95 %, over images.",
         "",
     ]
     if results.get("signatures"):
@@ -62,14 +62,14 @@ def format_analysis(results: dict) -> str:
     lines += ["## What the lenses say of the labels", "", *_lens_tables(results["lenses"])]
     rows = [[name, _number(found)] for name, found in results["overlap"].items()]
     lines += ["## Words in common", "", *_table(["lists of words", "share"], rows), ""]
-    if results["neighbourhood"]:
-        head = ["spaces", "neighbours in common", "chance", "p", "CKA"]
+    if results["neighborhood"]:
+        head = ["spaces", "neighbors in common", "chance", "p", "CKA"]
         rows = []
-        for name, found in results["neighbourhood"].items():
-            mutual = found["mutual_neighbours"]
+        for name, found in results["neighborhood"].items():
+            mutual = found["mutual_neighbors"]
             chance, p_value = f"{mutual['chance']:.3f}", f"{mutual['p_value']:.3g}"
             rows.append([name, _number(mutual), chance, p_value, _number(found["cka"])])
-        lines += ["## Neighbourhoods", "", *_table(head, rows), ""]
+        lines += ["## Neighborhoods", "", *_table(head, rows), ""]
     rows = [
         [name.replace("_", " "), *(_number(found[name]) for found in results["diversity"].values())]
         for name in next(iter(results["diversity"].values()))

@@ -1,7 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""What the visual tokens of a data set mean: the measures of `measures.py`, picture by picture, and their intervals.
+"""What the visual tokens of a data set mean: the measures of `measures.py`, image by image, and their intervals.
 
-Of a picture a few numbers are kept, and of the data set sums over the vocabulary: never (patches, V) of all of it.
+Of a image a few numbers are kept, and of the data set sums over the vocabulary: never (patches, V) of all of it.
 """
 
 import random
@@ -24,7 +24,7 @@ from .metrics import (
     label_hits,
     label_mass,
     mutual_information,
-    mutual_neighbours,
+    mutual_neighbors,
     reconstruction,
     top_word_overlap,
     unbiased_cka,
@@ -36,17 +36,17 @@ from .vocabulary import WORD_CLASSES, content_words, label_ids, vocabulary_words
 
 
 TOP_KS = (1, 5, 10)
-NUM_GROUPS = 20  # of pictures, for the jackknife
+NUM_GROUPS = 20  # of images, for the jackknife
 NUM_NEIGHBOURS = 10
-MAX_SAMPLE = 2048  # pictures that give a patch to the neighbourhoods
-MIN_SAMPLE = 12  # below it there is no neighbourhood to speak of
-# A mean information below these says that patches, or pictures, all get the same words
-COLLAPSE_NATS = {"patch": 0.1, "picture": 0.01}
+MAX_SAMPLE = 2048  # images that give a patch to the neighborhoods
+MIN_SAMPLE = 12  # below it there is no neighborhood to speak of
+# A mean information below these says that patches, or images, all get the same words
+COLLAPSE_NATS = {"patch": 0.1, "image": 0.01}
 
 
 @dataclass
 class Labels:
-    """What is known of a picture: `texts`, labels or captions, and label to boxes `[left, top, right, bottom]`."""
+    """What is known of a image: `texts`, labels or captions, and label to boxes `[left, top, right, bottom]`."""
 
     texts: list[str] = field(default_factory=list)
     boxes: dict[str, list] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Labels:
 
 def read_labels(questions: list[dict], from_column: bool) -> dict[str, Labels]:
     r"""
-    Picture to its labels, of all rows that have it.
+    Image to its labels, of all rows that have it.
 
     Args:
         questions (`list[dict]`): of `run.read_questions`, with the column of labels as `id`.
@@ -64,11 +64,11 @@ def read_labels(questions: list[dict], from_column: bool) -> dict[str, Labels]:
     Raises:
         `ValueError`: for a column of another form.
     """
-    pictures = {}
+    images = {}
     for question in questions:
         entries = question["id"] if from_column else question["answer"]
         for key in question["images"]:
-            labels = pictures.setdefault(key, Labels())
+            labels = images.setdefault(key, Labels())
             for entry in entries if isinstance(entries, list) else [] if entries is None else [entries]:
                 if isinstance(entry, dict) and isinstance(entry.get("label"), str):
                     text = entry["label"]
@@ -83,17 +83,17 @@ def read_labels(questions: list[dict], from_column: bool) -> dict[str, Labels]:
                     )
                 if text not in labels.texts:
                     labels.texts.append(text)
-    return pictures
+    return images
 
 
 def estimate(values) -> dict:
-    """Mean of one number a picture, with its 95 % interval by bootstrap over pictures."""
+    """Mean of one number a image, with its 95 % interval by bootstrap over images."""
     values = [float(value) for value in values]
     low, high = bootstrap_interval(values, range(len(values)))
     return {"value": sum(values) / len(values), "low": low, "high": high, "n": len(values)}
 
 
-# ---- What is kept of the pictures seen so far ----
+# ---- What is kept of the images seen so far ----
 
 
 class Lens:
@@ -105,7 +105,7 @@ class Lens:
         self.ranks, self.mass, self.shares = [], [], []
 
     def add(self, scores: torch.Tensor) -> torch.Tensor:
-        """One picture, scores (P, V). Gives its top words (P, K)."""
+        """One image, scores (P, V). Gives its top words (P, K)."""
         top = scores.topk(min(max(TOP_KS), scores.shape[1])).indices
         self.ranks.append(best_ranks(top, self.token_ids, scores.shape[1]).to(torch.int8).cpu())
         mean = scores.mean(0)
@@ -116,7 +116,7 @@ class Lens:
         return top
 
     def result(self, labels: torch.BoolTensor) -> dict:
-        """`labels` (num_pictures, num_words): pictures without a label that the vocabulary has do not count."""
+        """`labels` (num_images, num_words): images without a label that the vocabulary has do not count."""
         shares = {f"{name}_words": estimate(row[i] for row in self.shares) for i, name in enumerate(WORD_CLASSES)}
         used = labels.any(1)
         if used.sum() < 2:
@@ -140,16 +140,16 @@ def _beside_controls(own: torch.Tensor, shuffled: torch.Tensor, prior: torch.Ten
         "shuffled": shuffled.mean().item(),
         "lift": estimate(own - shuffled),
         "lift_over_prior": estimate(own - prior),
-        "pictures": own.tolist(),
+        "images": own.tolist(),
     }
 
 
 class Diversity:
-    """How sharp distributions are, and how different from patch to patch and from picture to picture."""
+    """How sharp distributions are, and how different from patch to patch and from image to image."""
 
     def __init__(self, vocab_size: int, device):
         self.probability = torch.zeros(NUM_GROUPS, vocab_size, dtype=torch.float64, device=device)
-        self.entropies = []  # of a picture: mean of H(p), H(mean p), mean of exp H(p)
+        self.entropies = []  # of a image: mean of H(p), H(mean p), mean of exp H(p)
         self.leading = torch.zeros(vocab_size, dtype=torch.bool, device=device)
 
     def add(self, probabilities: torch.Tensor) -> None:
@@ -159,14 +159,14 @@ class Diversity:
         self.leading[probabilities.argmax(1)] = True
 
     def _overall(self, left_out: int | None = None) -> dict:
-        """Without one group of pictures, for the jackknife."""
+        """Without one group of images, for the jackknife."""
         kept = [row for i, row in enumerate(self.entropies) if i % NUM_GROUPS != left_out]
         total = self.probability.sum(0) - (0 if left_out is None else self.probability[left_out])
         mean = total.clamp_min(0) / len(kept)
         return {
             "entropy_of_mean": entropy(mean).item(),
             "effective_words": entropy(mean).exp().item(),
-            "information_picture": mutual_information(mean, sum(row[1] for row in kept) / len(kept)),
+            "information_image": mutual_information(mean, sum(row[1] for row in kept) / len(kept)),
             "information_patch": mutual_information(mean, sum(row[0] for row in kept) / len(kept)),
         }
 
@@ -195,17 +195,17 @@ class Diversity:
         ]
 
 
-class Neighbourhood:
-    """One patch of each picture, at random, in several spaces."""
+class Neighborhood:
+    """One patch of each image, at random, in several spaces."""
 
-    def __init__(self, num_pictures: int, seed: int):
+    def __init__(self, num_images: int, seed: int):
         self.random = random.Random(seed)
-        self.chosen = set(self.random.sample(range(num_pictures), min(MAX_SAMPLE, num_pictures)))
+        self.chosen = set(self.random.sample(range(num_images), min(MAX_SAMPLE, num_images)))
         self.rows = {"vision": [], "features": [], "mixed": [], "pseudo": []}
         self.index = 0
 
     def add(self, **spaces: torch.Tensor) -> None:
-        """The features (P, D) of one picture in each space."""
+        """The features (P, D) of one image in each space."""
         patch = self.random.randrange(len(spaces["features"]))
         if self.index in self.chosen:
             for name, features in spaces.items():
@@ -224,12 +224,12 @@ class Neighbourhood:
         found = {}
         for first, second in pairs:
             a, b = products[first], products[second]
-            mutual = mutual_neighbours(a, b, k, seed)
+            mutual = mutual_neighbors(a, b, k, seed)
             cka = unbiased_cka(a, b)
             groups = [torch.arange(number) % NUM_GROUPS != i for i in range(min(NUM_GROUPS, number // 4))]
             low, high = jackknife_interval(cka, [unbiased_cka(a[kept][:, kept], b[kept][:, kept]) for kept in groups])
             found[f"{first} ~ {second}"] = {
-                "mutual_neighbours": {
+                "mutual_neighbors": {
                     **estimate(mutual["overlap"]),
                     **{"k": k, "chance": mutual["chance"], "p_value": mutual["p_value"]},
                 },
@@ -242,10 +242,10 @@ class Neighbourhood:
 
 
 class Analysis:
-    """The measures over the pictures that are added, one at a time."""
+    """The measures over the images that are added, one at a time."""
 
-    def __init__(self, model, processor, pictures: list[Labels], seed: int = 0):
-        self.processor, self.pictures, self.seed = processor, pictures, seed
+    def __init__(self, model, processor, images: list[Labels], seed: int = 0):
+        self.processor, self.images, self.seed = processor, images, seed
         self.vm_weight, self.lm_weight, self.embeddings = heads(model)
         vocab_size, device = len(self.vm_weight), self.vm_weight.device
         generator = torch.Generator().manual_seed(seed)
@@ -254,16 +254,16 @@ class Analysis:
         self.random_words = torch.randperm(vocab_size, generator=generator)[: max(TOP_KS)].to(device)
         words = vocabulary_words(processor.tokenizer, vocab_size)
         self.classes = word_classes(words, set(processor.tokenizer.all_special_ids)).to(device)
-        wanted = [content_words(picture.texts) for picture in pictures]
+        wanted = [content_words(image.texts) for image in images]
         self.ids = label_ids(words, set().union(*wanted))
         columns = {token: i for i, token in enumerate(sorted({i for ids in self.ids.values() for i in ids}))}
         self.token_ids = torch.tensor(list(columns), dtype=torch.long, device=device)
-        self.labels = torch.zeros(len(pictures), len(columns), dtype=torch.bool)
+        self.labels = torch.zeros(len(images), len(columns), dtype=torch.bool)
         for row, own in enumerate(wanted):
             self.labels[row, [columns[token] for word in own for token in self.ids[word]]] = True
         self.lenses: dict[str, Lens] = {}
         self.diversity = {name: Diversity(vocab_size, device) for name in ("vm_head", "decoder")}
-        self.neighbourhood = Neighbourhood(len(pictures), seed)
+        self.neighborhood = Neighborhood(len(images), seed)
         self.overlaps: dict[str, list[float]] = {}
         self.mixes: dict[str, list[float]] = {}
         self.localities: list[float] = []
@@ -277,7 +277,7 @@ class Analysis:
         return self.lenses[name].add(scores)
 
     def add(self, image, patches, i: int) -> None:
-        """Picture `i` of a batch that [`~patches.read_patches`] has read; `image` is that picture from PIL."""
+        """Image `i` of a batch that [`~patches.read_patches`] has read; `image` is that image from PIL."""
         features, mixed = patches.image_features[i], patches.mixed_features[i]
         probabilities = word_probabilities(mixed, self.vm_weight)
         pseudo = probabilities.to(self.embeddings.dtype) @ self.embeddings
@@ -292,8 +292,8 @@ class Analysis:
             self._overlap(first, second, top)
         self._overlap("vm_head", "decoder", top)
         self._mix(features, pseudo, top["vm_head"])
-        self.neighbourhood.add(vision=patches.vision_features[i], features=features, mixed=mixed, pseudo=pseudo)
-        self._locate(image, probabilities, self.pictures[self.num_seen])
+        self.neighborhood.add(vision=patches.vision_features[i], features=features, mixed=mixed, pseudo=pseudo)
+        self._locate(image, probabilities, self.images[self.num_seen])
         self.num_seen += 1
 
     def _overlap(self, first: str, second: str, top: dict) -> None:
@@ -327,22 +327,22 @@ class Analysis:
         lenses = {name: lens.result(self.labels) for name, lens in self.lenses.items()}
         for name, found in lenses["vm_head"].items():
             if name != "top_words":
-                pairs = zip(found["pictures"], lenses["random_head"][name]["pictures"], strict=True)
+                pairs = zip(found["images"], lenses["random_head"][name]["images"], strict=True)
                 found["lift_over_random_head"] = estimate(a - b for a, b in pairs)
         for lens in lenses.values():
             for found in lens.values():
-                found.pop("pictures", None)
+                found.pop("images", None)
         with_tokens = sum(bool(ids) for ids in self.ids.values())
         return {
-            "pictures": self.num_seen,
+            "images": self.num_seen,
             "labels": {
                 "words": len(self.ids),
                 "words_in_vocabulary": with_tokens,
-                "labelled": int(self.labels.any(1).sum()),
+                "labeled": int(self.labels.any(1).sum()),
             },
             "lenses": lenses,
             "overlap": {name: estimate(values) for name, values in self.overlaps.items()},
-            "neighbourhood": self.neighbourhood.result(self.vm_weight, self.seed),
+            "neighborhood": self.neighborhood.result(self.vm_weight, self.seed),
             "diversity": {name: diversity.result() for name, diversity in self.diversity.items()},
             "reconstruction": {name: estimate(values) for name, values in self.mixes.items()},
             "locality": {"auroc": estimate(self.localities)} if self.localities else {},
@@ -350,24 +350,24 @@ class Analysis:
         }
 
 
-def analyse_pictures(
-    model, processor, pictures: dict[str, Labels], load_picture, batch_size: int = 4, seed: int = 0
+def analyze_images(
+    model, processor, labels_by_image: dict[str, Labels], load_image, batch_size: int = 4, seed: int = 0
 ) -> dict:
     r"""
     All measures over a data set.
 
     Args:
-        pictures (`dict[str, Labels]`): key of a picture to what is known of it.
-        load_picture (callable): key to picture from PIL, in RGB.
-        batch_size (`int`, *optional*, defaults to 4): pictures that go through the model together.
+        labels_by_image (`dict[str, Labels]`): key of a image to what is known of it.
+        load_image (callable): key to image from PIL, in RGB.
+        batch_size (`int`, *optional*, defaults to 4): images that go through the model together.
         seed (`int`, *optional*, defaults to 0): of the random head, the sampled patches and the permutations.
 
     Returns:
-        `dict`: see [`Analysis.result`]; an estimate has `value`, its 95 % interval `low`, `high`, and `n` pictures.
+        `dict`: see [`Analysis.result`]; an estimate has `value`, its 95 % interval `low`, `high`, and `n` images.
     """
-    analysis, keys = Analysis(model, processor, list(pictures.values()), seed), list(pictures)
+    analysis, keys = Analysis(model, processor, list(labels_by_image.values()), seed), list(labels_by_image)
     for start in tqdm(range(0, len(keys), batch_size), desc="analysing"):
-        images = [load_picture(key) for key in keys[start : start + batch_size]]
+        images = [load_image(key) for key in keys[start : start + batch_size]]
         patches = read_patches(model, processor, images)
         with torch.inference_mode():
             for i, image in enumerate(images):

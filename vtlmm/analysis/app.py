@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""A page to chat about a picture, and to see what its patches say."""
+"""A page to chat about a image, and to see what its patches say."""
 
 import html
 from collections.abc import Iterator
@@ -23,25 +23,25 @@ def choose_features(model, features: str) -> None:
     model.config.use_pseudo_image_features = features == PSEUDO_IMAGE_FEATURES
 
 
-def words_frame(model, processor, picture, features: str, top_k: int = 5) -> str:
-    """The page of `visual_tokens.py` for one picture from PIL, as an element of another page; blank without one."""
-    if picture is None:
+def words_frame(model, processor, image, features: str, top_k: int = 5) -> str:
+    """The page of `visual_tokens.py` for one image from PIL, as an element of another page; blank without one."""
+    if image is None:
         return ""
     choose_features(model, features)
-    picture = picture.convert("RGB")
-    tokens = patch_tokens(model, processor, [picture], min(top_k, model.config.visual_vocab_size))
-    page = tokens_page([f"Read as {features}"], [shown_image(processor, picture)], tokens)
+    image = image.convert("RGB")
+    tokens = patch_tokens(model, processor, [image], min(top_k, model.config.visual_vocab_size))
+    page = tokens_page([f"Read as {features}"], [shown_image(processor, image)], tokens)
     return f'<iframe title="words" style="width:100%;height:52em;border:0" srcdoc="{html.escape(page)}"></iframe>'
 
 
 def answers_so_far(
-    model, processor, picture, features: str, turns: list[tuple[str, str]], question: str, max_new_tokens: int
+    model, processor, image, features: str, turns: list[tuple[str, str]], question: str, max_new_tokens: int
 ) -> Iterator[list[tuple[str, str]]]:
-    """`turns`, pairs of question and answer, with the next one growing; the picture stands in the first question."""
+    """`turns`, pairs of question and answer, with the next one growing; the image stands in the first question."""
     choose_features(model, features)
     messages = []
     for earlier, answer in [*turns, (question, None)]:
-        images = [picture.convert("RGB")] if picture is not None and not messages else []
+        images = [image.convert("RGB")] if image is not None and not messages else []
         messages += conversation({"images": images, "question": earlier})
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
@@ -52,24 +52,24 @@ def answers_so_far(
 
 
 def build_page(model, processor, name: str, max_new_tokens: int = 512):
-    """The page as `gradio.Blocks`. Another picture or other features begin a new conversation."""
+    """The page as `gradio.Blocks`. Another image or other features begin a new conversation."""
     import gradio
 
     def as_chat(turns):
         roles = ("user", "assistant")
         return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
 
-    def ask(picture, features, turns, question):
+    def ask(image, features, turns, question):
         if not question.strip():
             return
         try:
-            for grown in answers_so_far(model, processor, picture, features, turns, question.strip(), max_new_tokens):
+            for grown in answers_so_far(model, processor, image, features, turns, question.strip(), max_new_tokens):
                 yield grown, as_chat(grown), ""
         except Exception as error:  # shown in the page; the server goes on
             raise gradio.Error(str(error)) from error
 
-    def begin(picture, features):
-        return [], [], words_frame(model, processor, picture, features)
+    def begin(image, features):
+        return [], [], words_frame(model, processor, image, features)
 
     # one model with one kind of features at a time
     alone = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
@@ -78,7 +78,7 @@ def build_page(model, processor, name: str, max_new_tokens: int = 512):
         gradio.Markdown(f"## {name}")
         with gradio.Row():
             with gradio.Column():
-                picture = gradio.Image(type="pil", label="picture", sources=["upload", "clipboard"], height=320)
+                image = gradio.Image(type="pil", label="image", sources=["upload", "clipboard"], height=320)
                 features = gradio.Radio(
                     [IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES],
                     value=PSEUDO_IMAGE_FEATURES if model.config.use_pseudo_image_features else IMAGE_FEATURES,
@@ -86,11 +86,11 @@ def build_page(model, processor, name: str, max_new_tokens: int = 512):
                 )
             with gradio.Column():
                 chat = gradio.Chatbot(label="conversation", height=320, buttons=["copy"])
-                question = gradio.Textbox(label="question", placeholder="What is in the picture?", submit_btn=True)
+                question = gradio.Textbox(label="question", placeholder="What is in the image?", submit_btn=True)
         words = gradio.HTML(label="words of the patches")
-        question.submit(ask, [picture, features, turns, question], [turns, chat, question], **alone)
-        for change in (picture.change, features.change):
-            change(begin, [picture, features], [turns, chat, words], **alone)
+        question.submit(ask, [image, features, turns, question], [turns, chat, question], **alone)
+        for change in (image.change, features.change):
+            change(begin, [image, features], [turns, chat, words], **alone)
         chat.clear(lambda: [], outputs=turns, **alone)
     return page
 

@@ -2,36 +2,36 @@
 """How the paper says that visual tokens fail, each as one number: poor answers, hallucination, instability between
 stages, and a large gap between image features and pseudo image features."""
 
-from vtlmm.evaluation.report import picture_cluster, score_answers
+from vtlmm.evaluation.report import image_cluster, score_answers
 from vtlmm.evaluation.scorers import pope_answer
 from vtlmm.evaluation.statistics import bootstrap_interval
 from vtlmm.inference.generate import answer
 
 
 def _estimate(scores: list[float], asked: list[dict]) -> dict | None:
-    """Mean over questions, with the interval by bootstrap over pictures; None without a question."""
+    """Mean over questions, with the interval by bootstrap over images; None without a question."""
     if not scores:
         return None
-    low, high = bootstrap_interval(scores, [picture_cluster(question) for question in asked])
+    low, high = bootstrap_interval(scores, [image_cluster(question) for question in asked])
     return {"value": sum(scores) / len(scores), "low": low, "high": high, "n": len(scores)}
 
 
 def evenly(questions: list[dict], number: int) -> list[dict]:
-    """At most `number` of the questions about a picture, evenly spaced."""
+    """At most `number` of the questions about a image, evenly spaced."""
     questions = [question for question in questions if question["images"]]
     number = min(number, len(questions))
     return [questions[i * len(questions) // number] for i in range(number)]
 
 
 def failure_signatures(
-    model, processor, questions: list[dict], load_picture, before=None, batch_size: int = 8, max_new_tokens: int = 32
+    model, processor, questions: list[dict], load_image, before=None, batch_size: int = 8, max_new_tokens: int = 32
 ) -> dict:
     r"""
     The failure signatures of a model on questions with known answers, by exact match.
 
     Args:
         questions (`list[dict]`): `images` are keys; see `run.read_questions`.
-        load_picture (callable): key to picture from PIL.
+        load_image (callable): key to image from PIL.
         before (`tuple`, *optional*): model and processor of the stage before.
 
     Returns:
@@ -41,7 +41,7 @@ def failure_signatures(
         pseudo image features; `stage_instability`, share of the questions that the stage before had right and this one
         has wrong.
     """
-    asked = [{**question, "images": [load_picture(key) for key in question["images"]]} for question in questions]
+    asked = [{**question, "images": [load_image(key) for key in question["images"]]} for question in questions]
 
     def right(model, processor, pseudo: bool | None = None) -> tuple[list[str], list[float]]:
         own = model.config.use_pseudo_image_features

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""What a visual token means, in numbers: pure functions over the patches of one picture or a sample of patches.
+"""What a visual token means, in numbers: pure functions over the patches of one image or a sample of patches.
 
 Shapes: N patches, V words, D hidden size, K words of a top-k. p_n = softmax(W_vm v_n) is the visual token of patch n.
 """
@@ -51,15 +51,15 @@ def best_ranks(top_words: torch.Tensor, word_ids: torch.Tensor, vocab_size: int)
 
 def label_hits(ranks: torch.Tensor, labels: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    hit@k: whether a word of a picture's labels is among the top k of any of its patches, and the same with the labels
-    of another picture, on average over all others: the control by shuffling, without the noise of one shuffle.
+    hit@k: whether a word of a image's labels is among the top k of any of its patches, and the same with the labels
+    of another image, on average over all others: the control by shuffling, without the noise of one shuffle.
 
     Args:
-        ranks (`torch.Tensor` of shape `(num_pictures, num_words)`): see [`best_ranks`], a row a picture.
-        labels (`torch.BoolTensor` of shape `(num_pictures, num_words)`): the words of each picture's labels.
+        ranks (`torch.Tensor` of shape `(num_images, num_words)`): see [`best_ranks`], a row a image.
+        labels (`torch.BoolTensor` of shape `(num_images, num_words)`): the words of each image's labels.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: both of shape `(num_pictures,)`.
+        `tuple[torch.Tensor, torch.Tensor]`: both of shape `(num_images,)`.
     """
     reached, wanted = (ranks < k).float(), labels.float().T
     own = ((ranks < k) & labels).any(1).float()
@@ -68,7 +68,7 @@ def label_hits(ranks: torch.Tensor, labels: torch.Tensor, k: int) -> tuple[torch
 
 
 def label_mass(mass: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As [`label_hits`] for the probability of the labels' words, from that of every word in each picture."""
+    """As [`label_hits`] for the probability of the labels' words, from that of every word in each image."""
     own = (mass * labels).sum(1)
     return own, (mass @ labels.to(mass.dtype).sum(0) - own) / (len(own) - 1)
 
@@ -89,7 +89,7 @@ def auroc(scores: torch.Tensor, inside: torch.Tensor) -> float:
     return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean().item()
 
 
-# ---- Neighbourhoods, from the inner products of a sample of patches ----
+# ---- Neighborhoods, from the inner products of a sample of patches ----
 
 
 def gram(features: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ def visual_token_gram(features: torch.Tensor, weight: torch.Tensor) -> torch.Ten
     exist; they are computed anew for every pair.
 
     Args:
-        features (`torch.Tensor` of shape `(N, D)`): as the head's matrix gets them, behind its mixer.
+        features (`torch.Tensor` of shape `(N, D)`): as the head's matrix gets them, behind its residual_block.
         weight (`torch.Tensor` of shape `(V, D)`)
     """
     products = torch.empty(len(features), len(features), device=features.device)
@@ -120,16 +120,16 @@ def visual_token_gram(features: torch.Tensor, weight: torch.Tensor) -> torch.Ten
     return products
 
 
-def neighbours(products: torch.Tensor, k: int) -> torch.Tensor:
+def neighbors(products: torch.Tensor, k: int) -> torch.Tensor:
     """Which k others are nearest to each by cosine: (N, N), true or false, from inner products (N, N)."""
     lengths = products.diagonal().clamp_min(torch.finfo(products.dtype).tiny).sqrt()
     cosine = (products / lengths[:, None] / lengths[None, :]).fill_diagonal_(-math.inf)
     return torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, cosine.topk(k, dim=1).indices, True)
 
 
-def mutual_neighbours(first: torch.Tensor, second: torch.Tensor, k: int, seed: int = 0) -> dict:
+def mutual_neighbors(first: torch.Tensor, second: torch.Tensor, k: int, seed: int = 0) -> dict:
     r"""
-    Share of the k nearest neighbours of a patch in one space that are so in another (Huh et al. 2024,
+    Share of the k nearest neighbors of a patch in one space that are so in another (Huh et al. 2024,
     https://arxiv.org/abs/2405.07987); chance is k / (N − 1).
 
     Args:
@@ -140,7 +140,7 @@ def mutual_neighbours(first: torch.Tensor, second: torch.Tensor, k: int, seed: i
         `dict`: `overlap` (N,), one a patch; `chance`; `p_value` that the two spaces are unrelated, by permuting the
         patches of one.
     """
-    a, b = neighbours(first, k), neighbours(second, k)
+    a, b = neighbors(first, k), neighbors(second, k)
     found = (a & b).sum(1).float() / k
     generator = torch.Generator().manual_seed(seed)
     as_large = 0
@@ -175,9 +175,9 @@ def unbiased_cka(first: torch.Tensor, second: torch.Tensor) -> float:
 
 def jackknife_interval(estimate: float, without: list[float]) -> tuple[float, float]:
     r"""
-    95 % interval of an estimate from what it is without each of several groups of pictures (Tukey's jackknife).
+    95 % interval of an estimate from what it is without each of several groups of images (Tukey's jackknife).
 
-    For what a bootstrap gets wrong: a picture drawn twice is its own neighbour, and a mutual information.
+    For what a bootstrap gets wrong: a image drawn twice is its own neighbor, and a mutual information.
     """
     values = torch.tensor(without, dtype=torch.float64)
     variance = (len(values) - 1) / len(values) * (values - values.mean()).square().sum()
@@ -189,7 +189,7 @@ def jackknife_interval(estimate: float, without: list[float]) -> tuple[float, fl
 
 def mutual_information(mean_probabilities: torch.Tensor, mean_entropy: float) -> float:
     r"""
-    I(picture; word) = H(mean p) − mean H(p) in nats: how much a word tells of where it comes from. 0 where all say the
+    I(image; word) = H(mean p) − mean H(p) in nats: how much a word tells of where it comes from. 0 where all say the
     same, however sharply.
 
     Args:

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Whether a model knows what it does not know: calibration, and telling strange pictures from those of its domain."""
+"""Whether a model knows what it does not know: calibration, and telling strange images from those of its domain."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ NUM_BINS = 10
 
 
 def _drawn(number: int, num_draws: int, seed: int) -> np.ndarray:
-    """How often each of `number` pictures is in each draw with replacement, (num_draws, number)."""
+    """How often each of `number` images is in each draw with replacement, (num_draws, number)."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(number, np.full(number, 1 / number), size=num_draws).astype(float)
 
@@ -34,7 +34,7 @@ def calibration_error(probabilities, correct, clusters, num_draws: int = NUM_DRA
     Args:
         probabilities (sequence of `float`): of each answer as a whole, as the model gave it.
         correct (sequence of `float`): 1 where it was right, 0 where not.
-        clusters (sequence): what each answer belongs to, e.g. its picture.
+        clusters (sequence): what each answer belongs to, e.g. its image.
 
     Returns:
         `dict`: `value`, its 95 % interval by bootstrap over clusters `low`, `high`, and `n` clusters.
@@ -51,14 +51,14 @@ def calibration_error(probabilities, correct, clusters, num_draws: int = NUM_DRA
 
 def detection(inside, outside, num_draws: int = NUM_DRAWS, seed: int = 0) -> dict:
     r"""
-    AUROC of a score as a detector of strange pictures: the probability that one from outside the domain has the
-    higher score. 0.5 is chance; below it strange pictures score lower.
+    AUROC of a score as a detector of strange images: the probability that one from outside the domain has the
+    higher score. 0.5 is chance; below it strange images score lower.
 
     Args:
-        inside, outside (sequence of `float`): one score a picture.
+        inside, outside (sequence of `float`): one score a image.
 
     Returns:
-        `dict`: `value`, its 95 % interval by bootstrap over the pictures of both sets `low`, `high`, and `n` pictures.
+        `dict`: `value`, its 95 % interval by bootstrap over the images of both sets `low`, `high`, and `n` images.
     """
     inside, outside = np.asarray(inside, dtype=float), np.asarray(outside, dtype=float)
     is_outside = torch.arange(len(outside) + len(inside)) < len(outside)

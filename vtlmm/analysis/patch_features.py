@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""What a model holds at the patches of pictures: tower features, image features, and the decoder's hidden states."""
+"""What a model holds at the patches of images: tower features, image features, and the decoder's hidden states."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from vtlmm.inference.generate import conversation
 @dataclass
 class Patches:
     """
-    Patches of I pictures, P each, in raster order.
+    Patches of I images, P each, in raster order.
 
     vision_features (`torch.Tensor` of shape `(I, P, vision_feature_size)`): the tower's.
     image_features (`torch.Tensor` of shape `(I, P, D)`): the projector's, v.
@@ -33,14 +33,14 @@ class Patches:
 @torch.inference_mode()
 def read_patches(model, processor, images: list) -> Patches:
     r"""
-    Runs the model over pictures, each at the start of a user's turn of its own. Attention is causal, so that no
+    Runs the model over images, each at the start of a user's turn of its own. Attention is causal, so that no
     question would change what is read.
 
     Args:
-        images (`list`): pictures from PIL, in RGB.
+        images (`list`): images from PIL, in RGB.
 
     Raises:
-        `ValueError`: for a chat template that puts nothing before a picture: its first patch has no left neighbour.
+        `ValueError`: for a chat template that puts nothing before a image: its first patch has no left neighbor.
     """
     model.eval()
     inputs = processor.apply_chat_template(
@@ -60,7 +60,7 @@ def read_patches(model, processor, images: list) -> Patches:
     )
     mask = outputs.image_token_mask
     if mask[:, 0].any():
-        raise ValueError("The chat template begins with the picture, so that nothing predicts its first patch.")
+        raise ValueError("The chat template begins with the image, so that nothing predicts its first patch.")
     shape = (len(images), encoded.image_features.shape[1], -1)
     last = len(outputs.hidden_states) - 1
     norm = getattr(model.model.language_model, "norm", None)
@@ -73,7 +73,7 @@ def read_patches(model, processor, images: list) -> Patches:
     return Patches(
         vision_features=encoded.vision_features,
         image_features=encoded.image_features,
-        mixed_features=model.model.vm_head.mixer(encoded.image_features),
+        mixed_features=model.model.vm_head.residual_block(encoded.image_features),
         left_states=outputs.last_hidden_state[:, :-1][mask[:, 1:]].view(shape),
         layer_states=layers,
     )
@@ -93,7 +93,7 @@ def grid_side(num_patches: int) -> int:
     """
     side = round(num_patches**0.5)
     if side * side != num_patches:
-        raise ValueError(f"{num_patches} patches are no square grid: only square pictures have boxes and drawings.")
+        raise ValueError(f"{num_patches} patches are no square grid: only square images have boxes and drawings.")
     return side
 
 
@@ -105,7 +105,7 @@ def patch_words(model, processor, images: list) -> tuple[list, torch.Tensor]:
 
 
 def shown_image(processor, image) -> np.ndarray:
-    """The picture as the vision tower sees it (padded, cropped, resized), (height, width, 3) in 0..1."""
+    """The image as the vision tower sees it (padded, cropped, resized), (height, width, 3) in 0..1."""
     pixels = np.asarray(processor.image_processor([image.convert("RGB")])["pixel_values"][0])
     mean = np.reshape(getattr(processor.image_processor, "image_mean", None) or [0.5] * 3, (3, 1, 1))
     std = np.reshape(getattr(processor.image_processor, "image_std", None) or [0.5] * 3, (3, 1, 1))
@@ -119,7 +119,7 @@ def patches_inside(processor, image, boxes: list, num_patches: int) -> torch.Ten
     The boxes are painted and go through the image processor, which may pad, cut or resize.
 
     Args:
-        image: the picture from PIL.
+        image: the image from PIL.
         boxes (`list`): `[left, top, right, bottom]` in its pixels.
     """
     side = grid_side(num_patches)
@@ -127,8 +127,8 @@ def patches_inside(processor, image, boxes: list, num_patches: int) -> torch.Ten
     draw = ImageDraw.Draw(painted)
     for left, top, right, bottom in boxes:
         draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), fill="white")
-    pictures = [painted, *(Image.new("RGB", image.size, colour) for colour in ("black", "white"))]
-    painted, black, white = (np.asarray(processor.image_processor([p])["pixel_values"][0])[0] for p in pictures)
+    images = [painted, *(Image.new("RGB", image.size, color) for color in ("black", "white"))]
+    painted, black, white = (np.asarray(processor.image_processor([p])["pixel_values"][0])[0] for p in images)
     covered = (painted - black) / np.max(white - black)  # whatever the padding is, it is the same in all
     covered = torch.from_numpy(covered.astype(np.float32))
     means = torch.nn.functional.adaptive_avg_pool2d(covered[None, None], (side, side))

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Pictures: the words of each patch over the image, and the curves of a training."""
+"""Images: the words of each patch over the image, and the curves of a training."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def draw_patch_words(axes, image: np.ndarray, words: list[str], probabilities: t
 
 
 def save_patch_words(path: Path, model, processor, images: list, titles: list[str], columns: int = 4) -> None:
-    """One PNG with the words of the patches of several pictures, a title over each."""
+    """One PNG with the words of the patches of several images, a title over each."""
     words, probabilities = patch_words(model, processor, images)
     columns = min(columns, len(images))
     lines = -(-len(images) // columns)
@@ -47,12 +47,12 @@ def save_patch_words(path: Path, model, processor, images: list, titles: list[st
 
 def save_tokens_figure(path: Path, image: np.ndarray, tokens: dict, title: str) -> None:
     r"""
-    One PNG: the words of a picture's patches by the VM head, by the decoder and by their pseudo image features, and
+    One PNG: the words of a image's patches by the VM head, by the decoder and by their pseudo image features, and
     the entropy of the visual tokens.
 
     Args:
         image (`np.ndarray`): of `patches.shown_image`.
-        tokens (`dict`): of one picture, of `visual_tokens.patch_tokens`.
+        tokens (`dict`): of one image, of `visual_tokens.patch_tokens`.
     """
     figure = Figure(figsize=(11, 11.4), layout="constrained")
     panels = figure.subplots(2, 2).flat

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""What every patch of a picture says: as JSON, as a page to hover over, and as a drawing (see `figures.py`)."""
+"""What every patch of a image says: as JSON, as a page to hover over, and as a drawing (see `figures.py`)."""
 
 import html
 import json
@@ -23,8 +23,8 @@ VOICES = {
 }
 STYLE = """
 body { font: 15px/1.4 sans-serif; margin: 2em; }
-.pictures { display: flex; flex-wrap: wrap; gap: 1em; margin-bottom: 3em; }
-.picture { position: relative; width: 30em; height: 30em; background-size: 100% 100%; image-rendering: pixelated; }
+.images { display: flex; flex-wrap: wrap; gap: 1em; margin-bottom: 3em; }
+.image { position: relative; width: 30em; height: 30em; background-size: 100% 100%; image-rendering: pixelated; }
 .patch { position: absolute; display: flex; align-items: center; justify-content: center; outline: 1px solid #8886; }
 .patch > b { font-size: 0.7em; font-weight: normal; background: #fffb; padding: 0 0.2em; }
 .patch:hover { outline: 2px solid #c33; z-index: 2; }
@@ -42,11 +42,11 @@ def patch_tokens(model, processor, images: list, top_k: int = 5) -> list[dict]:
     and by the cosine of its pseudo image feature to the word embeddings.
 
     Args:
-        images (`list`): pictures from PIL, in RGB; read one at a time.
+        images (`list`): images from PIL, in RGB; read one at a time.
         top_k (`int`, *optional*, defaults to 5)
 
     Returns:
-        `list[dict]`: for each picture, `vm_head`, `decoder`, `pseudo`: for each patch in raster order, a list of
+        `list[dict]`: for each image, `vm_head`, `decoder`, `pseudo`: for each patch in raster order, a list of
         (word, its probability or cosine), best first; `entropy` and `decoder_entropy` of each patch, in nats.
 
     Raises:
@@ -91,7 +91,7 @@ def _tables(tokens: dict, i: int) -> str:
 
 
 def _grid(tokens: dict, background: str, of_entropy: bool, most: float) -> str:
-    """A picture with its patches over it; `of_entropy` shades them instead of showing their words."""
+    """A image with its patches over it; `of_entropy` shades them instead of showing their words."""
     side = grid_side(len(tokens["entropy"]))
     cells = []
     for i, value in enumerate(tokens["entropy"]):
@@ -108,16 +108,16 @@ def _grid(tokens: dict, background: str, of_entropy: bool, most: float) -> str:
         kind = "patch right" if of_entropy and column >= side / 2 else "patch"
         words = _tables(tokens, i)
         cells.append(f'<div class="{kind}" style="{place}{shade}">{label}<div>{words}</div></div>')
-    picture = "" if of_entropy else f"background-image:url({background})"
-    return f'<div class="picture" style="{picture}">{"".join(cells)}</div>'
+    image = "" if of_entropy else f"background-image:url({background})"
+    return f'<div class="image" style="{image}">{"".join(cells)}</div>'
 
 
 def tokens_page(names: list[str], shown: list, tokens: list[dict]) -> str:
     r"""
-    HTML with each picture: hover over a patch to see its words. Beside it the entropy of its visual tokens.
+    HTML with each image: hover over a patch to see its words. Beside it the entropy of its visual tokens.
 
     Args:
-        names (`list[str]`), shown (`list[numpy.ndarray]`): pictures as `patches.shown_image` gives them.
+        names (`list[str]`), shown (`list[numpy.ndarray]`): images as `patches.shown_image` gives them.
         tokens (`list[dict]`): of [`patch_tokens`].
     """
     parts = []
@@ -129,7 +129,7 @@ def tokens_page(names: list[str], shown: list, tokens: list[dict]) -> str:
         parts.append(
             f"<h2>{html.escape(name)}</h2><p>Left, the likeliest word of each patch; right, the entropy of its visual "
             f"token, {min(own['entropy']):.2f} to {most:.2f} nats, mean {mean:.2f}. Hover over a patch.</p>"
-            f'<div class="pictures">{grids}</div>'
+            f'<div class="images">{grids}</div>'
         )
     return (
         f'<!doctype html><html><head><meta charset="utf-8"><title>Visual tokens</title><style>{STYLE}</style></head>'
@@ -140,7 +140,7 @@ def tokens_page(names: list[str], shown: list, tokens: list[dict]) -> str:
 def save_tokens(folder: str | Path, names: list[str], shown: list, tokens: list[dict], about: dict) -> None:
     """`tokens.json` and `tokens.html`."""
     folder = Path(folder)
-    pictures = [{"picture": name, **own} for name, own in zip(names, tokens, strict=True)]
-    text = json.dumps({**about, "pictures": pictures}, ensure_ascii=False)
+    images = [{"image": name, **own} for name, own in zip(names, tokens, strict=True)]
+    text = json.dumps({**about, "images": images}, ensure_ascii=False)
     (folder / TOKENS_FILE).write_text(text + "\n", encoding="utf-8")
     (folder / TOKENS_PAGE).write_text(tokens_page(names, shown, tokens), encoding="utf-8")

@@ -4,37 +4,37 @@
 from .load import add_model_arguments, load_model
 
 
-HELP = "/image PATH adds a picture to the next question, /words shows what its patches say, /reset, /quit"
+HELP = "/image PATH adds a image to the next question, /words shows what its patches say, /reset, /quit"
 
 
 def add_arguments(parser):
     parser.add_argument("model", help="VT-LMM or its native twin: folder or Hub id")
-    parser.add_argument("--image", nargs="+", default=[], metavar="IMAGE", help="pictures of the first question")
+    parser.add_argument("--image", nargs="+", default=[], metavar="IMAGE", help="images of the first question")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
     add_model_arguments(parser)
 
 
 def run(args) -> int:
-    from vtlmm.inference.generate import open_picture
+    from vtlmm.inference.generate import open_image
 
     try:
         import readline  # noqa: F401 - input() then has a history; not every Python has it
     except ImportError:
         pass
-    pictures = [open_picture(path) for path in args.image]
+    images = [open_image(path) for path in args.image]
     model, processor = load_model(args)
     print(HELP)
-    converse(model, processor, pictures, args.max_new_tokens)
+    converse(model, processor, images, args.max_new_tokens)
     return 0
 
 
-def converse(model, processor, pictures: list, max_new_tokens: int) -> None:
+def converse(model, processor, images: list, max_new_tokens: int) -> None:
     """Reads lines until there are no more; what cannot be done is said, and the conversation goes on."""
     from jinja2 import TemplateError
 
-    from vtlmm.inference.generate import conversation, open_picture
+    from vtlmm.inference.generate import conversation, open_image
 
-    messages, waiting, shown = [], list(pictures), list(pictures)
+    messages, waiting, shown = [], list(images), list(images)
     while True:
         try:
             line = input("> ").strip()
@@ -48,9 +48,9 @@ def converse(model, processor, pictures: list, max_new_tokens: int) -> None:
             if command == "/reset":
                 messages, waiting, shown = [], [], []
             elif command == "/image":
-                picture = open_picture(argument.strip())
-                waiting.append(picture)
-                shown.append(picture)
+                image = open_image(argument.strip())
+                waiting.append(image)
+                shown.append(image)
             elif command == "/words":
                 print_words(model, processor, shown)
             elif command.startswith("/"):
@@ -77,17 +77,17 @@ def print_answer(model, processor, messages: list[dict], max_new_tokens: int) ->
     return answer.strip()
 
 
-def print_words(model, processor, pictures: list) -> None:
-    """The likeliest word of each patch of the last picture, laid out as the patches are."""
+def print_words(model, processor, images: list) -> None:
+    """The likeliest word of each patch of the last image, laid out as the patches are."""
     import shutil
 
     from vtlmm.analysis.patch_features import grid_side, patch_words
 
-    if not pictures:
-        raise ValueError("There is no picture yet: /image PATH")
+    if not images:
+        raise ValueError("There is no image yet: /image PATH")
     if model.config.model_type != "vtlmm":
         raise ValueError(f"A {model.config.model_type} has no VM head, and so its patches say nothing.")
-    [words], _ = patch_words(model, processor, pictures[-1:])
+    [words], _ = patch_words(model, processor, images[-1:])
     side = grid_side(len(words))
     width = min(max(map(len, words)), max(2, shutil.get_terminal_size().columns // side - 1))
     for start in range(0, len(words), side):

@@ -11,7 +11,7 @@ def add_arguments(parser):
     start.add_argument("--tokenizer", help="the tokenizer, if the checkpoint has none")
     start.add_argument("--chat-template", help="vicuna_v1, mistral or a .jinja file; default: the checkpoint's")
     start.add_argument(
-        "--pad-to-square", action="store_const", const=True, help="pad pictures, where a llava-hf folder crops them"
+        "--pad-to-square", action="store_const", const=True, help="pad images, where a llava-hf folder crops them"
     )
     start.add_argument("--vm-head-init", choices=["lm_head", "input_embeddings", "random"], help="default: lm_head")
 

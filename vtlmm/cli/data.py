@@ -4,12 +4,12 @@
 
 def add_arguments(parser):
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    text = "look at every row and picture; exit code 1 when one is broken"
+    text = "look at every row and image; exit code 1 when one is broken"
     check = actions.add_parser("check", help=text, description=text[0].upper() + text[1:] + ".")
     check.add_argument("--config", help="recipe in YAML, as for training; the options below go before it")
     check.add_argument("--dataset", help=".json, .jsonl or .parquet file, folder or Hub id")
     check.add_argument("--model", help="VT-LMM whose processor and chat template are used: folder or Hub id")
-    check.add_argument("--image-folder", "--image_folder", help="where the pictures' paths start")
+    check.add_argument("--image-folder", "--image_folder", help="where the images' paths start")
     check.add_argument("--max-length", "--max_length", type=int, help="longest row in tokens")
 
 

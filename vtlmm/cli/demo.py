@@ -3,7 +3,7 @@
 
 
 def add_arguments(parser):
-    parser.add_argument("--output", default="outputs/demo", help="folder for models, tables and pictures")
+    parser.add_argument("--output", default="outputs/demo", help="folder for models, tables and images")
     parser.add_argument("--seed", type=int, default=0)
 
 

@@ -10,7 +10,7 @@ def add_arguments(parser):
     parser.add_argument("model", nargs="?", help="VT-LMM: folder or Hub id")
     parser.add_argument("--data", help=".json, .jsonl or .parquet file, folder or Hub id, as for training")
     parser.add_argument("--split", default="train", help="split of the data; a file is one split, train (default)")
-    parser.add_argument("--image-folder", help="where the pictures' paths start")
+    parser.add_argument("--image-folder", help="where the images' paths start")
     parser.add_argument("--kind", metavar="COLUMN", help="column with the kind of a question, for the table")
     parser.add_argument("--references", metavar="COLUMN", help="column with all accepted answers of a row's question")
     parser.add_argument("--id", metavar="COLUMN", help="column by which others know the question")
@@ -19,7 +19,7 @@ def add_arguments(parser):
     parser.add_argument("--limit", type=int, help="only the first so many rows; marked as a subset everywhere")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, help="longest answer; default: LLaVA's for the prompt, else 128")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffled pictures")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffled images")
     parser.add_argument("--output", help="folder of the run; by default outputs/eval/ and a name that says which run")
     parser.add_argument("--submission", choices=["vqav2", "vizwiz"], help="also write the file that its server wants")
     add_model_arguments(parser)
@@ -79,7 +79,7 @@ def evaluate(args) -> int:
     from pathlib import Path
 
     from vtlmm.evaluation.prompts import MAX_NEW_TOKENS, build_prompt
-    from vtlmm.evaluation.questions import picture_loader, read_questions, with_prompt
+    from vtlmm.evaluation.questions import image_loader, read_questions, with_prompt
     from vtlmm.evaluation.report import SAMPLES_FILE, format_table, score_answers, summarize, write_report
     from vtlmm.evaluation.runner import run_questions
     from vtlmm.evaluation.submissions import JSON_SUBMISSIONS, write_submission
@@ -107,7 +107,7 @@ def evaluate(args) -> int:
     about |= {"num_questions": len(questions), "key": key}
     about["versions"] = {package: version(package) for package in ("vtlmm", "torch", "transformers")}
     asked = with_prompt(questions, args.prompt)
-    results = write_report(output, asked, answers, blind, args.scorer, picture_loader(rows, places), about)
+    results = write_report(output, asked, answers, blind, args.scorer, image_loader(rows, places), about)
     if args.submission:
         by_id = {question["id"]: answer for question, answer in zip(questions, answers, strict=True)}
         write_submission(output / "submission.json", args.submission, by_id)

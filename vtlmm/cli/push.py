@@ -19,12 +19,12 @@ def add_arguments(parser):
     parser.add_argument("--revision", help="branch; made if it does not exist")
     parser.add_argument("--tag", help="name for the commit")
     parser.add_argument("--dry-run", action="store_true", help="all but the push; lists the files")
-    parser.add_argument("--license", help="licence of the weights by the Hub's name, such as apache-2.0 or llama2")
+    parser.add_argument("--license", help="license of the weights by the Hub's name, such as apache-2.0 or llama2")
     parser.add_argument(
         "--base-model", dest="base_models", nargs="+", default=[], metavar="ID", help="if the folder names none"
     )
     parser.add_argument("--results", nargs="+", default=[], metavar="FILE", help="results.json of `vtlmm eval`")
-    parser.add_argument("--pictures", nargs="+", default=[], metavar="PNG", help="for the card, as of `vtlmm tokens`")
+    parser.add_argument("--images", nargs="+", default=[], metavar="PNG", help="for the card, as of `vtlmm tokens`")
 
 
 def run(args) -> int:

@@ -57,7 +57,7 @@ def encode_messages(processor, messages: list[dict], num_context_messages: int =
     r"""
     Token ids of one conversation, and which of them are supervised.
 
-    Every picture is ONE image token here. To repeat it gives the same ids as to repeat its text before tokenizing,
+    Every image is ONE image token here. To repeat it gives the same ids as to repeat its text before tokenizing,
     since it is a token by itself, and costs no time.
 
     Args:
@@ -112,13 +112,13 @@ def _without_empty_keys(content):
 
 
 def describe_row(row: dict) -> str:
-    """How an error names a row that has lost its index: by its first words and its pictures' files."""
+    """How an error names a row that has lost its index: by its first words and its images' files."""
     texts = [m["content"] if isinstance(m["content"], str) else _first_text(m["content"]) for m in row["messages"]]
     words = next((text for text in texts if text), "")
-    # A picture that is not decoded yet is a dict; one from bytes has no file
+    # A image that is not decoded yet is a dict; one from bytes has no file
     files = [i.get("path") if isinstance(i, dict) else getattr(i, "filename", None) for i in row["images"]]
     files = ", ".join(file for file in files if file)
-    return f"the row that begins {words[:60]!r}" + (f" (picture {files})" if files else "")
+    return f"the row that begins {words[:60]!r}" + (f" (image {files})" if files else "")
 
 
 def _first_text(parts: list[dict]) -> str | None:

@@ -25,11 +25,11 @@ ROW_FEATURES = Features(
 )
 FORMS = (
     "`messages` (role/content), `prompt` and `completion`, LLaVA's `conversations` (from/value), `questions` and "
-    "`answers`, `question` and `answer`, or a picture with a `caption` or `text`; pictures in `images` or `image`"
+    "`answers`, `question` and `answer`, or a image with a `caption` or `text`; images in `images` or `image`"
 )
 ROLES = {"human": "user", "gpt": "assistant"}
 # A caption answers something: without a question the chat template would have an empty turn
-CAPTION_QUESTION = "Describe the picture."
+CAPTION_QUESTION = "Describe the image."
 IMAGE_MARK = re.compile(r"\s*<image>\s*")
 
 
@@ -47,19 +47,19 @@ class DataConfig:
         eval_config (`str`, *optional*): the configuration for evaluation; by default that of the same Hub dataset.
         eval_split (`str`, *optional*): its split (by default `"train"`); alone, a split of `dataset`.
         eval_task_data (`str`, *optional*): a file of rows whose questions are answered at every evaluation and scored
-            by exact match, with their pictures and with shuffled ones: `eval_accuracy`, `eval_accuracy_shuffled`.
-        eval_task_pictures (`int`, *optional*, defaults to 100): only questions about the first so many pictures.
-        image_folder (`str`, *optional*): where the pictures' paths start, by default beside the file that names them.
+            by exact match, with their images and with shuffled ones: `eval_accuracy`, `eval_accuracy_shuffled_images`.
+        eval_task_images (`int`, *optional*, defaults to 100): only questions about the first so many images.
+        image_folder (`str`, *optional*): where the images' paths start, by default beside the file that names them.
         streaming (`bool`, *optional*, defaults to `False`): read while training, keep nothing on the disk. Data for
             evaluation are never streamed: on several processes nobody could tell which rows fill up the last batch.
         max_rows (`int`, *optional*): only the first so many rows of each split.
         one_question_per_row (`bool`, *optional*, defaults to `False`): make a row of each question of a conversation,
-            without those before it. In one row a small model finds answers in earlier ones instead of the picture.
-        check_data (`bool`, *optional*, defaults to `True`): look at every row and picture before training.
+            without those before it. In one row a small model finds answers in earlier ones instead of the image.
+        check_data (`bool`, *optional*, defaults to `True`): look at every row and image before training.
         bad_rows (`str`, *optional*, defaults to `"raise"`): what the check does with broken rows, or `"skip"`.
 
     Raises:
-        `ValueError`: without a dataset, for another value of `bad_rows`, or without a picture in `eval_task_pictures`.
+        `ValueError`: without a dataset, for another value of `bad_rows`, or without a image in `eval_task_images`.
     """
 
     dataset: str | None = field(default=None, metadata={"help": "File (.json, .jsonl, .parquet), folder or Hub id."})
@@ -69,19 +69,19 @@ class DataConfig:
     eval_config: str | None = field(default=None, metadata={"help": "Configuration for evaluation, if another."})
     eval_split: str | None = field(default=None, metadata={"help": "Split for evaluation."})
     eval_task_data: str | None = field(default=None, metadata={"help": "File of questions to answer at evaluations."})
-    eval_task_pictures: int = field(default=100, metadata={"help": "Only questions about the first so many pictures."})
-    image_folder: str | None = field(default=None, metadata={"help": "Folder where the pictures' paths start."})
+    eval_task_images: int = field(default=100, metadata={"help": "Only questions about the first so many images."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder where the images' paths start."})
     streaming: bool = field(default=False, metadata={"help": "Read while training, keep nothing on the disk."})
     max_rows: int | None = field(default=None, metadata={"help": "Only the first so many rows of each split."})
     one_question_per_row: bool = field(default=False, metadata={"help": "Split conversations into their questions."})
-    check_data: bool = field(default=True, metadata={"help": "Look at all rows and pictures before training."})
+    check_data: bool = field(default=True, metadata={"help": "Look at all rows and images before training."})
     bad_rows: str = field(default="raise", metadata={"help": "What to do with broken rows: raise or skip."})
 
     def __post_init__(self):
         if not self.dataset:
             raise ValueError("`dataset` is not set: name a .json, .jsonl or .parquet file, a folder or a Hub dataset.")
-        if self.eval_task_pictures < 1:
-            raise ValueError("`eval_task_pictures` must be 1 or more.")
+        if self.eval_task_images < 1:
+            raise ValueError("`eval_task_images` must be 1 or more.")
         if self.bad_rows not in ("raise", "skip"):
             raise ValueError(f"`bad_rows` is {self.bad_rows!r}; it must be raise or skip.")
 
@@ -90,12 +90,12 @@ def load_rows(
     config: DataConfig, split: str = "train", columns: tuple[str, ...] = ()
 ) -> Dataset | IterableDataset | None:
     r"""
-    The rows of one split, in their order; the columns are those of `ROW_FEATURES`. No picture is decoded.
+    The rows of one split, in their order; the columns are those of `ROW_FEATURES`. No image is decoded.
 
-    - `messages`: `role` and `content`, a list of `{"type", "text"}` (text is None for a picture, and for what is no
+    - `messages`: `role` and `content`, a list of `{"type", "text"}` (text is None for a image, and for what is no
       text). An `<image>` in a text becomes a part in its place, without the white space around it, which the chat
-      template writes; a row with pictures and no `<image>` has them at the start of the first question.
-    - `images`: decoded when a row is read; empty for a row without pictures.
+      template writes; a row with images and no `<image>` has them at the start of the first question.
+    - `images`: decoded when a row is read; empty for a row without images.
     - `num_context_messages`: the first so many messages are given, so answers in them are not supervised.
 
     Args:
@@ -105,7 +105,7 @@ def load_rows(
             row lacks one).
 
     Raises:
-        `ValueError`: for a row of no known form, a file that is not JSON, or picture paths that start nowhere.
+        `ValueError`: for a row of no known form, a file that is not JSON, or image paths that start nowhere.
         `FileNotFoundError`: for a missing file.
     """
     name, configuration, part = config.dataset, config.dataset_config, config.dataset_split
@@ -201,7 +201,7 @@ def _convert_table(dataset, source: str, folder: str | None, columns: tuple[str,
     features = _row_features(columns)
     if isinstance(dataset, IterableDataset):
         dataset = dataset if dataset.features is None else dataset.decode(False)
-        # A stream decodes pictures where its features are applied, which is once: so not in `map`
+        # A stream decodes images where its features are applied, which is once: so not in `map`
         rows = dataset.map(convert_row, with_indices=True, fn_kwargs=arguments, remove_columns=dataset.column_names)
         return rows.select_columns(list(features)).cast(features)
     for column in ("image", "images"):
@@ -237,23 +237,23 @@ def _one_question_per_row(dataset):
 
 
 def _one_text(parts: list[dict]) -> list[dict]:
-    """The texts around a message's pictures as one; what is no text stays, for the check to find."""
+    """The texts around a message's images as one; what is no text stays, for the check to find."""
     others = [part for part in parts if part["type"] != "image"]
     texts = [part["text"] for part in others if isinstance(part["text"], str)]
     return [{**others[0], "text": " ".join(texts)}] if len(texts) == len(others) > 1 else others
 
 
 def _split_questions(batch: dict) -> dict:
-    """The rows of each conversation's answered questions, all of them with its system message and its pictures."""
+    """The rows of each conversation's answered questions, all of them with its system message and its images."""
     found = {name: [] for name in batch}
     for row in (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)):
         messages, context = row["messages"], row["num_context_messages"]
         system = [message for message in messages if message["role"] == "system"]
-        pictures = [part for message in messages for part in message["content"] if part["type"] == "image"]
+        images = [part for message in messages for part in message["content"] if part["type"] == "image"]
         turns = [
             [
                 *system,
-                {**question, "content": pictures + _one_text(question["content"])},
+                {**question, "content": images + _one_text(question["content"])},
                 answer,
             ]
             for number, (question, answer) in enumerate(pairwise(messages), 1)
@@ -279,7 +279,7 @@ def convert_row(row: dict, index: int, source: str, folder: str | None, columns:
 
     Args:
         row (`dict`), index (`int`), source (`str`): the row, and how an error names it.
-        folder (`str`, *optional*): where relative paths of pictures start; absolute.
+        folder (`str`, *optional*): where relative paths of images start; absolute.
         columns (`tuple[str]`, *optional*): what to keep beside these, as JSON texts.
 
     Raises:
@@ -377,6 +377,6 @@ def _image(value, where: str, folder: str | None) -> dict:
     if os.path.isabs(value):
         return {"path": os.path.normpath(value), "bytes": None}
     if folder is None:
-        raise ValueError(f"{where} names the picture {value!r}: set image_folder to where such paths start.")
+        raise ValueError(f"{where} names the image {value!r}: set image_folder to where such paths start.")
     path = os.path.relpath(os.path.join(folder, value), folder)
     return {"path": os.path.join(folder, path), "bytes": None}

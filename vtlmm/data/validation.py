@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Looks at every row and every picture before anything is trained: what is broken, where, and how to mend it."""
+"""Looks at every row and every image before anything is trained: what is broken, where, and how to mend it."""
 
 import os
 import warnings
@@ -17,21 +17,21 @@ from .rows import ROW_FEATURES
 
 
 # kind of problem: how to mend it
-MENDS = {
+FIXES = {
     "no messages": "give the row a question and an answer, or remove it",
     "roles": "an optional system message first, then user and assistant in turn, an answer last",
     "text": "write every text as a string",
     "control token": "remove it, or write it in other characters: the model would read it as a command",
-    "empty question": "give the question words or a picture, or remove the row",
+    "empty question": "give the question words or a image, or remove the row",
     "empty answer": "write the answer, or remove the turn: nothing can be learnt from it",
-    "picture count": "give every picture one <image> mark in a question, and every mark one picture",
-    "missing picture": "restore the file, correct its path, or set image_folder to where the paths start",
-    "picture path": "write paths inside image_folder, without `..`",
-    "broken picture": "get the file again (a download that was cut?), or remove the row",
-    "picture mode": "save it with 8 bits a channel: turned into RGB as it is, it would be white",
+    "image count": "give every image one <image> mark in a question, and every mark one image",
+    "missing image": "restore the file, correct its path, or set image_folder to where the paths start",
+    "image path": "write paths inside image_folder, without `..`",
+    "broken image": "get the file again (a download that was cut?), or remove the row",
+    "image mode": "save it with 8 bits a channel: turned into RGB as it is, it would be white",
     "chat template": "change the messages, or the processor's chat_template.jinja",
     "nothing supervised": "an answer after the context messages (num_context_messages) must have words",
-    "too long": "raise max_length, or split the row: rows and pictures are never cut",
+    "too long": "raise max_length, or split the row: rows and images are never cut",
 }
 RESULT_FEATURES = Features(
     {
@@ -55,8 +55,8 @@ class Problem:
     image: str | None = None
 
     @property
-    def mend(self) -> str:
-        return MENDS[self.kind]
+    def fix(self) -> str:
+        return FIXES[self.kind]
 
     def __str__(self) -> str:
         return f"row {self.row}: {self.kind}: {self.detail}{f' ({self.image})' if self.image else ''}"
@@ -106,8 +106,8 @@ class DataReport:
         tokens = ", ".join(f"{name} {value:,}" for name, value in self.length_percentiles().items())
         limit_text = f" (max_length {self.max_length:,})" if self.max_length else ""
         lines = [
-            f"rows        {self.num_rows:,}, {self.num_text_only_rows:,} of them without a picture",
-            f"pictures    {self.num_images:,}",
+            f"rows        {self.num_rows:,}, {self.num_text_only_rows:,} of them without a image",
+            f"images    {self.num_images:,}",
             f"row tokens  {tokens}{limit_text}",
             f"supervised  {self.num_supervised_tokens:,} of {total:,} tokens ({share:.1f} %)",
         ]
@@ -124,7 +124,7 @@ class DataReport:
         if len(self.problems) > limit:
             lines.append(f"  … and {len(self.problems) - limit:,} more")
         kinds = dict.fromkeys(problem.kind for problem in self.problems)
-        return lines + ["how to mend"] + [f"  {kind}: {MENDS[kind]}" for kind in kinds]
+        return lines + ["how to mend"] + [f"  {kind}: {FIXES[kind]}" for kind in kinds]
 
     def raise_for_problems(self, limit: int = 20) -> None:
         """
@@ -141,24 +141,24 @@ class DataReport:
 
 class RowChecker:
     """
-    Finds what is wrong with one row whose pictures are not decoded yet.
+    Finds what is wrong with one row whose images are not decoded yet.
 
     Args:
         processor ([`VTLMMProcessor`])
         max_length (`int`, *optional*)
-        pictures (`bool`, *optional*, defaults to `True`): whether to decode the pictures.
+        images (`bool`, *optional*, defaults to `True`): whether to decode the images.
 
     Raises:
-        `ValueError`: when the chat template does not mark the answers or gives them no end, or pictures come out in
+        `ValueError`: when the chat template does not mark the answers or gives them no end, or images come out in
             different sizes.
     """
 
-    def __init__(self, processor, max_length: int | None = None, pictures: bool = True):
+    def __init__(self, processor, max_length: int | None = None, images: bool = True):
         require_end_of_turn(processor)
         self.processor = processor
         self.max_length = max_length
-        self.pictures = pictures
-        self.tokens_per_image = image_tokens_per_picture(processor)
+        self.images = images
+        self.tokens_per_image = image_tokens_per_image(processor)
         tokens = {*processor.tokenizer.all_special_tokens, processor.image_token}
         self.control_tokens = sorted(token for token in tokens if token)
 
@@ -176,8 +176,8 @@ class RowChecker:
                 length = len(input_ids) + len(images) * (self.tokens_per_image - 1)
                 num_supervised_tokens = int(supervised.sum())
                 problems += self.encoding_problems(length, num_supervised_tokens, len(images))
-        for image in images if self.pictures else ():
-            problems += picture_problems(image)
+        for image in images if self.images else ():
+            problems += image_problems(image)
         return {
             "length": length,
             "num_supervised_tokens": num_supervised_tokens,
@@ -212,7 +212,7 @@ class RowChecker:
                 if token in text:
                     yield "control token", f"message {number} contains {token!r}"
         if num_marks != num_images:
-            yield "picture count", f"{num_marks} marks, {num_images} pictures"
+            yield "image count", f"{num_marks} marks, {num_images} images"
 
     def encoding_problems(self, length: int, num_supervised_tokens: int, num_images: int):
         """Yields (kind, detail, None)."""
@@ -223,32 +223,32 @@ class RowChecker:
             yield "too long", f"{length} tokens, {tokens}; max_length is {self.max_length}", None
 
 
-def picture_problems(image: dict):
-    """Yields (kind, detail, path) of one picture as `datasets` stores it, `{"path", "bytes"}`; decodes all of it."""
+def image_problems(image: dict):
+    """Yields (kind, detail, path) of one image as `datasets` stores it, `{"path", "bytes"}`; decodes all of it."""
     path = image["path"]
     if image["bytes"] is None and path is not None and os.pardir in path.split(os.sep):
-        yield "picture path", "leaves the picture folder", path
+        yield "image path", "leaves the image folder", path
         return
-    # Other code may have told Pillow to fill what is missing with grey
+    # Other code may have told Pillow to fill what is missing with gray
     keep, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
-        picture = Image().decode_example(image)  # as it is read in training
+        decoded = Image().decode_example(image)  # as it is read in training
     except (FileNotFoundError, IsADirectoryError):
-        yield "missing picture", "there is no such file", path
+        yield "missing image", "there is no such file", path
     except UnidentifiedImageError:
-        yield "broken picture", "it is not a picture", path
+        yield "broken image", "it is not a image", path
     except Exception as error:  # Pillow's decoders raise what they like
-        yield "broken picture", str(error) or type(error).__name__, path
+        yield "broken image", str(error) or type(error).__name__, path
     else:
-        if picture.mode.startswith(("I", "F")):
-            yield "picture mode", f"mode {picture.mode}", path
+        if decoded.mode.startswith(("I", "F")):
+            yield "image mode", f"mode {decoded.mode}", path
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = keep
 
 
-def image_tokens_per_picture(processor) -> int:
+def image_tokens_per_image(processor) -> int:
     """
-    Image tokens of one picture, learnt from what the image processor does to a wide and to a tall one.
+    Image tokens of one image, learnt from what the image processor does to a wide and to a tall one.
 
     Raises:
         `ValueError`: when they come out in different sizes: they could not be in one batch.
@@ -259,7 +259,7 @@ def image_tokens_per_picture(processor) -> int:
     }
     if len(sizes) > 1:
         raise ValueError(
-            f"The image processor makes pictures of different sizes {sorted(sizes)} (height, width): set its `size` "
+            f"The image processor makes images of different sizes {sorted(sizes)} (height, width): set its `size` "
             "to a height and a width, or `do_center_crop` or `do_pad`."
         )
     return processor.num_image_tokens(*sizes.pop())
@@ -273,12 +273,12 @@ def check_rows(
     processor,
     max_length: int | None = None,
     num_proc: int | None = None,
-    pictures: bool = True,
+    images: bool = True,
 ) -> DataReport:
     r"""
-    Reads every row and decodes every picture, and counts tokens as the collator will make them.
+    Reads every row and decodes every image, and counts tokens as the collator will make them.
 
-    Always from the files: pictures may change where rows do not. The processes of a distributed run share the rows
+    Always from the files: images may change where rows do not. The processes of a distributed run share the rows
     of a dataset that is not streamed, and each gets the whole report.
 
     Args:
@@ -287,12 +287,12 @@ def check_rows(
         processor ([`VTLMMProcessor`])
         max_length (`int`, *optional*): longest row in tokens.
         num_proc (`int`, *optional*): processes; by default as many as there are cores, for many rows.
-        pictures (`bool`, *optional*, defaults to `True`): `False` leaves them closed, which is all that lengths need.
+        images (`bool`, *optional*, defaults to `True`): `False` leaves them closed, which is all that lengths need.
 
     Raises:
         `ValueError`: for a chat template without generation marks or end of turn, or no rows at all.
     """
-    checker = RowChecker(processor, max_length, pictures)
+    checker = RowChecker(processor, max_length, images)
     if isinstance(dataset, IterableDataset):
         dataset = dataset.decode(False)
         results = [checker(row) for row in tqdm(dataset, desc="Checking rows")]
@@ -338,7 +338,7 @@ def _check_share(dataset: Dataset, checker: RowChecker, num_proc: int | None) ->
 
 
 def mark_supervised(processor, row: dict) -> str:
-    """One row as the model reads it, one image token a picture, its supervised part between ⟦ and ⟧."""
+    """One row as the model reads it, one image token a image, its supervised part between ⟦ and ⟧."""
     input_ids, supervised = encode_messages(processor, row["messages"], row.get("num_context_messages") or 0)
     changes = (supervised[1:] != supervised[:-1]).nonzero().flatten() + 1
     runs = zip(input_ids.tensor_split(changes), supervised.tensor_split(changes), strict=True)
@@ -352,7 +352,7 @@ def checked_stream(
     dataset: IterableDataset, processor, max_length: int | None = None, bad_rows: str = "raise"
 ) -> IterableDataset:
     r"""
-    The rows of a stream, each checked as it comes; costs a second decoding of its pictures.
+    The rows of a stream, each checked as it comes; costs a second decoding of its images.
 
     Args:
         dataset ([`~datasets.IterableDataset`]): rows of [`load_rows`], not shuffled yet.
@@ -370,7 +370,7 @@ def checked_stream(
         problems = [Problem(index, **problem) for problem in checker(row)["problems"]]
         if not problems:
             return batch
-        text = "; ".join(f"{problem}. Mend: {problem.mend}" for problem in problems) + f". It is {describe_row(row)}."
+        text = "; ".join(f"{problem}. Mend: {problem.fix}" for problem in problems) + f". It is {describe_row(row)}."
         if num_shards > 1:
             text += " (Rows of a stream of several files are counted as they come, by each worker for itself.)"
         if bad_rows == "raise":
@@ -378,6 +378,6 @@ def checked_stream(
         warnings.warn(f"Skipped a broken row of the stream: {text}")
         return {name: [] for name in batch}
 
-    # `filter` would leave the pictures undecoded: a stream applies its features once, where they are first known
+    # `filter` would leave the images undecoded: a stream applies its features once, where they are first known
     rows = dataset.decode(False).map(keep_good, with_indices=True, batched=True, batch_size=1)
     return rows.cast(ROW_FEATURES)

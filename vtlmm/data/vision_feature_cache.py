@@ -1,8 +1,8 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The frozen tower's features of every picture, computed once and kept on disk: a picture is not even decoded again.
+"""The frozen tower's features of every image, computed once and kept on disk: a image is not even decoded again.
 
-`<folder>/<tower>/*.safetensors` hold tensors named by the pictures' content. The name of the tower is a hash of all
-that its features depend on, so those of another tower are never found; a picture is found by its bytes, so a changed
+`<folder>/<tower>/*.safetensors` hold tensors named by the images' content. The name of the tower is a hash of all
+that its features depend on, so those of another tower are never found; a image is found by its bytes, so a changed
 file is not found either.
 """
 
@@ -23,13 +23,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 
-PICTURES_PER_FILE = 1024
+IMAGES_PER_FILE = 1024
 # What a configuration says of its origin or gets by being saved; the weights' dtype is hashed with the weights.
 ORIGIN = ("_name_or_path", "architectures", "auto_map", "dtype", "processor_class", "transformers_version")
 
 
-def picture_key(image: dict) -> str:
-    """Hash of the file of a picture that is not decoded, `{"path", "bytes"}`."""
+def image_key(image: dict) -> str:
+    """Hash of the file of a image that is not decoded, `{"path", "bytes"}`."""
     content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
     return hashlib.sha256(content).hexdigest()
 
@@ -61,7 +61,7 @@ def _open(path: str):
 
 class VisionFeatureCache:
     r"""
-    Features of pictures on disk.
+    Features of images on disk.
 
     Args:
         folder (`str`): may hold the caches of several towers.
@@ -70,7 +70,7 @@ class VisionFeatureCache:
 
     def __init__(self, folder: str, tower: str):
         self.folder = Path(folder, tower)
-        self.files = {}  # of each picture: the file that holds it
+        self.files = {}  # of each image: the file that holds it
         self.refresh()
 
     def refresh(self) -> None:
@@ -80,19 +80,19 @@ class VisionFeatureCache:
 
     def __getitem__(self, images: list[dict]) -> torch.Tensor:
         r"""
-        `(num_images, num_patches, vision_feature_size)` of pictures that are not decoded.
+        `(num_images, num_patches, vision_feature_size)` of images that are not decoded.
 
         Raises:
-            `ValueError`: for a picture whose features were not computed: its file has changed since.
+            `ValueError`: for a image whose features were not computed: its file has changed since.
         """
-        keys = [picture_key(image) for image in images]
+        keys = [image_key(image) for image in images]
         for key, image in zip(keys, images, strict=True):
             if key not in self.files:
                 raise ValueError(
-                    f"The picture {image['path'] or key[:12]} has no features in {self.folder}: its file has changed "
+                    f"The image {image['path'] or key[:12]} has no features in {self.folder}: its file has changed "
                     "since the run began. Start again, and the new one is computed."
                 )
-        if not keys:  # of a batch without pictures: their shape alone
+        if not keys:  # of a batch without images: their shape alone
             key, path = next(iter(self.files.items()))
             return _open(path).get_tensor(key)[None][:0]
         return torch.stack([_open(self.files[key]).get_tensor(key) for key in keys])
@@ -101,16 +101,16 @@ class VisionFeatureCache:
         r"""
         Computes what is missing; a run that was killed here goes on after the last whole file.
 
-        The processes of a distributed run share the work, evenly and without a picture twice, and all of them wait for
+        The processes of a distributed run share the work, evenly and without a image twice, and all of them wait for
         the last: each calls this with the same dataset, and the folder is one that all of them see.
 
         Args:
-            dataset ([`~datasets.Dataset`]): its pictures are wanted; the same one may come many times.
-            encode (`Callable`): decoded pictures to features `(num_images, num_patches, vision_feature_size)`.
-            batch_size (`int`, *optional*, defaults to 16): pictures that the tower gets at once.
+            dataset ([`~datasets.Dataset`]): its images are wanted; the same one may come many times.
+            encode (`Callable`): decoded images to features `(num_images, num_patches, vision_feature_size)`.
+            batch_size (`int`, *optional*, defaults to 16): images that the tower gets at once.
 
         Returns:
-            `int`: how many pictures were computed.
+            `int`: how many images were computed.
 
         Raises:
             `ValueError`: when the disk has no room for all of them, before the first file, and when a process does not
@@ -122,13 +122,13 @@ class VisionFeatureCache:
         missing = self._missing(dataset, range(state.process_index, len(dataset), state.num_processes))
         missing = {key: place for found in gather_object([missing]) for key, place in found.items()}
         keys = list(missing)[state.process_index :: state.num_processes]
-        for start in tqdm(range(0, len(keys), PICTURES_PER_FILE), desc="Vision features", disable=not keys):
+        for start in tqdm(range(0, len(keys), IMAGES_PER_FILE), desc="Vision features", disable=not keys):
             features = {}
-            of_file = keys[start : start + PICTURES_PER_FILE]
+            of_file = keys[start : start + IMAGES_PER_FILE]
             for i in range(0, len(of_file), batch_size):
                 batch = of_file[i : i + batch_size]
-                pictures = [dataset[index]["images"][number] for index, number in map(missing.get, batch)]
-                found = encode([Image().decode_example(picture) for picture in pictures])
+                images = [dataset[index]["images"][number] for index, number in map(missing.get, batch)]
+                found = encode([Image().decode_example(image) for image in images])
                 if start == i == 0:
                     self._require_room(len(missing), found[0].nbytes)
                 features.update(
@@ -148,11 +148,11 @@ class VisionFeatureCache:
         return len(missing)
 
     def _missing(self, dataset: Dataset, indices: range) -> dict[str, tuple[int, int]]:
-        """Of each picture in those rows that has no features: its row, and its number there."""
+        """Of each image in those rows that has no features: its row, and its number there."""
         missing = {}
         for index in indices:
             for number, image in enumerate(dataset[index]["images"]):
-                key = picture_key(image)
+                key = image_key(image)
                 if key not in self.files:
                     missing.setdefault(key, (index, number))
         return missing
@@ -160,23 +160,23 @@ class VisionFeatureCache:
     def describe(self) -> str:
         """One line for people, and one more when the folder holds what is not used."""
         others = [path for path in self.folder.parent.glob("*") if path.is_dir() and path != self.folder]
-        lines = [f"Vision features of {len(self.files):,} pictures in {self.folder}"]
+        lines = [f"Vision features of {len(self.files):,} images in {self.folder}"]
         if others:
             text = "of another tower, image processor or precision, and are not used"
             lines.append(f"  ({len(others)} other folders beside it are {text})")
         return "\n".join(lines)
 
-    def _require_room(self, num_pictures: int, picture_bytes: int) -> None:
+    def _require_room(self, num_images: int, image_bytes: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        needed, free = num_pictures * picture_bytes, shutil.disk_usage(self.folder).free
+        needed, free = num_images * image_bytes, shutil.disk_usage(self.folder).free
         if needed > free:
             raise ValueError(
-                f"The features of {num_pictures:,} pictures take {needed / 1e9:.3g} GB, and {self.folder} has "
+                f"The features of {num_images:,} images take {needed / 1e9:.3g} GB, and {self.folder} has "
                 f"{free / 1e9:.3g} GB free: name a larger disk, or take `cache_image_features` out."
             )
 
     def _write(self, features: dict[str, torch.Tensor]) -> None:
-        name = hashlib.sha256("".join(features).encode()).hexdigest()  # never that of other pictures
+        name = hashlib.sha256("".join(features).encode()).hexdigest()  # never that of other images
         path = self.folder / f"{name[:32]}.safetensors"
         unfinished = path.with_suffix(f".{os.getpid()}")  # a file is there as a whole or not at all
         save_file(features, unfinished)
@@ -185,13 +185,13 @@ class VisionFeatureCache:
 
 def undecoded(dataset):
     """
-    A dataset, or a `dict` of several, with pictures as `{"path", "bytes"}`, by which the cache knows them.
+    A dataset, or a `dict` of several, with images as `{"path", "bytes"}`, by which the cache knows them.
 
     Raises:
-        `ValueError`: for a stream, whose pictures are not known before.
+        `ValueError`: for a stream, whose images are not known before.
     """
     if dataset is None or isinstance(dataset, dict):
         return dataset and {name: undecoded(one) for name, one in dataset.items()}
     if isinstance(dataset, IterableDataset):
-        raise ValueError("`cache_image_features` needs a dataset that is not streamed: its pictures must be known.")
+        raise ValueError("`cache_image_features` needs a dataset that is not streamed: its images must be known.")
     return dataset.cast_column("images", List(Image(decode=False)))

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The demo: a tiny VT-LMM goes through its four stages on pictures of coloured shapes, on a CPU, in minutes."""
+"""The demo: a tiny VT-LMM goes through its four stages on images of colored shapes, on a CPU, in minutes."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from datasets import List as ListFeature
 from vtlmm.analysis.patch_features import patch_words
 from vtlmm.analysis.plots import save_curves, save_patch_words
 from vtlmm.hub.compose import compose
-from vtlmm.inference.generate import accuracy_by_kind, answer, picture_key, split_turns, with_shuffled_images
+from vtlmm.inference.generate import accuracy_by_kind, answer, image_key, split_turns, with_shuffled_images
 from vtlmm.train.config import VTLMMTrainingConfig
 from vtlmm.train.trainer import VTLMMTrainer
 
@@ -25,7 +25,7 @@ from .shapes import caption_rows, describe_patches, draw, make_scenes, question_
 from .warm_start import save_warm_start
 
 
-NUM_CAPTIONED, NUM_QUESTIONED, NUM_HELD_OUT = 4800, 4000, 200  # pictures
+NUM_CAPTIONED, NUM_QUESTIONED, NUM_HELD_OUT = 4800, 4000, 200  # images
 HELD_OUT_FILE = "held_out.parquet"  # the local task demo_shapes reads it
 SETTINGS = {
     "projector": {"learning_rate": 5e-3, "num_train_epochs": 1},
@@ -99,8 +99,8 @@ def ask_elsewhere(folder: Path, image: Path, question: str) -> str:
 
 
 def named_patches(model, processor, seed: int) -> dict[str, float]:
-    """Share of patches whose likeliest word is the colour or the shape there, or "empty" where nothing is; `shuffled`
-    by what is at the same place of another picture."""
+    """Share of patches whose likeliest word is the color or the shape there, or "empty" where nothing is; `shuffled`
+    by what is at the same place of another image."""
     scenes = list(islice(make_scenes(random.Random(seed), held_out=True), NUM_HELD_OUT))
     words, _ = patch_words(model, processor, [draw(scene) for scene in scenes])
     there = [[patch[:2] for patch in describe_patches(scene)] for scene in scenes]
@@ -113,10 +113,10 @@ def named_patches(model, processor, seed: int) -> dict[str, float]:
 
 
 def draw_first_questions(path: Path, model, processor, asked: list[dict], answers: list[str]) -> None:
-    """The words of the first eight pictures' patches, each picture under its first question and the answer."""
+    """The words of the first eight images' patches, each image under its first question and the answer."""
     first_question = {}
     for i, question in enumerate(asked):
-        first_question.setdefault(picture_key(question["images"][0]), i)
+        first_question.setdefault(image_key(question["images"][0]), i)
     chosen = list(first_question.values())[:8]
     titles = [f"{asked[i]['question']}\n{answers[i]} (truth: {asked[i]['answer']})" for i in chosen]
     save_patch_words(path, model, processor, [asked[i]["images"][0] for i in chosen], titles)
@@ -133,7 +133,7 @@ def table(accuracy: dict, blind: dict) -> str:
 
 def run_demo(output: str | Path, seed: int = 0) -> dict:
     """
-    Everything from drawing the pictures to asking the saved model; see the folder `output` afterwards.
+    Everything from drawing the images to asking the saved model; see the folder `output` afterwards.
 
     Returns:
         `dict`: what `results.json` holds.
@@ -170,7 +170,7 @@ def run_demo(output: str | Path, seed: int = 0) -> dict:
     model.save_pretrained(output / "model")
     processor.save_pretrained(output / "model")
 
-    print("\n== Questions about pictures it has not seen ==")
+    print("\n== Questions about images it has not seen ==")
     asked = split_turns(held_out_rows)
     save_questions(output / HELD_OUT_FILE, asked)
     answers = answer(model, processor, asked, batch_size=64)
@@ -182,18 +182,18 @@ def run_demo(output: str | Path, seed: int = 0) -> dict:
     named = named_patches(model, processor, seed + 3)
     print(
         f"\nThe likeliest word of a patch's visual token says what is there at {named['share']:.1%} of the patches "
-        f"(what is there in another picture: {named['shuffled']:.1%})."
+        f"(what is there in another image: {named['shuffled']:.1%})."
     )
 
     draw_first_questions(output / "patches.png", model, processor, asked, answers)
     save_curves(output / "curves.png", histories)
-    asked[0]["images"][0].save(output / "picture.png")
-    elsewhere = ask_elsewhere(output / "model", output / "picture.png", asked[0]["question"])
+    asked[0]["images"][0].save(output / "image.png")
+    elsewhere = ask_elsewhere(output / "model", output / "image.png", asked[0]["question"])
     print(f"\nIn a process without this package: {asked[0]['question']} → {elsewhere}")
 
     results = {"accuracy": accuracy, "blind": blind, "named_patches": named, "losses": losses}
     results["seconds"] = round(time.time() - started, 1)
     results["pipeline"] = {"question": asked[0]["question"], "answer": elsewhere}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\n{results['seconds']:.0f} s. Pictures and numbers: {output}/patches.png, curves.png, results.json")
+    print(f"\n{results['seconds']:.0f} s. Images and numbers: {output}/patches.png, curves.png, results.json")
     return results

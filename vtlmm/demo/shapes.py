@@ -1,11 +1,11 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of coloured shapes with captions and questions: the demo's own data, drawn on the spot.
+"""Images of colored shapes with captions and questions: the demo's own data, drawn on the spot.
 
 A scene is a 2 x 2 grid of cells of which 2 to 4 hold a shape. Everything follows from a seed: the same seed gives the
 same rows. Held-out scenes are told from training scenes by a checksum of what stands where, so no arrangement can be
 in both, whatever the seeds.
 
-The questions are balanced: whoever reads only the question is right no more often than by chance. Colours, shapes and
+The questions are balanced: whoever reads only the question is right no more often than by chance. Colors, shapes and
 cells are drawn uniformly, group sizes so that a count is uniform, and yes or no is drawn before the question is built.
 """
 
@@ -29,7 +29,7 @@ COLORS = {
     "black": (30, 30, 30),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
-# Row by row, as the patches of a picture are read.
+# Row by row, as the patches of a image are read.
 POSITIONS = ("top-left", "top-right", "bottom-left", "bottom-right")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}  # (row, column)
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -39,7 +39,7 @@ BLANK = "empty"
 GRID_SIZE = 2
 CELL_SIZE = 32  # pixels
 IMAGE_SIZE = GRID_SIZE * CELL_SIZE  # pixels
-# How many shapes share a colour. The sums, 2, 3 and 4, are equally frequent, which makes the total count uniform.
+# How many shapes share a color. The sums, 2, 3 and 4, are equally frequent, which makes the total count uniform.
 COLOR_GROUPS = ((1, 1), (1, 1), (1, 1, 1), (2, 1), (2, 1, 1), (2, 2))
 
 
@@ -68,7 +68,7 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """What stands where, without the jitter: two pictures with the same key ask for the same answers."""
+        """What stands where, without the jitter: two images with the same key ask for the same answers."""
         return ";".join(f"{item.cell} {item.name}" for item in self.items)
 
     @property
@@ -99,7 +99,7 @@ def make_scene(rng: random.Random) -> Scene:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """Returns an RGB picture of `IMAGE_SIZE` x `IMAGE_SIZE` pixels; the same scene always gives the same pixels."""
+    """Returns an RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels; the same scene always gives the same pixels."""
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (scene.background,) * 3)
     canvas = ImageDraw.Draw(image)
     for item in scene.items:
@@ -181,7 +181,7 @@ def _ask_position(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def _ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    """Asks how two shapes in neighbouring cells lie; None where none lie as the direction that was drawn says."""
+    """Asks how two shapes in neighboring cells lie; None where none lie as the direction that was drawn says."""
     direction = rng.choice(list(DIRECTIONS))
     row_step, column_step = DIRECTIONS[direction]
     pairs = []
@@ -214,7 +214,7 @@ def make_scenes(rng: random.Random, held_out: bool) -> Iterator[Scene]:
 
 
 def describe_patches(scene: Scene) -> list[tuple[str, str, str]]:
-    """(colour, shape, place) at each of the 4 x 4 patches, row by row; in an empty cell the first two are "empty"."""
+    """(color, shape, place) at each of the 4 x 4 patches, row by row; in an empty cell the first two are "empty"."""
     found = {item.cell: (item.color, item.shape) for item in scene.items}
     cells = [(row // 2) * GRID_SIZE + column // 2 for row in range(2 * GRID_SIZE) for column in range(2 * GRID_SIZE)]
     return [(*found.get(cell, (BLANK, BLANK)), POSITIONS[cell]) for cell in cells]
@@ -231,8 +231,8 @@ def _conversation(turns: list[tuple[str, str]]) -> list[dict]:
     messages = []
     for i, (question, answer) in enumerate(turns):
         content = [{"type": "text", "text": question}]
-        picture = [{"type": "image", "text": None}] if i == 0 else []
-        messages.append({"role": "user", "content": picture + content})
+        image = [{"type": "image", "text": None}] if i == 0 else []
+        messages.append({"role": "user", "content": image + content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
 
@@ -241,11 +241,11 @@ def _row(scene: Scene, turns: list[tuple[str, str]], kind: str) -> dict:
     return {"messages": _conversation(turns), "images": [draw(scene)], "num_context_messages": 0, "kind": kind}
 
 
-CAPTION_QUESTION, PATCH_QUESTION = "describe the picture", "name the patches"
+CAPTION_QUESTION, PATCH_QUESTION = "describe the image", "name the patches"
 
 
 def caption_rows(num: int, seed: int) -> list[dict]:
-    """`num` pictures with a caption each, of scenes that are not held out; two in three name every patch."""
+    """`num` images with a caption each, of scenes that are not held out; two in three name every patch."""
     rng = random.Random(seed)
     rows = []
     for scene in islice(make_scenes(rng, held_out=False), num):
@@ -257,7 +257,7 @@ def caption_rows(num: int, seed: int) -> list[dict]:
 
 def question_rows(num: int, seed: int, held_out: bool = False, one_each: bool = False) -> list[dict]:
     """
-    `num` pictures with their questions: all in one conversation, in any order; or with `one_each` a row per question.
+    `num` images with their questions: all in one conversation, in any order; or with `one_each` a row per question.
     """
     rng = random.Random(seed)
     rows = []

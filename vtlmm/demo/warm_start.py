@@ -1,9 +1,9 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """What a real run downloads: a vision tower that sees and a decoder that reads. Here both start from random.
 
-The tower learns to name the colour, the shape and the place of each patch. The decoder learns from text alone: where
-the picture will stand, each patch is *told* in words (the mean of the embeddings of its colour, shape and place, the
-very form of a pseudo image feature), then come a caption or questions and answers. So it has read of pictures before
+The tower learns to name the color, the shape and the place of each patch. The decoder learns from text alone: where
+the image will stand, each patch is *told* in words (the mean of the embeddings of its color, shape and place, the
+very form of a pseudo image feature), then come a caption or questions and answers. So it has read of images before
 it sees one, as a language model has; and what it predicts at a patch is a word from the start.
 """
 
@@ -49,7 +49,7 @@ from .shapes import (
 NUM_PATCHES = (2 * GRID_SIZE) ** 2
 TOWER_STEPS, LOOKUP_STEPS, QUESTION_STEPS = 250, 250, 600
 PATCH_WEIGHT = 0.4  # in the decoder's loss, where an answer has 1
-LOOKUPS, TURNS = 30, 8  # in a row of the decoder's text, about one picture
+LOOKUPS, TURNS = 30, 8  # in a row of the decoder's text, about one image
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -83,7 +83,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def train_tower(seed: int, steps: int = TOWER_STEPS, batch_size: int = 32) -> ConvNextModel:
-    """A small ConvNeXt whose last map of 4 x 4 positions knows the colour, the shape and the place there."""
+    """A small ConvNeXt whose last map of 4 x 4 positions knows the color, the shape and the place there."""
     scenes = make_scenes(random.Random(seed), held_out=False)
     processor = build_image_processor()
     tower = ConvNextModel(
@@ -114,7 +114,7 @@ def train_tower(seed: int, steps: int = TOWER_STEPS, batch_size: int = 32) -> Co
     return tower.eval()
 
 
-class DescribedPictures:
+class DescribedImages:
     """Batches of text: `<s> Q :`, the patches told in words, then turns; each turn sees the patches and itself.
 
     The turns are questions as they will be asked, or before that look-ups, `circle color red`: as short as can be, so
@@ -133,7 +133,7 @@ class DescribedPictures:
         for _ in range(LOOKUPS):
             item = self.rng.choice(scene.items)
             facts = {"color": item.color, "shape": item.shape, "where": POSITIONS[item.cell]}
-            known = self.rng.choice(("shape", "where"))  # two shapes may have one colour
+            known = self.rng.choice(("shape", "where"))  # two shapes may have one color
             wanted = self.rng.choice([name for name in facts if name != known])
             turns.append((f"{facts[known]} {wanted}", facts[wanted]))
         return turns
@@ -146,14 +146,14 @@ class DescribedPictures:
             asked = questions(scene, self.rng)
             self.rng.shuffle(asked)
             turns += [(q.question, q.answer) for q in asked if (q.question, q.answer) not in turns]
-        # the first turn of a chat continues after the picture, a later one says Q again
+        # the first turn of a chat continues after the image, a later one says Q again
         return [
             (("Q:" if i else "") + question + " A:", answer + "</s>")
             for i, (question, answer) in enumerate(turns[:TURNS])
         ]
 
     def row(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int], list[int], list[bool]]:
-        """Ids, turn of each token (0 for the picture), position, and whether the token belongs to an answer."""
+        """Ids, turn of each token (0 for the image), position, and whether the token belongs to an answer."""
         encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
         start = self.prefix + NUM_PATCHES
         ids = [*encode("<s>Q:"), *[0] * NUM_PATCHES]
@@ -194,7 +194,7 @@ def decoder_loss(decoder: LlamaForCausalLM, batch: dict[str, torch.Tensor], pref
     logits = decoder(
         inputs_embeds=embeds, attention_mask=visible[:, None], position_ids=batch["position_ids"], use_cache=False
     ).logits
-    # a patch's colour or its shape, at random, is the target at the position before it; its place would be no news
+    # a patch's color or its shape, at random, is the target at the position before it; its place would be no news
     chosen = torch.randint(2, batch["told"].shape[:2] + (1,))
     targets = input_ids.clone()
     targets[:, patches] = batch["told"].gather(2, chosen)[..., 0]
@@ -206,7 +206,7 @@ def decoder_loss(decoder: LlamaForCausalLM, batch: dict[str, torch.Tensor], pref
 
 
 def train_decoder(tokenizer, seed: int, batch_size: int = 8) -> LlamaForCausalLM:
-    """A small Llama that answers questions about pictures it is told in words."""
+    """A small Llama that answers questions about images it is told in words."""
     decoder = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=3,
@@ -216,7 +216,7 @@ def train_decoder(tokenizer, seed: int, batch_size: int = 8) -> LlamaForCausalLM
             pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
-    texts = DescribedPictures(tokenizer, seed)
+    texts = DescribedImages(tokenizer, seed)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
     steps = LOOKUP_STEPS + QUESTION_STEPS
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))

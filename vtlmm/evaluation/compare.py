@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vtlmm.inference.resumable import finished_answers
 
-from .report import RESULTS_FILE, by_kind, picture_cluster, score_answers
+from .report import RESULTS_FILE, by_kind, image_cluster, score_answers
 from .runner import ANSWERS_FILE, RUN_FILE
 from .statistics import bootstrap_interval, mcnemar
 
@@ -37,7 +37,7 @@ def compare_runs(first: str | Path, second: str | Path) -> dict:
 
     Returns:
         `dict`: `subset`, what part of the data both are over if not all; `kinds`, with `n`, both scores, the
-        `difference` with its 95 % interval by bootstrap over pictures (`low`, `high`), and McNemar's `first_better`,
+        `difference` with its 95 % interval by bootstrap over images (`low`, `high`), and McNemar's `first_better`,
         `second_better`, `p`; `flips`, questions whose scores differ.
 
     Raises:
@@ -56,7 +56,7 @@ def compare_runs(first: str | Path, second: str | Path) -> dict:
         score_answers(questions, [record["answer"] for record in records], scorer)
         for records in (first_records, second_records)
     ]
-    clusters = [picture_cluster(question) for question in questions]
+    clusters = [image_cluster(question) for question in questions]
     kinds = []
     for kind, chosen in by_kind(questions).items():
         a, b = ([values[i] for i in chosen] for values in scores)

@@ -47,7 +47,7 @@ def one_question_each(rows: Dataset) -> Dataset:
     return rows.map(split, batched=True, **options)
 
 
-def pictures(doc: dict) -> list:
+def images(doc: dict) -> list:
     """In RGB, as the training has them."""
     return [image.convert("RGB") for image in doc["images"]]
 
@@ -145,7 +145,7 @@ def run_harness(
 
 
 def _record(sample: dict) -> dict:
-    """Of what a harness keeps of a question, all but the picture and the prompt."""
+    """Of what a harness keeps of a question, all but the image and the prompt."""
     kept = {"index": sample["doc_id"], "truth": sample["target"], "answers": sample["filtered_resps"]}
     scores = {name: value for name, value in sample.items() if isinstance(value, int | float) and name != "doc_id"}
     return {**kept, **scores}
@@ -158,7 +158,7 @@ def _check_names(tasks: list[str], manager) -> None:
 
 
 def _run_lm_eval(model: str, tasks: list[str], include: list[str], limit, batch_size, load: dict):
-    """Questions about pictures are asked in the chat template, texts continued as they stand."""
+    """Questions about images are asked in the chat template, texts continued as they stand."""
     from lm_eval import evaluate
     from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
@@ -169,10 +169,10 @@ def _run_lm_eval(model: str, tasks: list[str], include: list[str], limit, batch_
     manager = TaskManager(include_path=include)
     _check_names(tasks, manager)
     found = manager.load(tasks)
-    with_pictures = {task.get_config("doc_to_image") is not None for task in found["tasks"].values()}
-    if len(with_pictures) > 1:
-        raise ValueError(f"{', '.join(tasks)}: run tasks with pictures and tasks without in two commands.")
-    chat = with_pictures == {True}
+    with_images = {task.get_config("doc_to_image") is not None for task in found["tasks"].values()}
+    if len(with_images) > 1:
+        raise ValueError(f"{', '.join(tasks)}: run tasks with images and tasks without in two commands.")
+    chat = with_images == {True}
     for task in found["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)

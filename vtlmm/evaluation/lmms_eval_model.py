@@ -20,7 +20,7 @@ class VTLMMForLmmsEval(lmms):
             is one.
 
     Raises:
-        `ValueError`: for a checkpoint that lacks a tensor, and for tasks that sample or show anything but pictures.
+        `ValueError`: for a checkpoint that lacks a tensor, and for tasks that sample or show anything but images.
     """
 
     is_simple = False  # messages, not a text with visuals beside it
@@ -73,9 +73,9 @@ class VTLMMForLmmsEval(lmms):
 
 
 def _part(part: dict, task: str) -> dict:
-    """A part of a message as the chat template wants it; pictures in RGB, as the training has them."""
+    """A part of a message as the chat template wants it; images in RGB, as the training has them."""
     if part["type"] == "text":
         return part
     if part["type"] != "image" or not hasattr(part["url"], "convert"):
-        raise ValueError(f"Task {task} shows a {part['type']} ({part['url']!r:.60}); VT-LMM takes pictures from PIL.")
+        raise ValueError(f"Task {task} shows a {part['type']} ({part['url']!r:.60}); VT-LMM takes images from PIL.")
     return {"type": "image", "image": part["url"].convert("RGB")}

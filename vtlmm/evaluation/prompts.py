@@ -1,7 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """
 LLaVA's prompts for the benchmarks of the paper, to the character (docs/Evaluation.md and llava/eval of
-https://github.com/haotian-liu/LLaVA). A picture and its line break stand before them; the chat template writes those.
+https://github.com/haotian-liu/LLaVA). A image and its line break stand before them; the chat template writes those.
 """
 
 from string import ascii_uppercase
@@ -36,7 +36,7 @@ def build_question(
         question (`str`)
         hint (`str`, *optional*): of MMBench; for ScienceQA pass `f"Context: {context}"`.
         options (`list[str]`, *optional*): of MMBench and ScienceQA; they get the letters A, B, ….
-        ocr_tokens (`list[str]`, *optional*): of TextVQA: the words that a reader of texts found in the picture.
+        ocr_tokens (`list[str]`, *optional*): of TextVQA: the words that a reader of texts found in the image.
     """
     lines = [question] if hint is None else [hint, question]
     lines += [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options or [], strict=False)]

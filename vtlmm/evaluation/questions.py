@@ -5,14 +5,14 @@ import json
 
 from datasets import Image, List
 
-from vtlmm.inference.generate import picture_key, split_turns
+from vtlmm.inference.generate import image_key, split_turns
 
 from .prompts import build_prompt
 
 
 def read_questions(rows, kind: str | None = None, references: str | None = None, row_id: str | None = None):
     r"""
-    One question per answered turn, and where each picture is. No picture is decoded or kept.
+    One question per answered turn, and where each image is. No image is decoded or kept.
 
     Args:
         rows ([`~datasets.Dataset`]): with `messages` and `images`, and the columns that the other arguments name, as
@@ -23,7 +23,7 @@ def read_questions(rows, kind: str | None = None, references: str | None = None,
 
     Returns:
         `tuple[list[dict], dict]`: questions with `images` (keys), `question`, `answer` (the truth: a text, or the list
-        of references), `kind` and `id`; and key to (row, position) of a picture.
+        of references), `kind` and `id`; and key to (row, position) of a image.
 
     Raises:
         `ValueError`: for rows without an answered question, or a column that does not fit its row.
@@ -35,7 +35,7 @@ def read_questions(rows, kind: str | None = None, references: str | None = None,
         keys = []
         for position, image in enumerate(row["images"]):
             path = image["path"] if image["bytes"] is None else None
-            key = file_keys.get(path) or picture_key(image)
+            key = file_keys.get(path) or image_key(image)
             if path is not None:
                 file_keys[path] = key  # many rows may ask about one file
             places.setdefault(key, (index, position))
@@ -76,8 +76,8 @@ def with_prompt(questions: list[dict], prompt: str | None) -> list[dict]:
     return [{**question, "question": build_prompt(prompt, question["question"])} for question in questions]
 
 
-def picture_loader(rows, places: dict):
-    """Function of a picture's key that reads it from `rows`; in RGB, as the training does."""
+def image_loader(rows, places: dict):
+    """Function of a image's key that reads it from `rows`; in RGB, as the training does."""
 
     def load(key: str):
         row, position = places[key]

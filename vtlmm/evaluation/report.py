@@ -15,7 +15,7 @@ from .statistics import bootstrap_interval
 
 RESULTS_FILE, TABLE_FILE, SAMPLES_FILE = "results.json", "results.csv", "samples.html"
 NUM_SAMPLES = 32
-SAMPLE_PIXELS = 336  # longest side of a picture on the page
+SAMPLE_PIXELS = 336  # longest side of a image on the page
 STYLE = """
 body { font: 15px/1.4 sans-serif; margin: 2em; }
 td, th { padding: 0.2em 0.8em; text-align: left; border-bottom: 1px solid #ccc; }
@@ -46,8 +46,8 @@ def score_answers(questions: list[dict], answers: list[str], scorer: str) -> lis
     return scores
 
 
-def picture_cluster(question: dict) -> str:
-    """What questions have in common that are not independent: their pictures, or where there is none the question."""
+def image_cluster(question: dict) -> str:
+    """What questions have in common that are not independent: their images, or where there is none the question."""
     return " ".join(question["images"]) or f"text {question['question']}"
 
 
@@ -57,7 +57,7 @@ def summarize(questions: list[dict], answers: list[str], scorer: str) -> dict | 
         return None
     return SUMMARIES[scorer](
         [
-            {"category": q["kind"], "question_id": picture_cluster(q), "label": q["answer"], "answer": text}
+            {"category": q["kind"], "question_id": image_cluster(q), "label": q["answer"], "answer": text}
             for q, text in zip(questions, answers, strict=True)
         ]
     )
@@ -75,14 +75,14 @@ def table_by_kind(questions: list[dict], scores: list[float], blind_scores: list
     One line per kind, and `"all"` at the end.
 
     Returns:
-        `list[dict]`: `kind`, `n` (questions), `pictures`, `score` with its 95 % interval `low`, `high`, and the same
+        `list[dict]`: `kind`, `n` (questions), `images`, `score` with its 95 % interval `low`, `high`, and the same
         of the blind control, `blind`, `blind_low`, `blind_high`; None where there is no control.
     """
-    clusters = [picture_cluster(question) for question in questions]
+    clusters = [image_cluster(question) for question in questions]
     lines = []
     for kind, chosen in by_kind(questions).items():
         own = [clusters[i] for i in chosen]
-        line = {"kind": kind, "n": len(chosen), "pictures": len({k for i in chosen for k in questions[i]["images"]})}
+        line = {"kind": kind, "n": len(chosen), "images": len({k for i in chosen for k in questions[i]["images"]})}
         for prefix, values in (("", scores), ("blind", blind_scores)):
             mean = low = high = None
             if values is not None:
@@ -95,7 +95,7 @@ def table_by_kind(questions: list[dict], scores: list[float], blind_scores: list
 
 def format_table(lines: list[dict]) -> str:
     """The table in Markdown."""
-    text = ["| kind | n | score | 95 % | shuffled pictures | 95 % |", "|---|---|---|---|---|---|"]
+    text = ["| kind | n | score | 95 % | shuffled images | 95 % |", "|---|---|---|---|---|---|"]
     for line in lines:
         cells = [line["kind"], str(line["n"])]
         for name, low, high in (("score", "low", "high"), ("blind", "blind_low", "blind_high")):
@@ -111,7 +111,7 @@ def write_report(
     answers: list[str],
     blind_answers: list[str] | None,
     scorer: str,
-    load_picture,
+    load_image,
     about: dict,
 ) -> dict:
     r"""
@@ -119,7 +119,7 @@ def write_report(
 
     Args:
         questions (`list[dict]`): as they were asked; `images` are keys.
-        load_picture (callable): key to picture from PIL.
+        load_image (callable): key to image from PIL.
         about (`dict`): what else the JSON shall say; `subset`, if there is one, stands above every table.
 
     Returns:
@@ -136,7 +136,7 @@ def write_report(
         writer = csv.DictWriter(file, [*lines[0], "subset"])
         writer.writeheader()
         writer.writerows({**line, "subset": about.get("subset")} for line in lines)
-    page = samples_page(questions, answers, blind_answers, scores, results, load_picture)
+    page = samples_page(questions, answers, blind_answers, scores, results, load_image)
     (folder / SAMPLES_FILE).write_text(page, encoding="utf-8")
     return results
 
@@ -144,8 +144,8 @@ def write_report(
 # ---- The page of samples: one file that needs no other ----
 
 
-def samples_page(questions, answers, blind_answers, scores, results: dict, load_picture) -> str:
-    """HTML with the table and questions chosen at random, each with its pictures, answers and truth."""
+def samples_page(questions, answers, blind_answers, scores, results: dict, load_image) -> str:
+    """HTML with the table and questions chosen at random, each with its images, answers and truth."""
     head = ["kind", "n", "score", "low", "high", "blind", "blind_low", "blind_high"]
     table = [head, *[[_cell(line[name]) for name in head] for line in results["kinds"]]]
     cells = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table)
@@ -156,11 +156,11 @@ def samples_page(questions, answers, blind_answers, scores, results: dict, load_
         truth = question["answer"] if isinstance(question["answer"], str) else ", ".join(question["answer"])
         parts = {"question": question["question"], "answer": answers[i], "truth": truth}
         if blind_answers is not None:
-            parts["with another picture"] = blind_answers[i]
-        pictures = "".join(f'<img alt="" src="{data_uri(load_picture(key))}">' for key in question["images"])
+            parts["with another image"] = blind_answers[i]
+        images = "".join(f'<img alt="" src="{data_uri(load_image(key))}">' for key in question["images"])
         text = "".join(f"<pre><b>{name}</b> {html.escape(part)}</pre>" for name, part in parts.items())
         title = html.escape(f"{i} · {question['kind']} · {scores[i]:.2f}")
-        samples.append(f'<div class="{"right" if scores[i] >= 0.5 else "wrong"}">{title}{pictures}{text}</div>')
+        samples.append(f'<div class="{"right" if scores[i] >= 0.5 else "wrong"}">{title}{images}{text}</div>')
     title = " · ".join(filter(None, (results.get(name) for name in ("model", "data", "scorer", "subset"))))
     title = html.escape(title)
     return (
@@ -174,7 +174,7 @@ def _cell(value) -> str:
 
 
 def data_uri(image) -> str:
-    """A picture from PIL inside a page."""
+    """A image from PIL inside a page."""
     image = image.convert("RGB")
     image.thumbnail((SAMPLE_PIXELS, SAMPLE_PIXELS))
     file = io.BytesIO()

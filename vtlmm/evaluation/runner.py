@@ -13,7 +13,7 @@ from vtlmm.inference.generate import (
 )
 from vtlmm.inference.resumable import answer_all, open_run
 
-from .questions import picture_loader, read_questions, with_prompt
+from .questions import image_loader, read_questions, with_prompt
 
 
 RUN_FILE, ANSWERS_FILE, BLIND_FILE = "run.json", "answers.jsonl", "blind.jsonl"
@@ -31,7 +31,7 @@ def run_questions(
     about: dict | None = None,
 ) -> tuple[list[str], list[str] | None]:
     r"""
-    Answers with the right pictures and with shuffled ones, into the folder `output`; goes on with a run that is there.
+    Answers with the right images and with shuffled ones, into the folder `output`; goes on with a run that is there.
 
     Args:
         rows, questions, places: see [`read_questions`].
@@ -40,7 +40,7 @@ def run_questions(
 
     Returns:
         `tuple[list[str], list[str] | None]`: answers and those of the blind control, which there is not without two
-        different pictures.
+        different images.
 
     Raises:
         `ValueError`: when `output` holds another run.
@@ -49,7 +49,7 @@ def run_questions(
     about = {**(about or {}), "num_questions": len(questions)}
     open_run(output / RUN_FILE, [output / ANSWERS_FILE, output / BLIND_FILE], key, about)
     asked = with_prompt(questions, settings["prompt"])
-    arguments = (picture_loader(rows, places), batch_size, settings["max_new_tokens"])
+    arguments = (image_loader(rows, places), batch_size, settings["max_new_tokens"])
     answers = answer_all(output / ANSWERS_FILE, model, processor, asked, *arguments)
     if len(places) < 2:
         return answers, None
@@ -60,38 +60,38 @@ def run_questions(
 # ---- During training ----
 
 
-def task_scores(rows, processor, num_pictures: int, batch_size: int = 8, seed: int = 0):
+def task_scores(rows, processor, num_images: int, batch_size: int = 8, seed: int = 0):
     r"""
-    A function that answers the questions about the first pictures of `rows` and scores them by exact match.
+    A function that answers the questions about the first images of `rows` and scores them by exact match.
 
     It draws no random number and leaves the model in the mode that it found, so training goes on as without it.
     Several processes share the questions, and each gets the scores over all of them.
 
     Args:
         rows ([`~datasets.Dataset`]): see [`read_questions`].
-        num_pictures (`int`): so many different pictures; they are kept decoded.
-        seed (`int`, *optional*, defaults to 0): of the shuffled pictures.
+        num_images (`int`): so many different images; they are kept decoded.
+        seed (`int`, *optional*, defaults to 0): of the shuffled images.
 
     Returns:
-        callable: model to `dict` with `accuracy` and, where there are two pictures or more, `accuracy_shuffled`; both
+        callable: model to `dict` with `accuracy` and, with at least two images, `accuracy_shuffled_images`; both
             0 to 1.
 
     Raises:
-        `ValueError`: when no question has a picture.
+        `ValueError`: when no question has a image.
     """
     questions, places = read_questions(rows)
-    load = picture_loader(rows, places)
-    images = {key: load(key) for key in list(places)[:num_pictures]}
+    load = image_loader(rows, places)
+    images = {key: load(key) for key in list(places)[:num_images]}
     asked = [
         {**question, "images": [images[key] for key in question["images"]]}
         for question in questions
         if question["images"] and images.keys() >= set(question["images"])
     ]
     if not asked:
-        raise ValueError("No question about pictures is left to score during training: raise eval_task_pictures.")
+        raise ValueError("No question about images is left to score during training: raise eval_task_images.")
     sides = {"accuracy": asked}
     if len(images) > 1:
-        sides["accuracy_shuffled"] = with_shuffled_images(asked, seed)
+        sides["accuracy_shuffled_images"] = with_shuffled_images(asked, seed)
     truths = processor.tokenizer([question["answer"] for question in asked], add_special_tokens=False)["input_ids"]
     longest = max(map(len, truths)) + 8  # an answer that goes on for longer than every truth is wrong by then
 

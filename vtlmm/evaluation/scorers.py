@@ -118,7 +118,7 @@ def scienceqa_letter(answer: str, num_choices: int = len(OPTION_LETTERS)) -> str
 
 def score_scienceqa(rows: list[dict]) -> dict:
     r"""
-    Accuracy over all questions and over those with a picture (SQA-I). An answer without a letter is wrong.
+    Accuracy over all questions and over those with a image (SQA-I). An answer without a letter is wrong.
 
     Rule: Lu et al. 2022 (https://arxiv.org/abs/2209.09513), as `eval_science_qa.py` of LLaVA reads the letter.
 
@@ -221,24 +221,24 @@ def mme_answer(answer: str) -> str:
 
 def score_mme(rows: list[dict]) -> dict:
     r"""
-    Score of each task, the percentage of right questions plus that of pictures with both questions right, and the sums
+    Score of each task, the percentage of right questions plus that of images with both questions right, and the sums
     over the ten tasks of perception and the four of cognition.
 
     Rule: Fu et al. 2023 (https://arxiv.org/abs/2306.13394), the evaluation tool that comes with the benchmark.
 
     Args:
-        rows (`list[dict]`): with `category`, the task, and `question_id`, the picture; labels are yes and no.
+        rows (`list[dict]`): with `category`, the task, and `question_id`, the image; labels are yes and no.
 
     Raises:
-        `ValueError`: for a picture that has not two questions.
+        `ValueError`: for a image that has not two questions.
     """
-    pictures = defaultdict(list)
+    images = defaultdict(list)
     for row in rows:
-        pictures[row["category"], row["question_id"]].append(mme_answer(row["answer"]) == _known(row["label"]))
+        images[row["category"], row["question_id"]].append(mme_answer(row["answer"]) == _known(row["label"]))
     tasks = defaultdict(list)
-    for (task, picture), right in pictures.items():
+    for (task, image), right in images.items():
         if len(right) != 2:
-            raise ValueError(f"MME asks two questions about a picture; {task} has {len(right)} about {picture}.")
+            raise ValueError(f"MME asks two questions about a image; {task} has {len(right)} about {image}.")
         tasks[task].append(right)
     scores = {
         task: _percent(right for pair in pairs for right in pair) + _percent(map(all, pairs))

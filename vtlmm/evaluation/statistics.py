@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""How sure a score is: bootstrap over pictures, and McNemar's test for two models on the same questions."""
+"""How sure a score is: bootstrap over images, and McNemar's test for two models on the same questions."""
 
 import numpy as np
 
@@ -12,12 +12,12 @@ def bootstrap_interval(scores, clusters, num_draws: int = NUM_DRAWS, seed: int =
     r"""
     95 % percentile interval of the mean of `scores`, by drawing whole clusters with replacement.
 
-    Questions about one picture are not independent: drawn one by one they would give too narrow an interval. Scores
+    Questions about one image are not independent: drawn one by one they would give too narrow an interval. Scores
     that are all equal give one without width, which says nothing of rows that were not asked.
 
     Args:
         scores (sequence of `float`): or differences of two models' scores, for a paired interval.
-        clusters (sequence): what each score belongs to, e.g. its picture.
+        clusters (sequence): what each score belongs to, e.g. its image.
         num_draws (`int`, *optional*, defaults to 2000)
         seed (`int`, *optional*, defaults to 0)
     """
@@ -39,7 +39,7 @@ def mcnemar(first, second) -> tuple[int, int, float]:
 
     Returns:
         `tuple[int, int, float]`: questions where only the first is better, where only the second is, and the two-sided
-        p-value that they are equally many. Pictures with several questions make it too small.
+        p-value that they are equally many. Images with several questions make it too small.
     """
     first_better = sum(a > b for a, b in zip(first, second, strict=True))
     second_better = sum(b > a for a, b in zip(first, second, strict=True))

@@ -17,12 +17,12 @@ MMBENCH_UNUSED = ["hint", "category", "source", "image", "comment", "l2-category
 
 def write_submission(path: str | Path, benchmark: str, answers: dict) -> None:
     r"""
-    A JSON file with all answers, normalised as the server would.
+    A JSON file with all answers, normalized as the server would.
 
     Args:
         path (`str` or `Path`)
         benchmark (`str`): `"vqav2"` or `"vizwiz"`.
-        answers (`dict`): question id (VQAv2) or file name of the picture (VizWiz) to answer.
+        answers (`dict`): question id (VQAv2) or file name of the image (VizWiz) to answer.
     """
     name = JSON_SUBMISSIONS[benchmark]
     entries = [{name: key, "answer": normalize_textvqa_answer(answer)} for key, answer in answers.items()]

@@ -75,7 +75,7 @@ def vqa_accuracy(answer: str, answers: list[str]) -> float:
     r"""
     VQA accuracy of VQAv2 and VizWiz: 1 when at least three of nine annotators said the same, averaged over the nines.
 
-    Answers are normalised only where the ten differ: "Yes" against ten times "yes" scores 0.
+    Answers are normalized only where the ten differ: "Yes" against ten times "yes" scores 0.
 
     Source: Antol et al. 2015 (https://arxiv.org/abs/1505.00468), and https://visualqa.org/evaluation.html.
 
@@ -97,7 +97,7 @@ def vqa_accuracy(answer: str, answers: list[str]) -> float:
 
 
 def textvqa_accuracy(answer: str, answers: list[str]) -> float:
-    """VQA accuracy of TextVQA: as [`vqa_accuracy`], but everything is always normalised, and by other rules.
+    """VQA accuracy of TextVQA: as [`vqa_accuracy`], but everything is always normalized, and by other rules.
 
     Source: Singh et al. 2019 (https://arxiv.org/abs/1904.08920), and the evaluator of mmf that LLaVA uses."""
     _check_ten(answers)

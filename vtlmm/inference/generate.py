@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Answers to questions about pictures, scored by exact match, beside the blind control."""
+"""Answers to questions about images, scored by exact match, beside the blind control."""
 
 import hashlib
 import random
@@ -47,9 +47,9 @@ def _text(parts: list[dict]) -> str:
     return " ".join(part["text"] for part in parts if part["text"])
 
 
-def picture_key(image) -> str:
+def image_key(image) -> str:
     """
-    Digest of a picture: of the pixels of one from PIL, or of the file of `{"path", "bytes"}`, as `datasets` gives one
+    Digest of a image: of the pixels of one from PIL, or of the file of `{"path", "bytes"}`, as `datasets` gives one
     undecoded. A string is a key already.
     """
     if isinstance(image, str):
@@ -63,22 +63,22 @@ def picture_key(image) -> str:
 
 def with_shuffled_images(questions: list[dict], seed: int = 0) -> list[dict]:
     """
-    The blind control: every question gets other pictures; the answers stay.
+    The blind control: every question gets other images; the answers stay.
 
-    The different pictures stand in a ring, in random order, and each of a question's is replaced by the next that is
+    The different images stand in a ring, in random order, and each of a question's is replaced by the next that is
     not the question's. So a question never sees its own, unless it has all there are.
 
     Args:
-        questions (`list[dict]`): with `images`, pictures as [`picture_key`] takes them.
+        questions (`list[dict]`): with `images`, images as [`image_key`] takes them.
         seed (`int`, *optional*, defaults to 0): of the order.
     """
-    keys = [[picture_key(image) for image in question["images"]] for question in questions]
-    pictures = {
+    keys = [[image_key(image) for image in question["images"]] for question in questions]
+    images = {
         key: image
         for question, own in zip(questions, keys, strict=True)
         for key, image in zip(own, question["images"], strict=True)
     }
-    ring = list(pictures)
+    ring = list(images)
     random.Random(seed).shuffle(ring)
     following = dict(zip(ring, ring[1:] + ring[:1], strict=True))
 
@@ -89,7 +89,7 @@ def with_shuffled_images(questions: list[dict], seed: int = 0) -> list[dict]:
         return following[key] if other == key else other
 
     return [
-        {**question, "images": [pictures[replacement(key, own)] for key in own]}
+        {**question, "images": [images[replacement(key, own)] for key in own]}
         for question, own in zip(questions, keys, strict=True)
     ]
 
@@ -99,25 +99,25 @@ def asking_order(questions: list[dict]) -> list[int]:
     return sorted(range(len(questions)), key=lambda i: (len(questions[i]["images"]), len(questions[i]["question"])))
 
 
-def open_picture(source) -> Image.Image:
+def open_image(source) -> Image.Image:
     r"""
-    A picture in RGB from a path or a binary file.
+    A image in RGB from a path or a binary file.
 
     Raises:
         `FileNotFoundError`: without the file.
-        `ValueError`: naming what is no picture, or a broken one.
+        `ValueError`: naming what is no image, or a broken one.
     """
     try:
-        with Image.open(source) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")  # upright, as `datasets` reads a row's
+        with Image.open(source) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")  # upright, as `datasets` reads a row's
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{source} is no picture that can be read: {error}.") from error
+        raise ValueError(f"{source} is no image that can be read: {error}.") from error
 
 
 def conversation(question: dict) -> list[dict]:
-    """What goes before a question, and the user's turn: its pictures, then its text."""
+    """What goes before a question, and the user's turn: its images, then its text."""
     content = [{"type": "image", "image": image} for image in question["images"]]
     turn = {"role": "user", "content": [*content, {"type": "text", "text": question["question"]}]}
     return [*question.get("before", ()), turn]
@@ -125,7 +125,7 @@ def conversation(question: dict) -> list[dict]:
 
 @torch.inference_mode()
 def answer_conversations(model, processor, conversations: list[list[dict]], max_new_tokens: int = 16) -> list[str]:
-    """Greedy answers to conversations whose pictures are from PIL, all at once; padding is on the left."""
+    """Greedy answers to conversations whose images are from PIL, all at once; padding is on the left."""
     model.eval()
     inputs = processor.apply_chat_template(
         conversations,

@@ -56,7 +56,7 @@ def run_key(
         questions (`list[dict]`): as they are asked, with the wording that `prompt` names.
         prompt (`str`, *optional*): name of the wording, for the record.
         max_new_tokens (`int`, *optional*, defaults to 128): longest answer.
-        seed (`int`, *optional*, defaults to 0): of the shuffled pictures.
+        seed (`int`, *optional*, defaults to 0): of the shuffled images.
     """
     texts = processor.apply_chat_template(
         [conversation({**question, "images": [None] * len(question["images"])}) for question in questions],
@@ -112,7 +112,7 @@ def finished_answers(path: Path) -> list[tuple[dict, int]]:
     return records
 
 
-def answer_all(path: Path, model, processor, questions: list[dict], load_picture, batch_size, max_new_tokens):
+def answer_all(path: Path, model, processor, questions: list[dict], load_image, batch_size, max_new_tokens):
     r"""
     Answers every question that has none in the file `path` yet, and appends a batch as soon as it is answered.
 
@@ -120,7 +120,7 @@ def answer_all(path: Path, model, processor, questions: list[dict], load_picture
 
     Args:
         questions (`list[dict]`): `images` are keys.
-        load_picture (callable): key to picture from PIL.
+        load_image (callable): key to image from PIL.
 
     Returns:
         `list[str]`: all answers, in the order of `questions`.
@@ -139,7 +139,7 @@ def answer_all(path: Path, model, processor, questions: list[dict], load_picture
         file.truncate(finished[-1][1] if finished else 0)
         for start in range(len(finished), len(order), batch_size):
             batch = order[start : start + batch_size]
-            asked = [{**questions[i], "images": [load_picture(key) for key in questions[i]["images"]]} for i in batch]
+            asked = [{**questions[i], "images": [load_image(key) for key in questions[i]["images"]]} for i in batch]
             texts = answer_batch(model, processor, asked, max_new_tokens)
             lines = []
             for i, text in zip(batch, texts, strict=True):

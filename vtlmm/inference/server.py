@@ -2,7 +2,7 @@
 """The server of `transformers serve`, for one model that is loaded already.
 
 By itself it looks classes up in transformers' own tables, loads whatever a request names, answers a request that it
-cannot read with status 500, and opens files and addresses that a request names as pictures.
+cannot read with status 500, and opens files and addresses that a request names as images.
 """
 
 import re
@@ -20,7 +20,7 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseHandler, GenerationState, Modality
 
 
-# The others of `transformers serve` take pictures from files and addresses, or load and forget models.
+# The others of `transformers serve` take images from files and addresses, or load and forget models.
 ROUTES = {"/v1/chat/completions", "/v1/responses", "/v1/models", "/health"}
 DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 
@@ -45,8 +45,8 @@ class OneModel(ModelManager):
         return [{**entry, "status": {"value": "loaded"}} for entry in super().list_models(cache_dir)]
 
 
-class ReadsPicturesFromRequests:
-    """A handler that takes no picture but those in the request itself, and names what it cannot read."""
+class ReadsImagesFromRequests:
+    """A handler that takes no image but those in the request itself, and names what it cannot read."""
 
     def _validate_request(self, body: dict) -> None:
         super()._validate_request(body)
@@ -84,18 +84,18 @@ def _check_part(part, number: int) -> None:
         url = url.get("url") if isinstance(url, dict) else url
         if not isinstance(url, str) or not DATA_URI.match(url):
             raise ValueError(
-                f"Message {number} has a picture that is not in the request: send it as data:image/png;base64,… This "
+                f"Message {number} has a image that is not in the request: send it as data:image/png;base64,… This "
                 "server opens no files and no addresses for its clients."
             )
     else:
         raise ValueError(f"Message {number} has a part of type {kind!r}: only text and image_url are read.")
 
 
-class ChatHandler(ReadsPicturesFromRequests, ChatCompletionHandler):
+class ChatHandler(ReadsImagesFromRequests, ChatCompletionHandler):
     pass
 
 
-class AnswerHandler(ReadsPicturesFromRequests, ResponseHandler):
+class AnswerHandler(ReadsImagesFromRequests, ResponseHandler):
     pass
 
 

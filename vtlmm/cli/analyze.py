@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""`vtlmm analyse MODEL --data …`"""
+"""`vtlmm analyze MODEL --data …`"""
 
 from .load import add_model_arguments, check_vtlmm, load_model
 
@@ -8,11 +8,11 @@ def add_arguments(parser):
     parser.add_argument("model", help="VT-LMM: folder or Hub id")
     parser.add_argument("--data", required=True, help=".json, .jsonl or .parquet file, folder or Hub id")
     parser.add_argument("--split", default="train", help="split of the data; a file is one split, train (default)")
-    parser.add_argument("--image-folder", help="where the pictures' paths start")
+    parser.add_argument("--image-folder", help="where the images' paths start")
     parser.add_argument(
         "--labels",
         metavar="COLUMN",
-        help="column with what is in the picture: a text, a list, or a list of {label, bbox}; default: the answers",
+        help="column with what is in the image: a text, a list, or a list of {label, bbox}; default: the answers",
     )
     parser.add_argument("--limit", type=int, help="only the first so many rows; marked as a subset everywhere")
     parser.add_argument("--questions", type=int, default=200, help="asked for the failure signatures (default: 200)")
@@ -29,9 +29,9 @@ def run(args) -> int:
     from pathlib import Path
 
     from vtlmm.analysis.analysis_table import format_analysis, write_analysis
-    from vtlmm.analysis.analyze import analyse_pictures, read_labels
+    from vtlmm.analysis.analyze import analyze_images, read_labels
     from vtlmm.analysis.failure_modes import evenly, failure_signatures
-    from vtlmm.evaluation.questions import picture_loader, read_questions
+    from vtlmm.evaluation.questions import image_loader, read_questions
 
     from .eval import read_rows
 
@@ -40,15 +40,15 @@ def run(args) -> int:
     rows, subset = read_rows(args, (args.labels,))
     questions, places = read_questions(rows, row_id=args.labels)
     if not places:
-        raise ValueError(f"{args.data} has no picture.")
+        raise ValueError(f"{args.data} has no image.")
     check_vtlmm(args.model, args, args.revision)
     if args.before:  # now, not after the analysis
         check_vtlmm(args.before, args)
-    pictures, load = read_labels(questions, args.labels is not None), picture_loader(rows, places)
+    images, load = read_labels(questions, args.labels is not None), image_loader(rows, places)
     model, processor = load_model(args)
     results = {"model": args.model, "data": args.data, "split": args.split, "subset": subset, "seed": args.seed}
     results["versions"] = {package: version(package) for package in ("vtlmm", "torch", "transformers")}
-    results |= analyse_pictures(model, processor, pictures, load, args.batch_size, args.seed)
+    results |= analyze_images(model, processor, images, load, args.batch_size, args.seed)
     asked = evenly(questions, args.questions)
     if asked:
         before = None
