@@ -96,15 +96,15 @@ def test_tokens_are_the_top_words(build_model, processor, vm_head_type):
 def test_words_are_drawn_as_they_are(model, processor, tmp_path, monkeypatch):
     """Two dollars are a word of many vocabularies, and no formula."""
     pytest.importorskip("matplotlib")
-    from vtlmm.evaluation import figures
+    from vtlmm.analysis import plots
 
     def dollars(model, processor, images):
         words, probabilities = patch_words(model, processor, images)
         return [["$$"] * len(own) for own in words], probabilities
 
-    patch_words = figures.patch_words
-    monkeypatch.setattr(figures, "patch_words", dollars)
-    figures.save_patch_words(tmp_path / "words.png", model, processor, [make_image(0)], ["a_$5_$10.png $$"])
+    patch_words = plots.patch_words
+    monkeypatch.setattr(plots, "patch_words", dollars)
+    plots.save_patch_words(tmp_path / "words.png", model, processor, [make_image(0)], ["a_$5_$10.png $$"])
     assert Image.open(tmp_path / "words.png").size[0] > 100
 
 

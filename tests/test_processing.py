@@ -92,8 +92,8 @@ def test_no_text_is_cut_inside_a_image(processor):
 
 
 def test_a_tokenizer_that_splits_the_image_token_is_refused(processor):
-    with pytest.raises(ValueError, match="splits '<image>'"):
-        VTLMMProcessor(processor.image_processor, processor.tokenizer, patch_size=14, image_token="<image>")
+    with pytest.raises(ValueError, match="splits '<picture>'"):
+        VTLMMProcessor(processor.image_processor, processor.tokenizer, patch_size=14, image_token="<picture>")
 
 
 @pytest.mark.parametrize(

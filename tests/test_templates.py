@@ -18,7 +18,7 @@ ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "A boat."}]}
 TWO_TURNS = [
     QUESTION,
     ANSWER,
-    {"role": "user", "content": "What color is it?"},
+    {"role": "user", "content": "What colour is it?"},
     {"role": "assistant", "content": "White."},
 ]
 CHATML = (

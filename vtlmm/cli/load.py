@@ -43,7 +43,7 @@ def load_model(args):
     import torch
     from transformers import AutoConfig
 
-    from vtlmm.evaluation import run  # registers the model
+    from vtlmm.inference import loading  # registers the model
 
     load = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(args.model, **load)
@@ -59,4 +59,4 @@ def load_model(args):
 
         dtype = config.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
         settings["quantization_config"] = quantization_config(args.quantization, dtype or torch.float32)
-    return run.load_model(args.model, args.dtype, **load, **settings)
+    return loading.load_model(args.model, args.dtype, **load, **settings)

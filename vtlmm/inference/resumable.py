@@ -68,7 +68,7 @@ def run_key(
         "weights": weights_digest(model),
         "configuration": digest([_without_origin(config) for config in configs]),
         "prompts": digest(processor.tokenizer(texts, add_special_tokens=False)["input_ids"]),
-        "rows": digest(questions),
+        "rows": digest([{k: v for k, v in question.items() if k != "question"} for question in questions]),
         "settings": {
             "prompt": prompt,
             "max_new_tokens": max_new_tokens,
