@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from vtlmm.data.validation import check_rows
 from vtlmm.evaluation.runner import task_scores
-from vtlmm.inference.generate import answer_batch
+from vtlmm.inference.generation import answer_batch
 from vtlmm.train.adapters import AdapterConfig
 
 

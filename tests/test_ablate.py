@@ -26,7 +26,7 @@ from vtlmm.ablations.metrics import answer_all, measure, perplexity, read_held_o
 from vtlmm.ablations.paired_tests import compare_arms, format_table, over_images, paired_difference, t_quantile
 from vtlmm.cli.main import main
 from vtlmm.evaluation.questions import image_loader
-from vtlmm.inference.generate import answer, with_shuffled_images
+from vtlmm.inference.generation import answer, with_shuffled_images
 from vtlmm.train.stage_runner import RUN_RECORD, build_trainer
 
 

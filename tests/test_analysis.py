@@ -11,7 +11,7 @@ from conftest import WORDS
 from PIL import Image, ImageDraw
 from test_eval import save_model
 
-from vtlmm.analysis.analyze import Analysis, Labels, analyze_images
+from vtlmm.analysis.dataset_analysis import Analysis, Labels, analyze_images
 from vtlmm.analysis.failure_modes import evenly, failure_signatures
 from vtlmm.analysis.metrics import cosine_scores, word_probabilities
 from vtlmm.analysis.patch_features import heads, patches_inside, read_patches

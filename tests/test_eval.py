@@ -27,7 +27,7 @@ from vtlmm.data.rows import DataConfig, load_rows
 from vtlmm.evaluation.questions import read_questions
 from vtlmm.evaluation.report import SAMPLES_FILE, by_kind, score_answers
 from vtlmm.evaluation.statistics import bootstrap_interval, mcnemar
-from vtlmm.inference.generate import (
+from vtlmm.inference.generation import (
     accuracy_by_kind,
     answer,
     answer_batch,

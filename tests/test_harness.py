@@ -29,7 +29,7 @@ from vtlmm.demo.shapes import question_rows
 from vtlmm.evaluation import harness
 from vtlmm.evaluation.questions import read_questions
 from vtlmm.evaluation.scorers import exact_match
-from vtlmm.inference.generate import answer, conversation, split_turns
+from vtlmm.inference.generation import answer, conversation, split_turns
 
 
 LOCAL_TASKS = ("demo_shapes", "easy_vqa", "vqa_rad")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import build_processor
 
-from vtlmm.analysis.analyze import estimate, read_labels
+from vtlmm.analysis.dataset_analysis import estimate, read_labels
 from vtlmm.analysis.metrics import (
     auroc,
     best_mix,

@@ -16,7 +16,7 @@ from conftest import build_processor
 from PIL import Image
 
 from vtlmm.cli.main import build_parser
-from vtlmm.inference.generate import answer_batch
+from vtlmm.inference.generation import answer_batch
 
 
 openai = pytest.importorskip("openai", reason="the extra `serve` is not installed")

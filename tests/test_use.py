@@ -23,7 +23,7 @@ from vtlmm.analysis.app import IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES, answers_so
 from vtlmm.cli.load import load_model
 from vtlmm.cli.main import build_parser, main
 from vtlmm.hub.export_llava import write_twin
-from vtlmm.inference.generate import answer_batch, conversation, stream_answer
+from vtlmm.inference.generation import answer_batch, conversation, stream_answer
 from vtlmm.inference.resumable import weights_digest
 
 

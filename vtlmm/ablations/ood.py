@@ -4,13 +4,13 @@
 import numpy as np
 import torch
 
-from vtlmm.analysis.analyze import Diversity
+from vtlmm.analysis.dataset_analysis import Diversity
 from vtlmm.analysis.metrics import word_probabilities
 from vtlmm.analysis.ood_metrics import calibration_error, detection
 from vtlmm.analysis.patch_features import heads
 from vtlmm.evaluation.report import image_cluster, score_answers
 from vtlmm.evaluation.statistics import bootstrap_interval
-from vtlmm.inference.generate import with_shuffled_images
+from vtlmm.inference.generation import with_shuffled_images
 
 
 OWN = "held out"

@@ -4,7 +4,7 @@
 import html
 from collections.abc import Iterator
 
-from vtlmm.inference.generate import conversation, stream_answer
+from vtlmm.inference.generation import conversation, stream_answer
 
 from .patch_features import shown_image
 from .visual_tokens import patch_tokens, tokens_page

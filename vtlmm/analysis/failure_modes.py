@@ -5,7 +5,7 @@ stages, and a large gap between image features and pseudo image features."""
 from vtlmm.evaluation.report import image_cluster, score_answers
 from vtlmm.evaluation.scorers import pope_answer
 from vtlmm.evaluation.statistics import bootstrap_interval
-from vtlmm.inference.generate import answer
+from vtlmm.inference.generation import answer
 
 
 def _estimate(scores: list[float], asked: list[dict]) -> dict | None:

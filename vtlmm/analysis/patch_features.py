@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from vtlmm.inference.generate import conversation
+from vtlmm.inference.generation import conversation
 
 
 @dataclass

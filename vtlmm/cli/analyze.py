@@ -29,7 +29,7 @@ def run(args) -> int:
     from pathlib import Path
 
     from vtlmm.analysis.analysis_table import format_analysis, write_analysis
-    from vtlmm.analysis.analyze import analyze_images, read_labels
+    from vtlmm.analysis.dataset_analysis import analyze_images, read_labels
     from vtlmm.analysis.failure_modes import evenly, failure_signatures
     from vtlmm.evaluation.questions import image_loader, read_questions
 

@@ -4,7 +4,7 @@
 from lmms_eval.api.model import lmms
 from tqdm.auto import tqdm
 
-from vtlmm.inference.generate import answer_conversations
+from vtlmm.inference.generation import answer_conversations
 from vtlmm.inference.loading import load_model
 
 

@@ -5,7 +5,7 @@ import json
 
 from datasets import Image, List
 
-from vtlmm.inference.generate import image_key, split_turns
+from vtlmm.inference.generation import image_key, split_turns
 
 from .prompts import build_prompt
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from accelerate.state import PartialState
 from accelerate.utils import gather_object
 
-from vtlmm.inference.generate import (
+from vtlmm.inference.generation import (
     accuracy_by_kind,
     answer,
     with_shuffled_images,

@@ -9,7 +9,7 @@ from pathlib import Path
 from datasets import Dataset, Image, List
 from tqdm.auto import tqdm
 
-from .generate import image_key, open_image
+from .generation import image_key, open_image
 from .resumable import answer_all, digest, open_run, run_key
 
 

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import align_module_device
 from tqdm.auto import tqdm
 
-from .generate import answer_batch, asking_order, conversation
+from .generation import answer_batch, asking_order, conversation
 
 
 # What a config says about where it comes from, not about what the model computes
