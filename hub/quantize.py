@@ -6,25 +6,41 @@ from pathlib import Path
 
 import torch
 from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
 
 from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMProcessor
+from modeling_vtlmm.modeling_vtlmm import UNQUANTIZED_MODULES
 
 from .convert import read_config_file
 
 
 logger = logging.getLogger(__name__)
 
-# Full names: the library matches against the whole path, and without a list it would round the tower and the VM head.
-KEPT = ["model.vision_tower", "model.multi_modal_projector", "model.vm_head", "lm_head"]
 QUANTIZATIONS = {
-    "nf4": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16,
-    },
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
+
+
+def quantization_config(quantization: str, compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig | None:
+    """
+    Return the bitsandbytes config that quantizes the decoder only, or None for `"none"`.
+
+    Args:
+        quantization (`str`): `"none"`, `"nf4"` or `"int8"`.
+        compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): dtype of nf4's matrix products.
+
+    Raises:
+        `ValueError`: if bitsandbytes is not installed.
+    """
+    if quantization == "none":
+        return None
+    if not is_bitsandbytes_available():
+        raise ValueError(f"{quantization} needs bitsandbytes: pip install 'vtlmm[qlora]'.")
+    options = dict(QUANTIZATIONS[quantization])
+    if quantization == "nf4":
+        options["bnb_4bit_compute_dtype"] = compute_dtype
+    return BitsAndBytesConfig(**options, llm_int8_skip_modules=[*UNQUANTIZED_MODULES])
 
 
 def write_quantized(folder: str | Path, output: str | Path, quantization: str) -> None:
@@ -46,12 +62,9 @@ def write_quantized(folder: str | Path, output: str | Path, quantization: str) -
         raise ValueError(
             f"{folder}/config.json: `model_type` is {model_type!r}; only a VT-LMM goes into {quantization}."
         )
-    config = BitsAndBytesConfig(**QUANTIZATIONS[quantization], llm_int8_skip_modules=KEPT)
-    try:
-        # Saved before anything is computed: on a CPU the first forward packs 4-bit weights anew, for itself.
-        model = VTLMMForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
-    except ImportError as error:
-        raise ValueError(f"{quantization} needs bitsandbytes: pip install 'vtlmm[qlora]'.") from error
+    config = quantization_config(quantization)
+    # Save before any forward pass: on a CPU the first one repacks the 4-bit weights.
+    model = VTLMMForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
     model.save_pretrained(output)
     if Path(folder, "processor_config.json").is_file():
         VTLMMProcessor.from_pretrained(folder).save_pretrained(output)

@@ -44,20 +44,19 @@ def zero_image(config: VTLMMConfig, device) -> torch.Tensor:
     return torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=device)
 
 
-def _require_gradient(module, arguments, output):
-    output.requires_grad_(True)
-
-
-def hook_embeddings(decoder: nn.Module) -> list:
+def require_input_gradient(decoder: nn.Module, arguments: tuple, kwargs: dict) -> None:
     """
-    Makes the decoder's embeddings need a gradient, for adapters under reentrant checkpointing; returns the hooks.
+    Forward pre-hook: make the decoder's input embeddings require a gradient if a parameter of the decoder does.
 
-    transformers does so for every part and whatever learns: a frozen tower, and in stage III the decoder, would keep
-    what a backward needs.
+    Reentrant checkpointing returns no gradients for adapters without it. transformers hooks the embeddings of every
+    submodule instead, so that a frozen tower or decoder would store activations for a backward pass. The check runs
+    at each forward pass because PEFT calls `enable_input_require_grads` before it adds the adapter.
     """
-    if not any(parameter.requires_grad for parameter in decoder.parameters()):
-        return []
-    return [decoder.get_input_embeddings().register_forward_hook(_require_gradient)]
+    inputs_embeds = kwargs.get("inputs_embeds")
+    if inputs_embeds is None or not torch.is_grad_enabled():
+        return
+    if any(parameter.requires_grad for parameter in decoder.parameters()):
+        inputs_embeds.requires_grad_(True)
 
 
 def gathered_weight(module: nn.Module) -> torch.Tensor:

@@ -1,12 +1,13 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """VT-LMM (arXiv 2403.07720): a LLaVA-like model whose VM head maps each image feature to a distribution over words."""
 
+import copy
 from dataclasses import fields
 from functools import partialmethod
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, BitsAndBytesConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
@@ -19,7 +20,7 @@ from .layers_vtlmm import (
     VTLMMVisualHead,
     VTLMMZeroLinear,
     gathered_weight,
-    hook_embeddings,
+    require_input_gradient,
     select_vision_features,
     skip_unused_layers,
     zero_image,
@@ -35,6 +36,9 @@ from .outputs_vtlmm import (
 
 # What the decoder returns and we pass on; not, say, a mixture's `router_logits`.
 DECODER_OUTPUTS = {field.name for field in fields(VTLMMModelOutputWithPast)}
+
+# bitsandbytes matches these names against full module paths, so a bare "vision_tower" would match nothing.
+UNQUANTIZED_MODULES = ("model.vision_tower", "model.multi_modal_projector", "model.vm_head", "lm_head")
 
 
 class VTLMMPreTrainedModel(PreTrainedModel):
@@ -62,9 +66,10 @@ class VTLMMPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def enable_input_require_grads(self):
-        """As in the base class, but only for a decoder that learns: nothing else is to be run backward for it."""
+        """Make the decoder's input embeddings require a gradient in each forward pass that trains the decoder."""
         self.disable_input_require_grads()
-        self._require_grads_hooks = hook_embeddings(self.base_model.language_model)
+        decoder = self.base_model.language_model
+        self._require_grads_hooks = [decoder.register_forward_pre_hook(require_input_gradient, with_kwargs=True)]
 
     def resize_token_embeddings(self, *args, **kwargs):
         """As in the base class. Words that are cut off the vocabulary are cut off the VM head too."""
@@ -75,12 +80,17 @@ class VTLMMPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
-        As in the base class.
+        As in the base class. By default, bitsandbytes quantizes the decoder only (see `UNQUANTIZED_MODULES`).
 
         Raises:
             `ValueError`: when the checkpoint lacks a tensor (it would be random, and the scores with it) and
             `output_loading_info`, which names what lacks, was not asked for.
         """
+        quantization = kwargs.get("quantization_config")
+        if isinstance(quantization, BitsAndBytesConfig) and quantization.llm_int8_skip_modules is None:
+            quantization = copy.copy(quantization)
+            quantization.llm_int8_skip_modules = [*UNQUANTIZED_MODULES]
+            kwargs["quantization_config"] = quantization
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if output_loading_info:
             return model, info

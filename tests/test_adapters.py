@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from training_setup import write_start
+from transformers import BitsAndBytesConfig
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.train.adapters import DECODER_PROJECTIONS
@@ -168,6 +169,16 @@ def test_learning_rates(settings):
     rates = {p: group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
     for name, parameter in trainer.model.named_parameters():
         assert rates.get(parameter) == ((2e-4 if "lora_" in name else 2e-5) if parameter.requires_grad else None)
+
+
+@pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_bitsandbytes_quantizes_the_decoder_only_by_default(settings, options):
+    config = BitsAndBytesConfig(**options)
+    model = VTLMMForConditionalGeneration.from_pretrained(settings["model"], quantization_config=config)
+    quantized = {name for name, module in model.named_modules() if type(module).__name__.startswith("Linear")}
+    quantized = {name for name in quantized if model.get_submodule(name).weight.dtype in (torch.uint8, torch.int8)}
+    assert quantized == DECODER_LINEARS
+    assert config.llm_int8_skip_modules is None
 
 
 # ---- Gradients ----

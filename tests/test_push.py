@@ -12,8 +12,6 @@ import torch
 from huggingface_hub import ModelCard
 
 from vtlmm.hub.model_card import CARD_MARK
-from vtlmm.hub.quantize import KEPT
-from vtlmm.train.adapters import NOT_QUANTISED
 
 
 CODE = {f"{n}_vtlmm.py" for n in ("configuration", "modeling", "processing", "layers", "losses", "outputs")}
@@ -103,7 +101,6 @@ def test_the_decoder_in_4_bits(facts):
     projections = {name for name in projections if "norm" not in name}
     assert len(projections) == 14 and {name for name in types if types[name] == "torch.uint8"} == projections
     assert {types[name] for name in types.keys() - projections} == {"torch.bfloat16"}
-    assert set(KEPT) == set(NOT_QUANTISED)
     data = ModelCard(facts["card of nf4"]).data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == (["somebody/whole"], "quantized")
     assert "pip install bitsandbytes" in facts["card of nf4"] and "convert" not in facts["card of nf4"]

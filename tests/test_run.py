@@ -206,7 +206,7 @@ def test_settings_that_do_not_fit_stop_before_the_data_are_read(recipe, capsys, 
 
 def test_quantization_without_bitsandbytes_stops_before_the_data_are_read(recipe, capsys, monkeypatch):
     monkeypatch.setattr("vtlmm.train.stage_runner.prepare_datasets", lambda *_: pytest.fail("the data were read"))
-    monkeypatch.setattr("vtlmm.train.adapters.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("vtlmm.hub.quantize.is_bitsandbytes_available", lambda: False)
     assert main(["train", "--config", str(recipe), "adapter=lora", "quantization=nf4"]) == 1
     assert "nf4 needs bitsandbytes: pip install 'vtlmm[qlora]'" in capsys.readouterr().err
 

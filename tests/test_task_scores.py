@@ -146,5 +146,4 @@ def test_a_recipe_scores_its_questions_and_keeps_the_best(tmp_path, capsys):
     assert main(["train", "--config", str(recipe), *lora]) == 0
     assert main(["train", "--config", str(recipe), "eval_task_images=0"]) == 1
     assert "eval_task_images" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="`vtlmm train` gives"):
-        build_trainer_of_run(settings)
+    assert build_trainer_of_run(settings).evaluate()["eval_accuracy"] >= 0

@@ -4,33 +4,17 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.save_and_load import load_peft_weights
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import is_bitsandbytes_available
+from transformers import PreTrainedModel
 
 from .stages import Stage, module_of
 
 
 # Only the decoder's projections: CLIP has modules of the same names, and `all-linear` reaches the tower too.
 DECODER_PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-
-# module: (quantized with the base, how it learns when a stage trains it)
-MODULE_TABLE = {
-    "vision_tower": (False, "full"),
-    "multi_modal_projector": (False, "full"),
-    "vm_head": (False, "full"),
-    "language_model": (True, "adapter"),
-    "lm_head": (False, "full"),
-}
-# bitsandbytes matches a name against the whole path, so a bare "vision_tower" would be ignored; the list replaces
-# the library's own, which keeps the head.
-NOT_QUANTISED = [
-    f"model.{name}" if name != "lm_head" else name for name, (quantized, _) in MODULE_TABLE.items() if not quantized
-]
 
 
 @dataclass
@@ -62,28 +46,6 @@ class AdapterConfig:
             raise ValueError("DoRA does not work on an int8 base: set `adapter: lora`, or `quantization: nf4`.")
 
 
-def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """
-    How a model is loaded as none, nf4 or int8; the tower, the projector and both heads are never quantized.
-
-    Raises:
-        `ValueError`: when bitsandbytes is not installed.
-    """
-    if quantization != "none" and not is_bitsandbytes_available():
-        raise ValueError(f"{quantization} needs bitsandbytes: pip install 'vtlmm[qlora]'.")
-    if quantization == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype,
-            llm_int8_skip_modules=NOT_QUANTISED,
-        )
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTISED)
-    return None
-
-
 def keep_differentiable_on_cpu(model: nn.Module) -> None:
     """On a CPU bitsandbytes repacks 4-bit weights in the first evaluation, and from then on there is no gradient
     through them, without an error. It asks this attribute whether to; without a 4-bit layer nothing has it."""
@@ -100,7 +62,7 @@ def peft_config(config: AdapterConfig, stage: Stage) -> LoraConfig | None:
     """
     if config.adapter == "none":
         return None
-    in_full = [name for name in stage.trains if MODULE_TABLE[name][1] == "full"]
+    in_full = [name for name in stage.trains if name != "language_model"]
     with_adapter = "language_model" in stage.trains
     return LoraConfig(
         r=config.lora_r if with_adapter else 1,

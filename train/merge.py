@@ -12,8 +12,9 @@ from peft.utils.integrations import dequantize_module_weight
 from transformers import PreTrainedModel
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
+from vtlmm.hub.quantize import quantization_config
 
-from .adapters import quantization_config, require_fit
+from .adapters import require_fit
 from .stage_runner import RUN_RECORD, change_model
 from .stages import module_of
 

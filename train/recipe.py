@@ -11,8 +11,9 @@ import yaml
 from transformers import HfArgumentParser
 
 from vtlmm.data.rows import DataConfig
+from vtlmm.hub.quantize import quantization_config
 
-from .adapters import AdapterConfig, quantization_config
+from .adapters import AdapterConfig
 from .config import VTLMMTrainingConfig
 
 

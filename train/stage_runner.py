@@ -20,8 +20,9 @@ from transformers.utils import find_adapter_config_file
 
 from vtlmm.data.rows import ROW_FEATURES, DataConfig, load_rows
 from vtlmm.data.validation import check_rows, checked_stream
+from vtlmm.hub.quantize import quantization_config
 
-from .adapters import keep_differentiable_on_cpu, peft_config, quantization_config
+from .adapters import keep_differentiable_on_cpu, peft_config
 from .config import VTLMMTrainingConfig
 from .recipe import ModelConfig, check_run, parse_settings, split_stages
 from .stages import describe
@@ -81,14 +82,12 @@ def load_task_rows(data: DataConfig):
     return load_rows(replace(data, dataset=data.eval_task_data, dataset_split="train", streaming=False, max_rows=None))
 
 
-def build_trainer(settings: dict, datasets: list | None = None, task_scores=None, **kwargs) -> VTLMMTrainer:
+def build_trainer(settings: dict, datasets: list | None = None, **kwargs) -> VTLMMTrainer:
     r"""
     The trainer of a run; `kwargs` go to [`VTLMMTrainer`].
 
     Args:
         datasets (`list`, *optional*): what [`prepare_datasets`] gave for these settings, if it has run before.
-        task_scores (callable, *optional*): makes the function that scores `eval_task_data`: (rows, processor, number
-            of images, batch size) → (model → `dict` of scores). Whoever evaluates gives it: this package trains.
     """
     model_config, data, adapter, args = parse_settings(settings)
     refuse_adapter(model_config)
@@ -106,10 +105,7 @@ def build_trainer(settings: dict, datasets: list | None = None, task_scores=None
     change_model(model, model_config.use_pseudo_image_features, model_config.vm_head_type, args.seed)
     keep_differentiable_on_cpu(model)
     if data.eval_task_data is not None:
-        if task_scores is None:
-            raise ValueError("`eval_task_data` needs `task_scores`, which `vtlmm train` gives: take the setting out.")
-        rows, batch_size = load_task_rows(data), args.per_device_eval_batch_size
-        kwargs["task_scores"] = task_scores(rows, processor, data.eval_task_images, batch_size)
+        kwargs |= {"eval_task_data": load_task_rows(data), "eval_task_images": data.eval_task_images}
     lora = peft_config(adapter, args.resolved_stage())
     # the base as PEFT writes it into the adapter's folder
     if adapter.base_id is not None:

@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from modeling_vtlmm.losses_vtlmm import predicted_positions
 from vtlmm.data.vision_feature_cache import VisionFeatureCache, tower_key, undecoded
+from vtlmm.evaluation.runner import task_scores
 
 from .adapters import add_adapter, require_fit
 from .card import write_card
@@ -40,13 +41,14 @@ class VTLMMTrainer(SFTTrainer):
         train_dataset, eval_dataset ([`~datasets.Dataset`]): rows with `messages` and `images` (see `load_rows`).
         processing_class ([`ProcessorMixin`]): the model's processor; of a model given as `str` loaded beside it.
         data_collator (*optional*, defaults to [`VTLMMCollator`])
-        task_scores (callable, *optional*): model to `dict` of scores, called at every evaluation, on every process;
-            `accuracy` becomes the metric `eval_accuracy`.
+        eval_task_data ([`~datasets.Dataset`], *optional*): rows whose questions the model answers at every evaluation.
+            Exact match gives the metrics `eval_accuracy` and `eval_accuracy_shuffled_images`.
+        eval_task_images (`int`, *optional*, defaults to 100): number of images of `eval_task_data` to ask about.
         kwargs: further arguments of [`~trl.SFTTrainer`], e.g. `callbacks` or `peft_config`.
 
     Raises:
-        `ValueError`: when the model is no VT-LMM, or a resumed checkpoint lacks a tensor; for `task_scores` of a model
-            that is sharded, and for a mixture of experts whose balance loss was not given up.
+        `ValueError`: when the model is no VT-LMM, or a resumed checkpoint lacks a tensor; for `eval_task_data` with
+            FSDP or DeepSpeed, and for a mixture of experts whose balance loss was not given up.
     """
 
     _tag_names = ["trl", "sft", "vt-lmm"]
@@ -72,7 +74,8 @@ class VTLMMTrainer(SFTTrainer):
         eval_dataset=None,
         processing_class=None,
         data_collator=None,
-        task_scores=None,
+        eval_task_data=None,
+        eval_task_images: int = 100,
         **kwargs,
     ):
         if isinstance(model, str):
@@ -113,9 +116,12 @@ class VTLMMTrainer(SFTTrainer):
             **kwargs,
         )
         args.packing = packing
-        self.task_scores = task_scores
-        if task_scores is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("A sharded model does not answer questions here: take `eval_task_data` out.")
+        self.task_scores = None
+        if eval_task_data is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("`eval_task_data` is not supported with FSDP or DeepSpeed. Remove it.")
+            batch_size = args.per_device_eval_batch_size
+            self.task_scores = task_scores(eval_task_data, processing_class, eval_task_images, batch_size)
         for parameter, values in learning.items():
             parameter.data = values.to(parameter.device)
         if any(isinstance(one, IterableDataset) for one in datasets[1:]) and self.accelerator.num_processes > 1:

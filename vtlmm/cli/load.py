@@ -55,7 +55,7 @@ def load_model(args):
     if args.device_map:
         settings["device_map"] = args.device_map
     if args.quantization != "none":
-        from vtlmm.train.adapters import quantization_config
+        from vtlmm.hub.quantize import quantization_config
 
         dtype = config.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
         settings["quantization_config"] = quantization_config(args.quantization, dtype or torch.float32)

@@ -8,9 +8,8 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
-    from vtlmm.evaluation.runner import task_scores
     from vtlmm.train.recipe import read_settings
     from vtlmm.train.stage_runner import run_stages
 
-    run_stages(read_settings(args.config, args.settings), task_scores=task_scores)
+    run_stages(read_settings(args.config, args.settings))
     return 0

@@ -126,7 +126,7 @@ def load_rows(
     else:
         source = {"path": "parquet", "data_files": name} if is_file else {"path": name, "name": configuration}
         dataset = load_dataset(**source, split=part, streaming=streaming)
-        rows = _convert_table(_first_rows(dataset, config.max_rows), name, folder, columns)
+        rows = convert_dataset(_first_rows(dataset, config.max_rows), name, folder, columns)
     return _one_question_per_row(rows) if config.one_question_per_row else rows
 
 
@@ -196,7 +196,10 @@ def _fingerprint(*state) -> str:
 # ---- Tables: parquet files, folders, the Hub ----
 
 
-def _convert_table(dataset, source: str, folder: str | None, columns: tuple[str, ...]):
+def convert_dataset(dataset, source: str, folder: str | None = None, columns: tuple[str, ...] = ()):
+    """
+    Return the rows of a `Dataset` or `IterableDataset` with the columns of `ROW_FEATURES`; see [`convert_row`].
+    """
     arguments = {"source": source, "folder": folder, "columns": columns}
     features = _row_features(columns)
     if isinstance(dataset, IterableDataset):
