@@ -5,8 +5,9 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, LlavaImageProcessorPil, PreTrainedModel
+
+from vtlmm.data.images import processed_size
 
 from .assembly import quiet_loading, require_native
 
@@ -121,7 +122,7 @@ def probe_tower(tower: PreTrainedModel, image_processor, feature_layer: int | li
         `ValueError`: when the image processor does not give one size for all images, or the positions are neither
         patches alone nor patches after CLS (and registers).
     """
-    height, width = _processed_size(image_processor)
+    height, width = processed_size(image_processor)
     name = tower.__class__.__name__
     outputs = tower(torch.zeros(1, 3, height, width), output_hidden_states=True, return_dict=True)
     if outputs.last_hidden_state.ndim == 4:
@@ -149,17 +150,3 @@ def probe_tower(tower: PreTrainedModel, image_processor, feature_layer: int | li
             "neither one per patch, nor CLS and registers before them. Such a tower is not supported."
         )
     return TowerGeometry(num_patches, patch_size, features.shape[-1], num_others > 0, feature_layer)
-
-
-def _processed_size(image_processor) -> tuple[int, int]:
-    """Height and width in pixels of every processed image."""
-    sizes = set()
-    for size in ((96, 64), (64, 96)):
-        pixel_values = image_processor(images=Image.new("RGB", size), return_tensors="pt")["pixel_values"]
-        sizes.add(tuple(pixel_values.shape[-2:]))
-    if len(sizes) > 1:
-        raise ValueError(
-            f"The image processor gives images of different sizes ({sizes}); VT-LMM has a fixed number of image "
-            "tokens: set `do_center_crop`, or a `size` with height and width, in its preprocessor_config.json."
-        )
-    return sizes.pop()

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.eval import check_submission
 from vtlmm.cli.main import main
+from vtlmm.data.images import image_key, open_image
 from vtlmm.data.rows import DataConfig, load_rows
 from vtlmm.evaluation.questions import read_questions
 from vtlmm.evaluation.report import SAMPLES_FILE, by_kind, score_answers
@@ -32,8 +33,6 @@ from vtlmm.inference.generation import (
     answer,
     answer_batch,
     conversation,
-    image_key,
-    open_image,
     split_turns,
     with_shuffled_images,
 )

@@ -4,6 +4,7 @@
 import torch
 
 from vtlmm.data.encoding import describe_row, encode_messages, require_end_of_turn
+from vtlmm.data.images import prepare_images
 
 
 class VTLMMCollator:
@@ -49,7 +50,7 @@ class VTLMMCollator:
             tokens_per_image = vision_features.shape[1]
             image_inputs = {"vision_features": vision_features}
         elif images:
-            images = [image.convert("RGB") for image in images]
+            images = prepare_images(images, self.processor.image_processor)
             pixel_values = self.processor.image_processor(images, return_tensors="pt")["pixel_values"].float()
             tokens_per_image = self.processor.num_image_tokens(*pixel_values.shape[-2:])
             image_inputs = {"pixel_values": pixel_values}

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from trl import SFTTrainer
 
 from modeling_vtlmm.losses_vtlmm import predicted_positions
+from vtlmm.data.images import prepare_images
 from vtlmm.data.vision_feature_cache import VisionFeatureCache, tower_key, undecoded
 from vtlmm.evaluation.runner import task_scores
 
@@ -199,8 +200,9 @@ class VTLMMTrainer(SFTTrainer):
                     "Under FSDP the tower is not on a GPU yet: fill `cache_image_features` by the same command on one "
                     "process (`max_steps=1`), then start again."
                 )
-            images = [image.convert("RGB") for image in images]
-            pixel_values = image_processor(images, return_tensors="pt")["pixel_values"].float()
+            pixel_values = image_processor(prepare_images(images, image_processor), return_tensors="pt")[
+                "pixel_values"
+            ].float()
             with self.accelerator.autocast():
                 return model.get_image_features(pixel_values.to(tower.device)).vision_features
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from vtlmm.data.images import prepare_images
 from vtlmm.data.rows import DataConfig, load_rows
 from vtlmm.data.vision_feature_cache import VisionFeatureCache, tower_key, undecoded
 from vtlmm.evaluation.questions import read_questions
@@ -35,8 +36,8 @@ class HeldOut:
 
         @torch.inference_mode()
         def encode(images):
-            rgb_images = [image.convert("RGB") for image in images]
-            pixel_values = processor.image_processor(rgb_images, return_tensors="pt")["pixel_values"]
+            images = prepare_images(images, processor.image_processor)
+            pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
             return model.get_image_features(pixel_values.to(model.device, model.dtype)).vision_features
 
         cache.fill(self.rows, encode, batch_size)

@@ -4,6 +4,7 @@
 import html
 from collections.abc import Iterator
 
+from vtlmm.data.images import open_image
 from vtlmm.inference.generation import conversation, stream_answer
 
 from .patch_features import shown_image
@@ -28,7 +29,7 @@ def words_frame(model, processor, image, features: str, top_k: int = 5) -> str:
     if image is None:
         return ""
     choose_features(model, features)
-    image = image.convert("RGB")
+    image = open_image(image)
     tokens = patch_tokens(model, processor, [image], min(top_k, model.config.visual_vocab_size))
     page = tokens_page([f"Read as {features}"], [shown_image(processor, image)], tokens)
     return f'<iframe title="words" style="width:100%;height:52em;border:0" srcdoc="{html.escape(page)}"></iframe>'
@@ -41,7 +42,7 @@ def answers_so_far(
     choose_features(model, features)
     messages = []
     for earlier, answer in [*turns, (question, None)]:
-        images = [image.convert("RGB")] if image is not None and not messages else []
+        images = [open_image(image)] if image is not None and not messages else []
         messages += conversation({"images": images, "question": earlier})
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from vtlmm.data.images import prepare_images
 from vtlmm.inference.generation import conversation
 
 
@@ -106,7 +107,9 @@ def patch_words(model, processor, images: list) -> tuple[list, torch.Tensor]:
 
 def shown_image(processor, image) -> np.ndarray:
     """The image as the vision tower sees it (padded, cropped, resized), (height, width, 3) in 0..1."""
-    pixels = np.asarray(processor.image_processor([image.convert("RGB")])["pixel_values"][0])
+    pixels = np.asarray(
+        processor.image_processor(prepare_images([image], processor.image_processor))["pixel_values"][0]
+    )
     mean = np.reshape(getattr(processor.image_processor, "image_mean", None) or [0.5] * 3, (3, 1, 1))
     std = np.reshape(getattr(processor.image_processor, "image_std", None) or [0.5] * 3, (3, 1, 1))
     return np.clip(pixels * std + mean, 0, 1).transpose(1, 2, 0)

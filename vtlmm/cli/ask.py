@@ -28,7 +28,8 @@ def run(args) -> int:
             raise ValueError(f"--{name.replace('_', '-')} has no effect without --data: leave it out.")
     from os.path import isfile  # a long question is no file, where Path raises
 
-    from vtlmm.inference.generation import answer_batch, open_image
+    from vtlmm.data.images import open_image
+    from vtlmm.inference.generation import answer_batch
 
     if not args.asked or (len(args.asked) == 1 and isfile(args.asked[0])):
         raise ValueError("There is no question: name images, if any, and then the question.")

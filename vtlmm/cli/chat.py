@@ -15,7 +15,7 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
-    from vtlmm.inference.generation import open_image
+    from vtlmm.data.images import open_image
 
     try:
         import readline  # noqa: F401 - input() then has a history; not every Python has it
@@ -32,7 +32,8 @@ def converse(model, processor, images: list, max_new_tokens: int) -> None:
     """Reads lines until there are no more; what cannot be done is said, and the conversation goes on."""
     from jinja2 import TemplateError
 
-    from vtlmm.inference.generation import conversation, open_image
+    from vtlmm.data.images import open_image
+    from vtlmm.inference.generation import conversation
 
     messages, waiting, shown = [], list(images), list(images)
     while True:

@@ -52,7 +52,7 @@ def run(args) -> int:
 
 
 def images_of_files(paths) -> tuple[list[str], list]:
-    from vtlmm.inference.generation import open_image
+    from vtlmm.data.images import open_image
 
     return list(map(str, paths)), [open_image(path) for path in paths]
 

@@ -9,10 +9,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.utils import tqdm
-from PIL import Image as PILImage
-from PIL import ImageFile, UnidentifiedImageError
 
 from .encoding import describe_row, encode_messages, require_end_of_turn
+from .images import ImageError, open_image, processed_size
 from .rows import ROW_FEATURES
 
 
@@ -28,7 +27,6 @@ FIXES = {
     "missing image": "restore the file, correct its path, or set image_folder to where the paths start",
     "image path": "write paths inside image_folder, without `..`",
     "broken image": "get the file again (a download that was cut?), or remove the row",
-    "image mode": "save it with 8 bits a channel: turned into RGB as it is, it would be white",
     "chat template": "change the messages, or the processor's chat_template.jinja",
     "nothing supervised": "an answer after the context messages (num_context_messages) must have words",
     "too long": "raise max_length, or split the row: rows and images are never cut",
@@ -229,40 +227,22 @@ def image_problems(image: dict):
     if image["bytes"] is None and path is not None and os.pardir in path.split(os.sep):
         yield "image path", "leaves the image folder", path
         return
-    # Other code may have told Pillow to fill what is missing with gray
-    keep, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
-        decoded = Image().decode_example(image)  # as it is read in training
-    except (FileNotFoundError, IsADirectoryError):
-        yield "missing image", "there is no such file", path
-    except UnidentifiedImageError:
-        yield "broken image", "it is not a image", path
-    except Exception as error:  # Pillow's decoders raise what they like
-        yield "broken image", str(error) or type(error).__name__, path
-    else:
-        if decoded.mode.startswith(("I", "F")):
-            yield "image mode", f"mode {decoded.mode}", path
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = keep
+        open_image(image)
+    except FileNotFoundError:
+        yield "missing image", "the file does not exist", path
+    except ImageError as error:
+        yield "broken image", str(error).removeprefix(f"{path}: "), path
 
 
 def image_tokens_per_image(processor) -> int:
     """
-    Image tokens of one image, learnt from what the image processor does to a wide and to a tall one.
+    Return the number of image tokens of one image.
 
     Raises:
-        `ValueError`: when they come out in different sizes: they could not be in one batch.
+        `ValueError`: if the image processor gives images of different sizes, which cannot be in one batch.
     """
-    probes = [PILImage.new("RGB", size) for size in ((96, 64), (64, 96))]
-    sizes = {
-        tuple(processor.image_processor(probe, return_tensors="pt")["pixel_values"].shape[-2:]) for probe in probes
-    }
-    if len(sizes) > 1:
-        raise ValueError(
-            f"The image processor makes images of different sizes {sorted(sizes)} (height, width): set its `size` "
-            "to a height and a width, or `do_center_crop` or `do_pad`."
-        )
-    return processor.num_image_tokens(*sizes.pop())
+    return processor.num_image_tokens(*processed_size(processor.image_processor))
 
 
 # ---- All rows ----

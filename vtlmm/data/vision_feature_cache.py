@@ -22,16 +22,12 @@ from datasets.utils import tqdm
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .images import image_key, open_image
+
 
 IMAGES_PER_FILE = 1024
 # What a configuration says of its origin or gets by being saved; the weights' dtype is hashed with the weights.
 ORIGIN = ("_name_or_path", "architectures", "auto_map", "dtype", "processor_class", "transformers_version")
-
-
-def image_key(image: dict) -> str:
-    """Hash of the file of a image that is not decoded, `{"path", "bytes"}`."""
-    content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-    return hashlib.sha256(content).hexdigest()
 
 
 def tower_key(model, image_processor, mixed_precision: str) -> str:
@@ -128,7 +124,7 @@ class VisionFeatureCache:
             for i in range(0, len(of_file), batch_size):
                 batch = of_file[i : i + batch_size]
                 images = [dataset[index]["images"][number] for index, number in map(missing.get, batch)]
-                found = encode([Image().decode_example(image) for image in images])
+                found = encode([open_image(image) for image in images])
                 if start == i == 0:
                     self._require_room(len(missing), found[0].nbytes)
                 features.update(

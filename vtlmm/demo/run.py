@@ -16,8 +16,9 @@ from datasets import List as ListFeature
 
 from vtlmm.analysis.patch_features import patch_words
 from vtlmm.analysis.plots import save_curves, save_patch_words
+from vtlmm.data.images import image_key
 from vtlmm.hub.compose import compose
-from vtlmm.inference.generation import accuracy_by_kind, answer, image_key, split_turns, with_shuffled_images
+from vtlmm.inference.generation import accuracy_by_kind, answer, split_turns, with_shuffled_images
 from vtlmm.train.config import VTLMMTrainingConfig
 from vtlmm.train.trainer import VTLMMTrainer
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 from datasets import Dataset, Features, Image, List, Value
 
+from vtlmm.data.images import open_image
 from vtlmm.inference.loading import best_device
 
 from .scorers import exact_match
@@ -49,7 +50,7 @@ def one_question_each(rows: Dataset) -> Dataset:
 
 def images(doc: dict) -> list:
     """In RGB, as the training has them."""
-    return [image.convert("RGB") for image in doc["images"]]
+    return [open_image(image) for image in doc["images"]]
 
 
 def score(doc: dict, results: list[str]) -> dict[str, float]:

@@ -4,6 +4,7 @@
 from lmms_eval.api.model import lmms
 from tqdm.auto import tqdm
 
+from vtlmm.data.images import open_image
 from vtlmm.inference.generation import answer_conversations
 from vtlmm.inference.loading import load_model
 
@@ -78,4 +79,4 @@ def _part(part: dict, task: str) -> dict:
         return part
     if part["type"] != "image" or not hasattr(part["url"], "convert"):
         raise ValueError(f"Task {task} shows a {part['type']} ({part['url']!r:.60}); VT-LMM takes images from PIL.")
-    return {"type": "image", "image": part["url"].convert("RGB")}
+    return {"type": "image", "image": open_image(part["url"])}

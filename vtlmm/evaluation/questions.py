@@ -5,7 +5,8 @@ import json
 
 from datasets import Image, List
 
-from vtlmm.inference.generation import image_key, split_turns
+from vtlmm.data.images import image_key, open_image
+from vtlmm.inference.generation import split_turns
 
 from .prompts import build_prompt
 
@@ -81,6 +82,6 @@ def image_loader(rows, places: dict):
 
     def load(key: str):
         row, position = places[key]
-        return rows[row]["images"][position].convert("RGB")
+        return open_image(rows[row]["images"][position])
 
     return load

@@ -9,6 +9,8 @@ import json
 import random
 from pathlib import Path
 
+from vtlmm.data.images import open_image
+
 from .scorers import SCORERS, SUMMARIES
 from .statistics import bootstrap_interval
 
@@ -175,7 +177,7 @@ def _cell(value) -> str:
 
 def data_uri(image) -> str:
     """A image from PIL inside a page."""
-    image = image.convert("RGB")
+    image = open_image(image)
     image.thumbnail((SAMPLE_PIXELS, SAMPLE_PIXELS))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)

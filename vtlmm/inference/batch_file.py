@@ -9,7 +9,8 @@ from pathlib import Path
 from datasets import Dataset, Image, List
 from tqdm.auto import tqdm
 
-from .generation import image_key, open_image
+from vtlmm.data.images import image_key, open_image
+
 from .resumable import answer_all, digest, open_run, run_key
 
 

@@ -1,19 +1,18 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Answers to questions about images, scored by exact match, beside the blind control."""
 
-import hashlib
 import random
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, TextIteratorStreamer
+
+from vtlmm.data.images import image_key
 
 
 def split_turns(rows) -> list[dict]:
@@ -47,20 +46,6 @@ def _text(parts: list[dict]) -> str:
     return " ".join(part["text"] for part in parts if part["text"])
 
 
-def image_key(image) -> str:
-    """
-    Digest of a image: of the pixels of one from PIL, or of the file of `{"path", "bytes"}`, as `datasets` gives one
-    undecoded. A string is a key already.
-    """
-    if isinstance(image, str):
-        return image
-    if isinstance(image, dict):
-        data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-    else:
-        data = f"{image.mode} {image.size} ".encode() + image.tobytes()
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
 def with_shuffled_images(questions: list[dict], seed: int = 0) -> list[dict]:
     """
     The blind control: every question gets other images; the answers stay.
@@ -69,10 +54,13 @@ def with_shuffled_images(questions: list[dict], seed: int = 0) -> list[dict]:
     not the question's. So a question never sees its own, unless it has all there are.
 
     Args:
-        questions (`list[dict]`): with `images`, images as [`image_key`] takes them.
+        questions (`list[dict]`): with `images`: images, or their keys from [`~vtlmm.data.images.image_key`].
         seed (`int`, *optional*, defaults to 0): of the order.
     """
-    keys = [[image_key(image) for image in question["images"]] for question in questions]
+    keys = [
+        [image if isinstance(image, str) else image_key(image) for image in question["images"]]
+        for question in questions
+    ]
     images = {
         key: image
         for question, own in zip(questions, keys, strict=True)
@@ -97,23 +85,6 @@ def with_shuffled_images(questions: list[dict], seed: int = 0) -> list[dict]:
 def asking_order(questions: list[dict]) -> list[int]:
     """Indices such that questions of like length stand together: so a batch has little padding."""
     return sorted(range(len(questions)), key=lambda i: (len(questions[i]["images"]), len(questions[i]["question"])))
-
-
-def open_image(source) -> Image.Image:
-    r"""
-    A image in RGB from a path or a binary file.
-
-    Raises:
-        `FileNotFoundError`: without the file.
-        `ValueError`: naming what is no image, or a broken one.
-    """
-    try:
-        with Image.open(source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")  # upright, as `datasets` reads a row's
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{source} is no image that can be read: {error}.") from error
 
 
 def conversation(question: dict) -> list[dict]:
