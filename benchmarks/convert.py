@@ -69,15 +69,15 @@ def make(args, source: Path, output: Path):
 
 
 def to_vtlmm(args, source: Path, output: Path):
-    from vtlmm.hub.convert import convert
+    from vtlmm.hub.convert import convert_checkpoint
 
-    convert(source, output, shard_size=args.shard_size)
+    convert_checkpoint(source, output, shard_size=args.shard_size)
 
 
 def to_llava(args, source: Path, output: Path):
-    from vtlmm.hub.export_llava import write_twin
+    from vtlmm.hub.export_llava import export_to_llava
 
-    write_twin(source, output, shard_size=args.shard_size)
+    export_to_llava(source, output, shard_size=args.shard_size)
 
 
 def compare(args, source: Path, output: Path):

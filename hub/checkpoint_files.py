@@ -22,7 +22,6 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration
 
-from .hub_client import download
 from .special_tokens import fit_rows
 
 
@@ -38,6 +37,8 @@ DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
 QUANTIZED = re.compile(r"\.weight\.(nested_)?(absmax|quant_map)$|\.weight\.quant_state\.\w+$|\.(SCB|weight_format)$")
 
 INDEX_FILE = "model.safetensors.index.json"
+# Downloaded from a checkpoint on the Hub; code and other formats are not.
+CHECKPOINT_FILES = ["*.json", "*.jinja", "*.safetensors", "*.bin", "*.model"]
 SHARD_SIZE = "2GB"  # on the Hub 5 GB are allowed; a smaller shard also converts where there is little memory
 LM_HEAD = "lm_head.weight"
 
@@ -64,13 +65,6 @@ class StoredTensor:
         """The values, out of the `mapped` file."""
         tensor = mapped[self.key]
         return tensor.contiguous() if self.num_rows is None else fit_rows(tensor, self.num_rows)
-
-
-def local_folder(checkpoint: str | Path) -> Path:
-    """`checkpoint` itself when it is a folder; else the Hub's, downloaded. `ValueError` when there is none."""
-    if Path(checkpoint).is_dir():
-        return Path(checkpoint)
-    return download(str(checkpoint), patterns=["*.json", "*.jinja", "*.safetensors", "*.bin", "*.model"])
 
 
 def our_name(name: str, names: Names) -> str:
@@ -203,17 +197,6 @@ def resize_vocabulary(tensors: dict, model: VTLMMForConditionalGeneration, num_r
         for name in {embeddings_name(model), LM_HEAD} & tensors.keys():
             tensors[name] = tensors[name].with_rows(num_rows)
         model.config.text_config.vocab_size = num_rows
-
-
-def refuse_weights(output: Path) -> None:
-    """
-    Raises:
-        `ValueError`: when the folder has weights already; what is loaded from there must be one checkpoint's.
-    """
-    files = output.iterdir() if output.is_dir() else ()
-    present = sorted(file.name for file in files if re.search(r"\.(safetensors|bin|index\.json)$", file.name))
-    if present:
-        raise ValueError(f"{output} has weights already ({', '.join(present)}): remove them or take another folder.")
 
 
 def write_tensors(tensors: dict, output: Path, shard_size: int | str):

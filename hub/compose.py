@@ -3,6 +3,7 @@
 
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -11,6 +12,7 @@ from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMProc
 
 from .assembly import assemble, part_config, quiet_loading, require_native, save
 from .chat_templates import TEMPLATE_NAMES, add_images_and_marks, load_template
+from .paths import check_checkpoint, check_output, clear_output
 from .special_tokens import add_special_tokens, fit_embeddings, set_generation_config
 from .vision_tower import load_image_processor, load_vision_tower, probe_tower
 
@@ -23,7 +25,14 @@ UNTRAINED = ("model.multi_modal_projector.", "model.vm_head.")
 LOGIT_CHANGES = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier")
 
 
-def compose(
+class ComposedModel(NamedTuple):
+    """The return value of [`compose_model`]."""
+
+    model: VTLMMForConditionalGeneration
+    processor: VTLMMProcessor
+
+
+def compose_model(
     vision: str,
     text: str,
     output: str | Path | None = None,
@@ -36,7 +45,8 @@ def compose(
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
-) -> tuple[VTLMMForConditionalGeneration, VTLMMProcessor]:
+    overwrite: bool = False,
+) -> ComposedModel:
     r"""
     Put a vision tower and a decoder together, with a new projector and VM head. What was done is logged (INFO).
 
@@ -54,12 +64,19 @@ def compose(
         seed (`int`, *optional*, defaults to 0): for what is initialized.
         trust_remote_code (`bool`, *optional*, defaults to `False`): for a tokenizer or image processor with code of
             its own. Models with code of their own are refused.
+        overwrite (`bool`, *optional*, defaults to `False`): replace the model that `output` contains.
+
+    Returns:
+        [`ComposedModel`]
 
     Raises:
         `ValueError`: for a tower or a decoder that does not fit, saying why.
     """
     if chat_template is not None:
         load_template(chat_template)  # raises before the parts are loaded
+    if output is not None:
+        output = check_output(output, [vision, text], overwrite)
+    vision, text = check_checkpoint(vision), check_checkpoint(text)
     tower = load_vision_tower(vision, trust_remote_code)
     image_processor = load_image_processor(vision, tower.config, trust_remote_code=trust_remote_code)
     geometry = probe_tower(tower, image_processor, vision_feature_layer)
@@ -83,8 +100,9 @@ def compose(
     processor = VTLMMProcessor(image_processor, tokenizer, chat_template=chat_template, **geometry.processor_values())
     _log_summary(model, template_origin)
     if output is not None:
+        clear_output(output)
         save(model, processor, output)
-    return model, processor
+    return ComposedModel(model, processor)
 
 
 def load_decoder(name: str, dtype: str | torch.dtype | None, trust_remote_code: bool = False):
@@ -131,7 +149,7 @@ def _unusual_head(decoder) -> str | None:
 
 
 def choose_template(chat_template: str | None, tokenizer) -> tuple[str, str]:
-    """The chat template, and in words where it comes from; see [`compose`]."""
+    """The chat template, and in words where it comes from; see [`compose_model`]."""
     if chat_template is not None:
         origin = f"{chat_template}, of the VW-LMM release" if chat_template in TEMPLATE_NAMES else chat_template
         return load_template(chat_template), origin

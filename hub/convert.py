@@ -22,6 +22,7 @@ from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMProc
 from .assembly import part_config
 from .chat_templates import end_of_turn, has_marks, load_template
 from .checkpoint_files import (
+    CHECKPOINT_FILES,
     LM_HEAD,
     SHARD_SIZE,
     Names,
@@ -29,12 +30,11 @@ from .checkpoint_files import (
     check_tensors,
     embeddings_name,
     list_tensors,
-    local_folder,
     model_without_weights,
-    refuse_weights,
     resize_vocabulary,
     write_tensors,
 )
+from .paths import check_checkpoint, check_output, clear_output, local_folder
 from .special_tokens import Vocabulary, add_special_tokens, num_embeddings, pad_left, set_generation_config
 from .vision_tower import load_image_processor, load_vision_tower, vision_config_of
 
@@ -111,7 +111,7 @@ class Checkpoint:
     tower: str | None = None
 
 
-def convert(
+def convert_checkpoint(
     checkpoint: str | Path,
     output: str | Path,
     *,
@@ -121,7 +121,8 @@ def convert(
     pad_to_square: bool = False,
     vm_head_init: str = "lm_head",
     shard_size: int | str = SHARD_SIZE,
-):
+    overwrite: bool = False,
+) -> None:
     r"""
     Write a VT-LMM folder, as a Hub repository has it, from a released VW-LMM (logits, losses and what it generates
     stay the same), or from a LLaVA-1.5 in the llava-hf or in LLaVA's own format: a start for stage III.
@@ -132,7 +133,7 @@ def convert(
 
     Args:
         checkpoint (`str` or `Path`): Hub id or folder, with `.safetensors` or `.bin` files.
-        output (`str` or `Path`): folder for the VT-LMM, without weights as yet.
+        output (`str` or `Path`): folder for the VT-LMM.
         vision_tower (`str`, *optional*): Hub id or folder of the CLIP tower, for the original formats; by default what
             `mm_vision_tower` names, from the checkpoint's folder if it is a path. Its weights are read only where the
             checkpoint has none, its config and image processor always.
@@ -144,16 +145,21 @@ def convert(
         vm_head_init (`str`, *optional*, defaults to `"lm_head"`): where there is no VM head, see
             [`VTLMMForConditionalGeneration.initialize_vm_head`].
         shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): of a file; most of the memory that it takes.
+        overwrite (`bool`, *optional*, defaults to `False`): replace the model that `output` contains.
 
     Raises:
+        `FileNotFoundError`: if an input is a path that does not exist.
+        `FileExistsError`: if `output` contains files and `overwrite` is not set.
         `ValueError`: for another format, and for tensors that are missing, of no use or of another shape, all named.
     """
     if vm_head_init not in VM_HEAD_SOURCES:
         raise ValueError(f"`vm_head_init` is {vm_head_init!r}; it must be one of {', '.join(VM_HEAD_SOURCES)}.")
     if chat_template is not None:
         load_template(chat_template)  # raises before anything is downloaded
-    refuse_weights(Path(output))
-    folder, output = local_folder(checkpoint), Path(output)
+    output = check_output(output, [checkpoint, vision_tower, tokenizer], overwrite)
+    for name in filter(None, (vision_tower, tokenizer)):
+        check_checkpoint(name)
+    folder = local_folder(checkpoint, patterns=CHECKPOINT_FILES)
     values = read_config_file(folder)
     if is_llava(values):
         if vision_tower or tokenizer:
@@ -177,6 +183,7 @@ def convert(
 
     words = None if found.processor is None else found.processor.tokenizer
     set_generation_config(model, words, found.vocabulary, generation_config_of(folder, model.config.text_config))
+    clear_output(output)
     write_tensors(tensors, output, shard_size)
     _save_all_but_tensors(model, found.processor, _dtype(tensors, model), output)
     logger.info("Converted %s: %s parameters, in %s.", checkpoint, f"{model.num_parameters():,}", output)

@@ -14,18 +14,18 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from modeling_vtlmm import VTLMMConfig, VTLMMProcessor
 
 from .checkpoint_files import (
+    CHECKPOINT_FILES,
     SHARD_SIZE,
     check_tensors,
     embeddings_name,
     list_tensors,
-    local_folder,
     model_without_weights,
-    refuse_weights,
     resize_vocabulary,
     their_name,
     write_tensors,
 )
 from .convert import LLAVA_NAMES, VM_HEAD, generation_config_of, read_config_file
+from .paths import check_output, clear_output, local_folder
 
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
-def write_twin(checkpoint: str | Path, output: str | Path, *, shard_size: int | str = SHARD_SIZE):
+def export_to_llava(
+    checkpoint: str | Path, output: str | Path, *, shard_size: int | str = SHARD_SIZE, overwrite: bool = False
+) -> None:
     r"""
     Write the native twin of a VT-LMM: a llava folder with processor, chat template and generation config.
 
@@ -44,15 +46,16 @@ def write_twin(checkpoint: str | Path, output: str | Path, *, shard_size: int | 
 
     Args:
         checkpoint (`str` or `Path`): Hub id or folder of a VT-LMM.
-        output (`str` or `Path`): folder for the twin, without weights as yet.
+        output (`str` or `Path`): folder for the twin.
         shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): of a file; most of the memory that it takes.
+        overwrite (`bool`, *optional*, defaults to `False`): replace the model that `output` contains.
 
     Raises:
         `ValueError`: for a model that stock llava cannot express, with the reason; and for tensors that are missing,
         of no use or of another shape, all named.
     """
-    refuse_weights(Path(output))
-    folder, output = local_folder(checkpoint), Path(output)
+    output = check_output(output, [checkpoint], overwrite)
+    folder = local_folder(checkpoint, patterns=CHECKPOINT_FILES)
     model_type = read_config_file(folder).get("model_type")
     if model_type != VTLMMConfig.model_type:
         raise ValueError(f"{folder}/config.json: `model_type` is {model_type!r}; a twin is made of a VT-LMM only.")
@@ -69,6 +72,7 @@ def write_twin(checkpoint: str | Path, output: str | Path, *, shard_size: int | 
     nested = config.vision_config.model_type in NESTED_TOWERS
     names = [pair for pair in LLAVA_NAMES if nested or "vision_model" not in pair[0]]
     tensors = {their_name(name, names): t for name, t in tensors.items() if not name.startswith(VM_HEAD)}
+    clear_output(output)
     write_tensors(tensors, output, shard_size)
 
     if (folder / "processor_config.json").is_file():

@@ -6,6 +6,8 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -13,7 +15,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 
-from .export_llava import write_twin
+from .export_llava import export_to_llava
 from .hub_client import hub_errors
 from .isolated_load import probe
 from .model_card import (
@@ -27,7 +29,17 @@ from .model_card import (
     write_card,
 )
 from .quantize import QUANTIZATIONS, write_quantized
-from .verify import ADAPTER, CARD_FILE, CHECK_FILE, LEFT_OUT, VTLMM, Report, kind_of, published_files, verify
+from .verify import (
+    ADAPTER,
+    CARD_FILE,
+    CHECK_FILE,
+    LEFT_OUT,
+    VTLMM,
+    VerificationReport,
+    kind_of,
+    published_files,
+    verify_checkpoint,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -36,7 +48,31 @@ logger = logging.getLogger(__name__)
 REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
 
 
-def push(
+@dataclass
+class PushResult:
+    """
+    The return value of [`push_model`].
+
+    repo_id (`str`), report ([`VerificationReport`]), files (`dict[str, int]`: name to size in bytes of each file to
+    publish), url (`str` or `None`: the commit; `None` if nothing was pushed).
+    """
+
+    repo_id: str
+    report: VerificationReport
+    files: dict[str, int]
+    url: str | None = None
+
+    def format(self) -> str:
+        """Return the report, the list of files with their sizes, and what was pushed."""
+        lines = [self.report.format(), *(f"{size:>15,}  {file}" for file, size in self.files.items())]
+        if self.report.problems:
+            lines.append("Nothing was pushed: fix the problems first.")
+        else:
+            lines.append(self.url or f"Dry run: nothing was pushed to {self.repo_id}.")
+        return "\n".join(lines)
+
+
+def push_model(
     folder: str | Path,
     repo_id: str,
     *,
@@ -45,12 +81,16 @@ def push(
     revision: str | None = None,
     tag: str | None = None,
     dry_run: bool = False,
-    **card,
-) -> Report:
+    license: str | None = None,
+    base_models: Sequence[str] = (),
+    results: Sequence[str | Path] = (),
+    images: Sequence[str | Path] = (),
+) -> PushResult:
     r"""
-    Write what `folder` lacks of a repository (the card, recorded logits), [`verify`] it, and push it in one commit:
-    what does not verify is not pushed, and what is on the Hub stays as it was until all files are there. Nothing
-    happens when nothing changed.
+    Verify the model in `folder` and push it to the Hub in one commit.
+
+    Writes the model card and the recorded logits first. A model with problems is not pushed. The commit is atomic;
+    nothing is uploaded if nothing changed.
 
     Args:
         folder (`str` or `Path`): a VT-LMM, a native twin, or an adapter.
@@ -61,25 +101,29 @@ def push(
         revision (`str`, *optional*): branch; made if it does not exist.
         tag (`str`, *optional*): name for the commit.
         dry_run (`bool`, *optional*, defaults to `False`): all but the push.
-        card: see [`write_card`].
+        license, base_models, results, images: see [`write_card`].
+
+    Returns:
+        [`PushResult`]
 
     Raises:
         `ValueError`: when `folder` is not what `form` needs, and when the Hub refuses, in one line.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}.")
+        raise FileNotFoundError(f"The folder '{folder}' does not exist. Pass a folder that contains a model.")
     if form not in (None, "adapter", "twin", *QUANTIZATIONS):
         raise ValueError(f"`form` is {form!r}; it must be adapter, twin, {' or '.join(QUANTIZATIONS)}.")
     if form == "adapter" and kind_of(folder)[0] != ADAPTER:
         raise ValueError(f"{folder} is no adapter (it has no adapter_config.json): push it without `--adapter`.")
-    card["license"] = card.get("license") or _license_of(folder)
-    if not card["license"]:
+    license = license or _license_of(folder)
+    if not license:
         raise ValueError(
             "Nothing says under which license the weights are: pass `license` (`--license apache-2.0`), or write "
             f"`license:` into the front matter of a {CARD_FILE} of your own."
         )
-    check_files(card.get("results", ()), card.get("images", ()))
+    check_files(results, images)
+    card = {"license": license, "base_models": base_models, "results": results, "images": images}
     if not dry_run:
         with hub_errors(repo_id):
             _check_account(repo_id, tag)  # now, not after minutes
@@ -87,22 +131,16 @@ def push(
         with tempfile.TemporaryDirectory() as place:
             _make_form(form, folder, Path(place, form))
             options = {"private": private, "revision": revision, "tag": tag, "dry_run": dry_run}
-            return push(Path(place, form), repo_id, **options, **card)
+            return push_model(Path(place, form), repo_id, **options, **card)
     write_card(folder, repo_id, **card)
     if kind_of(folder)[0] == VTLMM and not (folder / CHECK_FILE).is_file():
         record_logits(folder)
-    report = verify(folder)
-    print(report.format())
-    if report.problems:
-        print("Nothing was pushed.")
-    elif dry_run:
-        for file in published_files(folder):
-            print(f"{(folder / file).stat().st_size:>15,}  {file}")
-        print(f"Not pushed to {repo_id}: dry run.")
-    else:
+    report = verify_checkpoint(folder)
+    result = PushResult(repo_id, report, {name: (folder / name).stat().st_size for name in published_files(folder)})
+    if not report.problems and not dry_run:
         with hub_errors(repo_id, revision):
-            print(_upload(folder, repo_id, private, revision, tag))
-    return report
+            result.url = _upload(folder, repo_id, private, revision, tag)
+    return result
 
 
 def _check_account(repo_id: str, tag: str | None) -> None:
@@ -116,8 +154,7 @@ def _check_account(repo_id: str, tag: str | None) -> None:
 
 
 def record_logits(folder: Path) -> None:
-    """Write what the model says to one question, by this package's code; [`verify`] compares the folder's own with it.
-    A record that is there is kept: the weights may have been damaged since."""
+    """Record the logits of one question, computed with the installed code, for [`verify_checkpoint`] to compare."""
     model = VTLMMForConditionalGeneration.from_pretrained(folder, dtype="auto")
     found = probe(model, VTLMMProcessor.from_pretrained(folder))
     (folder / CHECK_FILE).write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
@@ -142,7 +179,7 @@ def _make_twin(folder: Path, output: Path) -> None:
     """The twin with its part of the recorded logits: it has to give the same."""
     if not (folder / CHECK_FILE).is_file():
         record_logits(folder)
-    write_twin(folder, output)
+    export_to_llava(folder, output)
     record = json.loads((folder / CHECK_FILE).read_text(encoding="utf-8"))
     record.pop("visual_logits")
     (output / CHECK_FILE).write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")

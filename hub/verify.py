@@ -21,7 +21,7 @@ from modeling_vtlmm.configuration_vtlmm import AUTO_MAP
 
 from . import isolated_load
 from .checkpoint_files import check_tensors, list_tensors, model_without_weights, unpacked
-from .hub_client import download
+from .paths import local_folder
 
 
 CARD_FILE = "README.md"
@@ -38,9 +38,9 @@ PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json", "tokenizer.
 
 
 @dataclass
-class Report:
+class VerificationReport:
     """
-    What [`verify`] found.
+    What [`verify_checkpoint`] found.
 
     checkpoint (`str`), kind (`str`: `"vtlmm"`, `"llava"` for a twin, or `"adapter"`), num_files (`int`),
     num_bytes (`int`), num_parameters (`int`), problems (`list[str]`: each names its file or class).
@@ -52,6 +52,7 @@ class Report:
     num_bytes: int
     num_parameters: int
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def format(self) -> str:
         size = f"{self.num_files} files, {self.num_bytes / 1e9:.3g} GB, {self.num_parameters:,} parameters"
@@ -59,7 +60,9 @@ class Report:
         return "\n".join([f"{self.checkpoint} ({self.kind}): {size}: {state}", *(f"  {p}" for p in self.problems)])
 
 
-def verify(checkpoint: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Report:
+def verify_checkpoint(
+    checkpoint: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> VerificationReport:
     r"""
     Look at everything that the repository of a VT-LMM, a native twin or an adapter should have. When that is in order,
     load it in a process that cannot import this package, by every Auto class and by the pipeline, and compare the
@@ -74,9 +77,7 @@ def verify(checkpoint: str | Path, *, revision: str | None = None, trust_remote_
     Raises:
         `ValueError`: when there is no such folder or repository, or it holds none of the three.
     """
-    folder, is_local = Path(checkpoint), Path(checkpoint).is_dir()
-    if not is_local:
-        folder = download(str(checkpoint), revision)
+    folder, is_local = local_folder(checkpoint, revision), Path(checkpoint).is_dir()
     kind, config = kind_of(folder)
     if kind == VTLMM and not is_local and not trust_remote_code:
         raise ValueError(f"Verifying {checkpoint} runs the code in it: read that, then pass --trust-remote-code.")
@@ -92,7 +93,7 @@ def verify(checkpoint: str | Path, *, revision: str | None = None, trust_remote_
         problems += load_elsewhere(*where, kind, json.loads((folder / CHECK_FILE).read_text(encoding="utf-8")))
     num_bytes = sum((folder / file).stat().st_size for file in files)
     num_parameters = sum(tensor.meta.numel() for tensor in weights.values())
-    return Report(str(checkpoint), kind, len(files), num_bytes, num_parameters, problems)
+    return VerificationReport(str(checkpoint), kind, len(files), num_bytes, num_parameters, problems)
 
 
 def kind_of(folder: Path) -> tuple[str, dict]:

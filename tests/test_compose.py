@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 from vtlmm.hub.chat_templates import load_template
-from vtlmm.hub.compose import compose
+from vtlmm.hub.compose import compose_model
 from vtlmm.hub.special_tokens import Vocabulary, add_special_tokens, fit_embeddings
 from vtlmm.hub.vision_tower import load_image_processor, load_vision_tower
 
@@ -148,7 +148,7 @@ def asked(processor, image=None, **kwargs):
 def test_the_decoder_is_what_it_was(tower_folder, decoder_folder, name):
     folder = decoder_folder(name)
     decoder = AutoModelForCausalLM.from_pretrained(folder)
-    model, processor = compose(tower_folder("clip"), folder)
+    model, processor = compose_model(tower_folder("clip"), folder)
     rows = decoder.config.vocab_size
     input_ids = torch.randint(3, rows - 5, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_the_decoder_is_what_it_was(tower_folder, decoder_folder, name):
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_special_tokens(tower_folder, decoder_folder, name):
-    model, processor = compose(tower_folder("clip"), decoder_folder(name))
+    model, processor = compose_model(tower_folder("clip"), decoder_folder(name))
     tokenizer, generation = processor.tokenizer, model.generation_config
     pad = {"llama": "<unk>", "mistral": "<pad>", "qwen2": "<|endoftext|>", "qwen3": "<pad>"}[name]
     assert tokenizer.pad_token == pad and tokenizer.padding_side == "left"
@@ -196,7 +196,7 @@ def test_special_tokens(tower_folder, decoder_folder, name):
 @torch.no_grad()
 def test_the_tower_is_what_it_was(tower_folder, decoder_folder, name):
     folder = tower_folder(name)
-    model, processor = compose(folder, decoder_folder("llama"))
+    model, processor = compose_model(folder, decoder_folder("llama"))
     num_tokens, num_dropped, channels = TOWERS[name][4]
     pixel_values = torch.randn(2, 3, *processor.image_processor(Image.new("RGB", (9, 9)))["pixel_values"][0].shape[1:])
 
@@ -238,7 +238,7 @@ def test_clip_towers_get_the_release_s_image_processor(tower_folder):
 
 def test_what_is_new_follows_the_seed(tower_folder, decoder_folder):
     folders = tower_folder("clip"), decoder_folder("llama")
-    first, again, other = (compose(*folders, seed=seed)[0].state_dict() for seed in (0, 0, 1))
+    first, again, other = (compose_model(*folders, seed=seed)[0].state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     differ = {name for name in first if not torch.equal(first[name], other[name])}
     assert differ == {f"model.multi_modal_projector.linear_{i}.weight" for i in (1, 2)}
@@ -249,7 +249,7 @@ def test_what_is_new_follows_the_seed(tower_folder, decoder_folder):
 def test_choices(tower_folder, decoder_folder, tmp_path):
     template = tmp_path / "mine.jinja"
     template.write_text("{{ messages[0].content }}")
-    model, processor = compose(
+    model, processor = compose_model(
         tower_folder("clip"),
         decoder_folder("llama"),
         projector_type="linear",
@@ -266,7 +266,7 @@ def test_choices(tower_folder, decoder_folder, tmp_path):
     assert processor.chat_template == template.read_text()
     features = model.get_image_features(torch.randn(1, 3, 28, 28)).image_features
     assert torch.equal(model.model.vm_head.residual_block(features), features)  # a new residual_block does nothing yet
-    processor = compose(tower_folder("clip"), decoder_folder("llama"), chat_template="mistral")[1]
+    processor = compose_model(tower_folder("clip"), decoder_folder("llama"), chat_template="mistral")[1]
     assert processor.chat_template == load_template("mistral") == processor.tokenizer.chat_template
 
 
@@ -299,7 +299,7 @@ def test_saved_folders_load_where_this_package_is_not(tower_folder, decoder_fold
     folders, expected = [], []
     for vision, text in pairs:
         folder = tmp_path / vision
-        model, processor = compose(tower_folder(vision), decoder_folder(text), folder)
+        model, processor = compose_model(tower_folder(vision), decoder_folder(text), folder)
         names = {"config.json", "model.safetensors", "modeling_vtlmm.py", "processing_vtlmm.py", "chat_template.jinja"}
         names |= {"processor_config.json", "tokenizer.json", "generation_config.json"}
         assert names <= {file.name for file in folder.iterdir()}
@@ -371,7 +371,7 @@ def test_decoders_with_another_head_are_refused(tower_folder, tmp_path, name):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=said):
-        compose(tower_folder("clip"), str(tmp_path))
+        compose_model(tower_folder("clip"), str(tmp_path))
 
 
 def test_a_head_that_no_name_tells_is_found(tower_folder, decoder_folder, monkeypatch):
@@ -384,7 +384,7 @@ def test_a_head_that_no_name_tells_is_found(tower_folder, decoder_folder, monkey
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", doubled)
     with pytest.raises(ValueError, match="not its head × its last hidden state"):
-        compose(tower_folder("clip"), decoder_folder("llama"))
+        compose_model(tower_folder("clip"), decoder_folder("llama"))
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_what_does_not_fit_is_said(tower_folder, decoder_folder, tmp_path, visio
     values = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**values, **changes}))
     with pytest.raises(ValueError, match=said):
-        compose(str(tmp_path), decoder_folder("llama"), **options)
+        compose_model(str(tmp_path), decoder_folder("llama"), **options)
 
 
 def test_checkpoints_that_lack_something(tower_folder, decoder_folder, tmp_path):
@@ -412,16 +412,16 @@ def test_checkpoints_that_lack_something(tower_folder, decoder_folder, tmp_path)
     state_dict = {name: value for name, value in tower.state_dict().items() if "stages.2" not in name}
     tower.save_pretrained(tmp_path, state_dict=state_dict)
     with pytest.raises(ValueError, match=r"lacks parts of its vision tower \(ConvNextModel\): .*stages\.2"):
-        compose(str(tmp_path), decoder_folder("llama"))
+        compose_model(str(tmp_path), decoder_folder("llama"))
     AutoModel.from_pretrained(tower_folder("convnext")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="No image processor"):
-        compose(str(tmp_path), decoder_folder("llama"))
+        compose_model(str(tmp_path), decoder_folder("llama"))
     with pytest.raises(ValueError, match=r"has 259 words but the decoder only 200"):
         add_special_tokens(byte_tokenizer(), 200)
 
 
 def test_composed_and_reloaded_it_is_the_same(tower_folder, decoder_folder, tmp_path):
-    model, _ = compose(tower_folder("clip"), decoder_folder("qwen3"), tmp_path)
+    model, _ = compose_model(tower_folder("clip"), decoder_folder("qwen3"), tmp_path)
     again = VTLMMForConditionalGeneration.from_pretrained(tmp_path)
     state, loaded = model.state_dict(), again.state_dict()
     assert state.keys() == loaded.keys() and all(torch.equal(loaded[name], state[name]) for name in state)

@@ -11,7 +11,7 @@ from test_templates import byte_tokenizer
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 from vtlmm.hub.checkpoint_files import list_tensors, our_name, their_name
-from vtlmm.hub.convert import ORIGINAL_NAMES, convert
+from vtlmm.hub.convert import ORIGINAL_NAMES, convert_checkpoint
 
 
 FOLDERS = ("llama-0", "mistral-1", "pif-2")
@@ -30,7 +30,7 @@ def expand(rows: torch.Tensor, input_ids: torch.Tensor, fill=None) -> torch.Tens
 
 
 def converted(checkpoint, output, **kwargs) -> VTLMMForConditionalGeneration:
-    convert(checkpoint, output, **kwargs)
+    convert_checkpoint(checkpoint, output, **kwargs)
     return VTLMMForConditionalGeneration.from_pretrained(output)
 
 
@@ -212,7 +212,7 @@ def test_every_kind_of_file(llama, copy, tmp_path, as_bin, num_shards):
         our_name(name, ORIGINAL_NAMES): tensor
         for name, tensor in load_file(llama / "checkpoint" / "model.safetensors").items()
     }
-    convert(copy(as_bin=as_bin, num_shards=num_shards), tmp_path / "out")
+    convert_checkpoint(copy(as_bin=as_bin, num_shards=num_shards), tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -221,7 +221,7 @@ def test_a_pickle_that_runs_code_is_refused(copy, tmp_path):
     checkpoint = copy(as_bin=True)
     torch.save({"lm_head.weight": torch.nn.Linear(2, 2)}, checkpoint / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin cannot be read.*[Ww]eights.only"):
-        convert(checkpoint, tmp_path / "out")
+        convert_checkpoint(checkpoint, tmp_path / "out")
 
 
 def test_tower_from_where_the_checkpoint_names_it(copy, llama, tmp_path):
@@ -231,17 +231,18 @@ def test_tower_from_where_the_checkpoint_names_it(copy, llama, tmp_path):
     with torch.no_grad():
         logits = model(**case.inputs).logits[..., :NUM_WORDS]
     torch.testing.assert_close(logits, case.golden["logits"], **CLOSE)
-    convert(copy(towerless, mm_vision_tower="no/such"), tmp_path / "given", vision_tower=str(llama / "vision_tower"))
+    checkpoint = copy(towerless, mm_vision_tower="no/such")
+    convert_checkpoint(checkpoint, tmp_path / "given", vision_tower=str(llama / "vision_tower"))
     found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("given", "beside"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(ValueError, match="pass `vision_tower`"):
-        convert(copy(towerless, mm_vision_tower=None), tmp_path / "none")
+        convert_checkpoint(copy(towerless, mm_vision_tower=None), tmp_path / "none")
 
 
 def test_tensors_that_do_not_fit_are_named(copy, tmp_path):
     def refused(change, match: str, **kwargs):
         with pytest.raises(ValueError, match=match):
-            convert(copy(change, **kwargs), tmp_path / "out")
+            convert_checkpoint(copy(change, **kwargs), tmp_path / "out")
 
     lacking = without("vm_head.", "model.layers.1.mlp.up_proj.")
     refused(lacking, r"missing from model\.safetensors: model\.layers\.1\.mlp\.up_proj\.weight, vm_head\.weight\.$")
@@ -300,16 +301,16 @@ def test_llava_s_own_format(llama, copy, tmp_path, source):
 )
 def test_other_formats_are_refused(copy, tmp_path, config, said):
     with pytest.raises(ValueError, match=said):
-        convert(copy(**config), tmp_path / "out")
+        convert_checkpoint(copy(**config), tmp_path / "out")
 
 
 def test_folders_that_are_no_checkpoint(copy, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="no config.json. It is an adapter"):
-        convert(tmp_path, tmp_path / "out")
+        convert_checkpoint(tmp_path, tmp_path / "out")
     (tmp_path / "config.json").write_text('{"model_type": "lla')
     with pytest.raises(ValueError, match="config.json is no JSON"):
-        convert(tmp_path, tmp_path / "out")
+        convert_checkpoint(tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("as_bin", [False, True])
@@ -319,27 +320,27 @@ def test_damaged_files_are_named(copy, tmp_path, as_bin):
     whole = second.read_bytes()
     second.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=f"{second.name} cannot be read"):
-        convert(checkpoint, tmp_path / "out")
+        convert_checkpoint(checkpoint, tmp_path / "out")
     shutil.copy(first, second)
     with pytest.raises(ValueError, match=f"{second.name} lacks tensors that its index says it has: "):
-        convert(checkpoint, tmp_path / "out")
+        convert_checkpoint(checkpoint, tmp_path / "out")
     second.unlink()
     with pytest.raises(ValueError, match=f"not there: {second.name}"):
-        convert(checkpoint, tmp_path / "out")
+        convert_checkpoint(checkpoint, tmp_path / "out")
     index.unlink()
     with pytest.raises(ValueError, match="No weights in"):
-        convert(checkpoint, tmp_path / "out")
+        convert_checkpoint(checkpoint, tmp_path / "out")
 
 
 def test_nothing_is_written_over_or_between_other_weights(copy):
     checkpoint = copy()
     before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
-    with pytest.raises(ValueError, match=r"has weights already \(model\.safetensors\)"):
-        convert(checkpoint, checkpoint)
-    with pytest.raises(ValueError, match="has weights already"):
-        convert("nobody/has-this", checkpoint)  # before anything is downloaded
+    with pytest.raises(ValueError, match="is or contains the input"):
+        convert_checkpoint(checkpoint, checkpoint, overwrite=True)
+    with pytest.raises(FileExistsError, match=r"already contains files \(config\.json"):
+        convert_checkpoint("nobody/has-this", checkpoint)  # before anything is downloaded
     with pytest.raises(ValueError, match="vicuna_v1 or mistral"):
-        convert("nobody/has-this", checkpoint / "out", chat_template="vicuna")
+        convert_checkpoint("nobody/has-this", checkpoint / "out", chat_template="vicuna")
     assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == before
 
 
@@ -356,14 +357,14 @@ def test_no_path_of_another_machine_is_kept(copy, tmp_path, name, kept):
     checkpoint = copy()
     values = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**values, "_name_or_path": name}))
-    convert(checkpoint, tmp_path / "out")
+    convert_checkpoint(checkpoint, tmp_path / "out")
     assert (name in (tmp_path / "out/config.json").read_text()) is kept
 
 
 def test_shards(llama, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    convert(llama / "checkpoint", whole)
-    convert(llama / "checkpoint", parts, shard_size=200_000)
+    convert_checkpoint(llama / "checkpoint", whole)
+    convert_checkpoint(llama / "checkpoint", parts, shard_size=200_000)
     expected = load_file(whole / "model.safetensors")
     index = json.loads((parts / "model.safetensors.index.json").read_text())
     files = {file.name: load_file(file) for file in parts.glob("*.safetensors")}
@@ -376,7 +377,21 @@ def test_shards(llama, tmp_path):
     VTLMMForConditionalGeneration.from_pretrained(parts)
 
 
-@pytest.mark.parametrize("name", ["./llava", "outputs/llava/joint"])
-def test_a_mistyped_folder_is_called_one(name, tmp_path):
-    with pytest.raises(ValueError, match=f"{name} is no folder here"):
-        convert(name, tmp_path)
+@pytest.mark.parametrize("name", ["./llava", "outputs/llava/joint", "here/joint"])
+def test_missing_folder_is_not_looked_up_on_the_hub(name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vtlmm.hub.paths.download", None)
+    with pytest.raises(FileNotFoundError, match=f"The folder '{name}' does not exist"):
+        convert_checkpoint(name, tmp_path / "out")
+
+
+def test_overwrite_removes_the_files_of_the_old_model(copy, tmp_path):
+    checkpoint, output = copy(num_shards=2), tmp_path / "out"
+    convert_checkpoint(checkpoint, output, shard_size=200_000)
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        convert_checkpoint(checkpoint, output)
+    convert_checkpoint(checkpoint, output, overwrite=True)
+    assert [file.name for file in output.glob("*.safetensors*")] == ["model.safetensors"]
+    assert (output / "notes.txt").read_text() == "mine"

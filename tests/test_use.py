@@ -22,7 +22,7 @@ from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.analysis.app import IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES, answers_so_far, build_page, words_frame
 from vtlmm.cli.load import load_model
 from vtlmm.cli.main import build_parser, main
-from vtlmm.hub.export_llava import write_twin
+from vtlmm.hub.export_llava import export_to_llava
 from vtlmm.inference.generation import answer_batch, conversation, stream_answer
 from vtlmm.inference.resumable import weights_digest
 
@@ -319,7 +319,7 @@ def test_an_engine_s_attention_is_the_attention_of_every_layer(work, model_and_p
 
 
 def test_a_twin_answers_the_same_and_says_what_it_lacks(work, model_and_processor, tmp_path, capfd, monkeypatch):
-    write_twin(work / "model", tmp_path / "twin")
+    export_to_llava(work / "model", tmp_path / "twin")
     asked = [str(work / "red.png"), QUESTION, "--max-new-tokens", "6"]
     assert main(["ask", str(tmp_path / "twin"), *asked]) == 0
     assert capfd.readouterr().out == expected_answer(*model_and_processor, QUESTION, "red", folder=work) + "\n"

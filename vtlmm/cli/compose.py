@@ -12,13 +12,14 @@ def add_arguments(parser):
     parser.add_argument("--vision-feature-layer", type=int, help="default: -2 for a ViT, -1 for a convolutional tower")
     parser.add_argument("--chat-template", help="vicuna_v1, mistral or a .jinja file; default: the decoder's own")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: the decoder's")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in the output folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trust-remote-code", action="store_true", help="allow code of the two checkpoints to run")
 
 
 def run(args) -> int:
-    from vtlmm.hub.compose import compose
+    from vtlmm.hub.compose import compose_model
 
     options = {key: value for key, value in vars(args).items() if key != "command"}
-    compose(**options)
+    compose_model(**options)
     return 0

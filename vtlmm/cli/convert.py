@@ -6,6 +6,7 @@ def add_arguments(parser):
     parser.add_argument("checkpoint", help="folder or Hub id of a VW-LMM or a LLaVA-1.5; with --to llava of a VT-LMM")
     parser.add_argument("--output", required=True, help="folder for the result")
     parser.add_argument("--to", default="vtlmm", choices=["vtlmm", "llava"], help="default: vtlmm")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in the output folder")
     start = parser.add_argument_group("only --to vtlmm")
     start.add_argument("--vision-tower", help="the CLIP tower, if not the one that the checkpoint names")
     start.add_argument("--tokenizer", help="the tokenizer, if the checkpoint has none")
@@ -20,13 +21,13 @@ def run(args) -> int:
     given = ("vision_tower", "tokenizer", "chat_template", "pad_to_square", "vm_head_init")
     options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     if args.to == "vtlmm":
-        from vtlmm.hub.convert import convert
+        from vtlmm.hub.convert import convert_checkpoint
 
-        convert(args.checkpoint, args.output, **options)
+        convert_checkpoint(args.checkpoint, args.output, overwrite=args.overwrite, **options)
     else:
-        from vtlmm.hub.export_llava import write_twin
+        from vtlmm.hub.export_llava import export_to_llava
 
         if options:
             raise ValueError(f"Only --to vtlmm takes {', '.join('--' + name.replace('_', '-') for name in options)}.")
-        write_twin(args.checkpoint, args.output)
+        export_to_llava(args.checkpoint, args.output, overwrite=args.overwrite)
     return 0

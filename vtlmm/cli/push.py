@@ -28,7 +28,8 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
-    from vtlmm.hub.push import push
+    from vtlmm.hub.push import push_model
 
-    report = push(**{key: value for key, value in vars(args).items() if key != "command"})
-    return 1 if report.problems else 0
+    result = push_model(**{key: value for key, value in vars(args).items() if key != "command"})
+    print(result.format())
+    return 1 if result.report.problems else 0

@@ -9,8 +9,8 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
-    from vtlmm.hub.verify import verify
+    from vtlmm.hub.verify import verify_checkpoint
 
-    report = verify(args.checkpoint, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    report = verify_checkpoint(args.checkpoint, revision=args.revision, trust_remote_code=args.trust_remote_code)
     print(report.format())
     return 1 if report.problems else 0

@@ -17,7 +17,7 @@ from datasets import List as ListFeature
 from vtlmm.analysis.patch_features import patch_words
 from vtlmm.analysis.plots import save_curves, save_patch_words
 from vtlmm.data.images import image_key
-from vtlmm.hub.compose import compose
+from vtlmm.hub.compose import compose_model
 from vtlmm.inference.generation import accuracy_by_kind, answer, split_turns, with_shuffled_images
 from vtlmm.train.config import VTLMMTrainingConfig
 from vtlmm.train.trainer import VTLMMTrainer
@@ -148,11 +148,12 @@ def run_demo(output: str | Path, seed: int = 0) -> dict:
     print("\n== A vision tower and a decoder, each with a short warm start of its own ==")
     save_warm_start(output, seed)
     template = str(Path(__file__).parent / "chat_template.jinja")
-    model, processor = compose(
+    model, processor = compose_model(
         str(output / "vision_tower"),
         str(output / "language_model"),
         output / "start",
         chat_template=template,
+        overwrite=True,
     )
     captions = as_dataset(caption_rows(NUM_CAPTIONED, seed))
     questions = as_dataset(question_rows(NUM_QUESTIONED, seed + 1))

@@ -22,8 +22,8 @@ from transformers import (
 from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMProcessor
 from vtlmm.cli.main import main
 from vtlmm.hub.chat_templates import load_template
-from vtlmm.hub.convert import convert
-from vtlmm.hub.export_llava import write_twin
+from vtlmm.hub.convert import convert_checkpoint
+from vtlmm.hub.export_llava import export_to_llava
 
 
 def all_tensors(folder) -> dict[str, torch.Tensor]:
@@ -59,7 +59,7 @@ def asked(processor, image_token_id: int) -> dict:
 @torch.no_grad()
 def test_twin_of_a_released_checkpoint(shared, tmp_path, name):
     case = Case(shared / "reference" / name, tmp_path / "vtlmm")
-    write_twin(tmp_path / "vtlmm", tmp_path / "twin")
+    export_to_llava(tmp_path / "vtlmm", tmp_path / "twin")
     twin, golden = load_twin(tmp_path / "twin"), case.golden
     torch.testing.assert_close(twin(**case.inputs).logits[..., :NUM_WORDS], golden["logits"], **CLOSE)
     text_only = twin(golden["text_only_input_ids"]).logits[..., :NUM_WORDS]
@@ -117,7 +117,7 @@ CASES = {
 def test_twin_and_back(vtlmm, processor, tmp_path, text, vision, values):
     folder, model = vtlmm(text, vision, **values)
     image_token_id, words = model.config.image_token_id, model.config.visual_vocab_size
-    write_twin(folder, tmp_path / "twin", shard_size="15KB")
+    export_to_llava(folder, tmp_path / "twin", shard_size="15KB")
     assert len(list((tmp_path / "twin").glob("*.safetensors"))) > 2
     twin, inputs = load_twin(tmp_path / "twin"), asked(processor, image_token_id)
     if values.get("vision_feature_select_strategy") == "full":  # one more position, CLS
@@ -131,7 +131,7 @@ def test_twin_and_back(vtlmm, processor, tmp_path, text, vision, values):
     assert torch.equal(twin.generate(**inputs, max_new_tokens=8), model.generate(**inputs, max_new_tokens=8))
     assert twin.generation_config.suppress_tokens == [3, image_token_id]
 
-    convert(tmp_path / "twin", tmp_path / "back")
+    convert_checkpoint(tmp_path / "twin", tmp_path / "back")
     found, expected = all_tensors(tmp_path / "back"), all_tensors(folder)
     embeddings = expected["model.language_model.embed_tokens.weight"]
     assert torch.equal(found["model.vm_head.weight"], expected.get("lm_head.weight", embeddings)[:words])
@@ -152,7 +152,7 @@ def without_dtypes(config: dict) -> dict:
 
 
 def test_the_twin_s_processor_is_stock(vtlmm, processor, tmp_path):
-    write_twin(vtlmm()[0], tmp_path / "twin")
+    export_to_llava(vtlmm()[0], tmp_path / "twin")
     twin = AutoProcessor.from_pretrained(tmp_path / "twin")
     assert type(twin) is LlavaProcessor and twin.chat_template == processor.chat_template
     expected, found = asked(processor, processor.image_token_id), asked(twin, twin.image_token_id)
@@ -162,14 +162,14 @@ def test_the_twin_s_processor_is_stock(vtlmm, processor, tmp_path):
     files = {file.name: file.read_text() for file in (tmp_path / "twin").iterdir() if file.suffix != ".safetensors"}
     assert {"chat_template.jinja", "generation_config.json", "preprocessor_config.json"} <= files.keys()
     assert not [name for name, text in files.items() if name.endswith(".py") or "auto_map" in text.lower()]
-    convert(tmp_path / "twin", tmp_path / "back")
+    convert_checkpoint(tmp_path / "twin", tmp_path / "back")
     back = VTLMMProcessor.from_pretrained(tmp_path / "back")
     assert back.to_dict() == VTLMMProcessor.from_pretrained(tmp_path / "vtlmm").to_dict()
 
 
 def test_what_an_engine_reads(vtlmm, tmp_path):
     """A class that it knows by name, no code, and tensors under the names of llava-hf."""
-    write_twin(vtlmm()[0], tmp_path / "twin")
+    export_to_llava(vtlmm()[0], tmp_path / "twin")
     config = json.loads((tmp_path / "twin" / "config.json").read_text())
     assert config["architectures"] == ["LlavaForConditionalGeneration"] and config["model_type"] == "llava"
     assert "auto_map" not in json.dumps(config) and config["image_token_index"] < config["text_config"]["vocab_size"]
@@ -197,7 +197,7 @@ def test_what_an_engine_reads(vtlmm, tmp_path):
 )
 def test_what_stock_llava_cannot_express(vtlmm, tmp_path, vision, values, said):
     with pytest.raises(ValueError, match=said):
-        write_twin(vtlmm("llama", vision, **values)[0], tmp_path / "twin")
+        export_to_llava(vtlmm("llama", vision, **values)[0], tmp_path / "twin")
 
 
 def test_a_twin_is_made_of_a_complete_vtlmm(vtlmm, tmp_path):
@@ -208,14 +208,14 @@ def test_a_twin_is_made_of_a_complete_vtlmm(vtlmm, tmp_path):
     tensors = load_file(file)
     save_file({"model.extra": torch.zeros(2), **{key: t for key, t in tensors.items() if key != name}}, file)
     with pytest.raises(ValueError, match=f"{file.name} lacks tensors that its index says it has: {name}"):
-        write_twin(folder, tmp_path / "twin")
+        export_to_llava(folder, tmp_path / "twin")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     said = rf"missing from .*{file.name}.*: {name}; without a place in the model: model.extra \({file.name}\)\.$"
     with pytest.raises(ValueError, match=said):
-        write_twin(folder, tmp_path / "twin")
+        export_to_llava(folder, tmp_path / "twin")
     LlavaConfig().save_pretrained(folder)
     with pytest.raises(ValueError, match="`model_type` is 'llava'; a twin is made of a VT-LMM only"):
-        write_twin(folder, tmp_path / "twin")
+        export_to_llava(folder, tmp_path / "twin")
 
 
 # --- from the llava-hf format, and back
@@ -274,14 +274,14 @@ def llava(tmp_path):
 def test_llava_hf_and_back(llava, processor, tmp_path, style, text):
     folder = llava(style, text)
     theirs = load_twin(folder)
-    convert(folder, tmp_path / "vtlmm", vm_head_init="lm_head", shard_size="15KB")
+    convert_checkpoint(folder, tmp_path / "vtlmm", vm_head_init="lm_head", shard_size="15KB")
     ours = VTLMMForConditionalGeneration.from_pretrained(tmp_path / "vtlmm")
     assert ours.dtype == torch.bfloat16 and ours.config.image_token_id == ours.config.visual_vocab_size == 61
     assert torch.equal(ours.model.vm_head.weight, theirs.lm_head.weight[:61])
     inputs = asked(processor, 61)
     assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)
 
-    write_twin(tmp_path / "vtlmm", tmp_path / "again")
+    export_to_llava(tmp_path / "vtlmm", tmp_path / "again")
     assert_equal_tensors(load_twin(tmp_path / "again").state_dict(), theirs.state_dict())
     if style == OLD:
         assert_equal_tensors(all_tensors(tmp_path / "again"), all_tensors(folder))
@@ -299,7 +299,7 @@ def test_llava_tensors_that_do_not_fit_are_named(llava, tmp_path, style):
 
     said = rf"missing from model-00001-.*: {name}; without a place in the model: image_newline \(model-00001-of-0"
     with pytest.raises(ValueError, match=said):
-        convert(llava(style, change=change), tmp_path / "out")
+        convert_checkpoint(llava(style, change=change), tmp_path / "out")
 
 
 @pytest.mark.parametrize("mark", ["", "{% generation %}{% endgeneration %}"])
@@ -314,10 +314,10 @@ def test_the_processor_of_a_llava(llava, tmp_path, caplog, mark):
     CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=side).save_pretrained(folder)
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     with pytest.raises(ValueError, match=f"is 61 in config.json, but the tokenizer has <image> as {image_token_id}"):
-        convert(folder, tmp_path / "vtlmm")
+        convert_checkpoint(folder, tmp_path / "vtlmm")
     (folder / "config.json").write_text(json.dumps({**values, "image_token_index": image_token_id}))
 
-    convert(folder, tmp_path / "vtlmm")
+    convert_checkpoint(folder, tmp_path / "vtlmm")
     processor = VTLMMProcessor.from_pretrained(tmp_path / "vtlmm")
     assert processor.chat_template == template and "does not mark answers" in caplog.text
     assert processor.num_image_tokens(28, 28) == 4 and processor.tokenizer.padding_side == "left"
@@ -339,7 +339,7 @@ def test_the_processor_of_a_llava(llava, tmp_path, caplog, mark):
     values["vision_config"]["model_type"] = "siglip_vision_model"
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="siglip_vision_model sees the whole image"):
-        convert(folder, tmp_path / "siglip", pad_to_square=True)
+        convert_checkpoint(folder, tmp_path / "siglip", pad_to_square=True)
     assert main([*command, "--tokenizer", "x"]) == 1 and main([*command, "--to", "llava"]) == 1
 
 
@@ -348,4 +348,4 @@ def test_images_of_any_size_are_refused(llava, tmp_path):
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "vision_config": {"model_type": "pixtral"}}))
     with pytest.raises(ValueError, match="Pixtral takes images of any size"):
-        convert(folder, tmp_path / "vtlmm")
+        convert_checkpoint(folder, tmp_path / "vtlmm")
