@@ -99,12 +99,12 @@ def load_data(task):
     Rows with `messages` and `images`. llava: LLaVA's captions, and as many rows of text alone, of one to twelve
     captions to be written in a list; easy_vqa: ten questions on one image a row.
     """
-    from vtlmm.data.rows import DataConfig, load_rows
+    from vtlmm.data.rows import load_rows
 
     folder = Path(task.arguments.data_folder)
     if task.data == "easy_vqa":
         path = folder / "easy_vqa" / "train.parquet"
-        return load_rows(DataConfig(dataset=str(path), max_rows=task.num_rows))
+        return load_rows(path, max_rows=task.num_rows)
     records = json.loads((folder / "llava_pretrain_2k" / "chat.json").read_text(encoding="utf-8"))
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(records), generator=generator).tolist()
@@ -121,7 +121,7 @@ def load_data(task):
             rows.append(records[i])
     path = Path(tempfile.mkdtemp()) / "rows.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
-    return load_rows(DataConfig(dataset=str(path), image_folder=str(folder / "llava_pretrain_2k" / "images")))
+    return load_rows(path, image_folder=folder / "llava_pretrain_2k" / "images")
 
 
 def build_tokenizer(dataset):

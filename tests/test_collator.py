@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
 from vtlmm.data.encoding import encode_messages
-from vtlmm.data.rows import DataConfig, load_rows
+from vtlmm.data.rows import load_rows
 from vtlmm.hub.chat_templates import load_template
 from vtlmm.train.collator import VTLMMCollator
 
@@ -340,8 +340,7 @@ def test_shared_rows(shared, name):
     """Words that the tokenizer lacks are one token each too, so the slow collator still has an opinion."""
     processor = build_processor()
     folder = shared / "data/llava_pretrain_2k/images"
-    config = DataConfig(dataset=str(shared / "data" / name), image_folder=str(folder), max_rows=6)
-    rows = list(load_rows(config))
+    rows = list(load_rows(shared / "data" / name, image_folder=folder, max_rows=6))
     batch = VTLMMCollator(processor)(rows)
     assert_equal_batches(batch, collate_by_template(processor, rows))
     known = [supervised_words(processor, line) for line in batch["labels"]]

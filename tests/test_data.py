@@ -106,8 +106,8 @@ def test_every_form_in_one_file(tmp_path, streaming):
     for name in "ab":
         make_image(tmp_path / f"{name}.png")
     path = write(tmp_path / "rows.jsonl", [form[0] for form in FORMS.values()])
-    rows = load_rows(DataConfig(dataset=path, streaming=streaming))
-    held_out = load_rows(DataConfig(dataset=path, eval_split="train", streaming=streaming), "eval")
+    rows = load_rows(path, streaming=streaming)
+    held_out = DataConfig(dataset=path, eval_split="train", streaming=streaming).load_rows("eval")
     assert len(held_out) == len(list(rows))  # never a stream
     assert rows.features == ROW_FEATURES
     for row, (name, (_, messages, num_images, num_context)) in zip(rows, FORMS.items(), strict=True):
@@ -136,7 +136,7 @@ def test_parquet(tmp_path, streaming, typed):
     ]
     path = str(tmp_path / "rows.parquet")
     Dataset.from_list(rows, features=Features(features)).to_parquet(path)
-    loaded = load_rows(DataConfig(dataset=path, streaming=streaming, max_rows=4))
+    loaded = load_rows(path, streaming=streaming, max_rows=4)
     assert loaded.column_names == list(ROW_FEATURES)
     assert [short(row) for row in loaded] == [answered(f"■|q{i}") + answered("who ?", "no") for i in range(4)]
     assert next(iter(loaded))["images"][0].size == (8, 6)
@@ -155,18 +155,18 @@ def test_one_question_per_row(tmp_path, streaming):
         {"questions": ["here <image> and <image> what ?"], "answers": ["yes"], "image": ["a.png", "a.png"]},
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    config = DataConfig(dataset=str(tmp_path / "rows.json"), one_question_per_row=True, streaming=streaming)
-    found = [(short(row), len(row["images"]), row["num_context_messages"]) for row in load_rows(config)]
+    loaded = load_rows(tmp_path / "rows.json", one_question_per_row=True, streaming=streaming)
+    found = [(short(row), len(row["images"]), row["num_context_messages"]) for row in loaded]
     asked = answered("■|what ?")
     assert found == [
         (asked, 1, 0),
         (answered("■|who ?", "no"), 1, 0),
         *[(["system: be good", *asked], 1, 0)] * 2,
-        (answered("what ?"), 0, 0),
+        (answered("what ?") * 2, 0, 3),
         (asked[:1], 1, 0),
-        (answered("■|■|here and what ?"), 2, 0),
+        (answered("here|■|and|■|what ?"), 2, 0),
     ]
-    assert next(iter(load_rows(config)))["images"][0].size == (8, 6)
+    assert next(iter(loaded))["images"][0].size == (8, 6)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -176,7 +176,7 @@ def test_list_of_images_in_a_table(tmp_path, streaming):
     rows = [{"images": [{"bytes": content}] * n, "prompt": "what ?", "completion": "yes"} for n in (2, 0)]
     path = str(tmp_path / "rows.parquet")
     Dataset.from_list(rows, features=features).to_parquet(path)
-    loaded = list(load_rows(DataConfig(dataset=path, streaming=streaming)))
+    loaded = list(load_rows(path, streaming=streaming))
     assert [len(row["images"]) for row in loaded] == [2, 0]
     assert [short(row) for row in loaded] == [answered("■|■|what ?"), answered("what ?")]
 
@@ -185,7 +185,7 @@ def test_folder_of_images_with_captions(tmp_path):
     folder = tmp_path / "images"
     make_image(folder / "a.png")
     write(folder / "metadata.jsonl", [{"file_name": "a.png", "text": "a cat"}])
-    [row] = load_rows(DataConfig(dataset=str(folder)))
+    [row] = load_rows(str(folder))
     assert short(row) == answered(f"■|{CAPTION_QUESTION}", "a cat")
     assert row["images"][0].size == (8, 6)
 
@@ -201,9 +201,8 @@ def test_other_columns_are_kept_on_request(tmp_path, form, streaming):
         Dataset.from_list(rows).to_parquet(path)
     else:
         write(path, rows)
-    config = DataConfig(dataset=str(path), streaming=streaming)
-    assert set(next(iter(load_rows(config)))) == set(ROW_FEATURES)
-    found = list(load_rows(config, columns=("kind", "gone")))
+    assert set(next(iter(load_rows(path, streaming=streaming)))) == set(ROW_FEATURES)
+    found = list(load_rows(path, streaming=streaming, keep_columns=("kind", "gone")))
     assert [json.loads(row["kind"]) for row in found] == kinds and [row["gone"] for row in found] == ["null"] * 2
     assert [short(row) for row in found] == [answered("what ?")] * 2
 
@@ -217,7 +216,7 @@ def test_no_image_is_decoded_while_loading(tmp_path, monkeypatch, streaming):
     Dataset.from_list([{"image": content, "caption": "a"}], features=features).to_parquet(table)
     monkeypatch.setattr(PIL.Image, "open", lambda *_, **__: pytest.fail("decoded"))
     for path in (write(tmp_path / "rows.jsonl", [{"image": "a.png", "caption": "a"}]), table):
-        rows = load_rows(DataConfig(dataset=path, streaming=streaming))
+        rows = load_rows(path, streaming=streaming)
         rows = rows.decode(False) if streaming else rows.cast_column("images", List(Image(decode=False)))
         [row] = rows
         assert set(row["images"][0]) == {"bytes", "path"}
@@ -230,14 +229,14 @@ def test_splits_slices_and_max_rows(tmp_path):
     config = DataConfig(dataset=str(path), dataset_split="train[:60%]", eval_split="train[-3:]", max_rows=5)
 
     def questions(split, config=config):
-        return [short(row)[0] for row in load_rows(config, split)]
+        return [short(row)[0] for row in config.load_rows(split)]
 
     assert questions("train") == [f"user: q{i}" for i in range(5)]
     assert questions("eval") == [f"user: q{i}" for i in (7, 8, 9)]
     other = write(tmp_path / "other.jsonl", [llava("other")])
     assert questions("eval", DataConfig(dataset=str(path), eval_dataset=other)) == ["user: other"]
-    assert load_rows(DataConfig(dataset=str(path)), "eval") is None
-    assert len(load_rows(DataConfig(dataset=other, max_rows=5))) == 1
+    assert DataConfig(dataset=str(path)).load_rows("eval") is None
+    assert len(load_rows(other, max_rows=5)) == 1
 
 
 def test_configurations(tmp_path):
@@ -252,7 +251,7 @@ def test_configurations(tmp_path):
         tables[name] = str(folder)
 
     def question(config, split="train"):
-        [row] = load_rows(config, split)
+        [row] = config.load_rows(split)
         return short(row)[0]
 
     both = DataConfig(tables["train"], "train_config", eval_dataset=tables["other"], eval_config="other_config")
@@ -260,21 +259,21 @@ def test_configurations(tmp_path):
     same = DataConfig(tables["train"], "train_config", eval_dataset=tables["train"])
     assert question(same, "eval") == "user: train"
     with pytest.raises(ValueError, match="other_config"):  # of no such configuration, where one is named
-        load_rows(DataConfig(tables["train"], "train_config", eval_split="train", eval_config="other_config"), "eval")
+        DataConfig(tables["train"], "train_config", eval_split="train", eval_config="other_config").load_rows("eval")
 
 
 def test_an_edited_file_is_read_again(tmp_path):
     for seconds, question in enumerate(["first", "other"]):
         path = write(tmp_path / "rows.jsonl", [llava(question)])
         os.utime(path, (seconds, seconds))
-        assert short(load_rows(DataConfig(dataset=path))[0])[0] == f"user: {question}"
+        assert short(load_rows(path)[0])[0] == f"user: {question}"
 
 
 def test_paths_of_images(tmp_path):
     """Relative to `image_folder`, else to the file; one that leaves the folder keeps its `..`."""
     path = write(tmp_path / "rows.jsonl", [llava("q", image=i) for i in ("x/./a.png", "../a.png", "/a/../b.png")])
     for folder in (None, str(tmp_path / "other")):
-        rows = load_rows(DataConfig(dataset=path, image_folder=folder))
+        rows = load_rows(path, image_folder=folder)
         rows = rows.cast_column("images", List(Image(decode=False)))
         base = folder or str(tmp_path)
         assert [row["images"][0]["path"] for row in rows] == [f"{base}/x/a.png", f"{base}/../a.png", "/b.png"]
@@ -283,7 +282,7 @@ def test_paths_of_images(tmp_path):
 def test_broken_rows_stay_for_the_check(tmp_path):
     turns = [{"from": "human", "value": 3}, {"from": "bot", "value": "\ud800"}, "x"]
     rows = [{"conversations": turns}, {"messages": []}, {"questions": ["a", "b"], "answers": ["c"]}]
-    first, second, third = load_rows(DataConfig(dataset=write(tmp_path / "rows.jsonl", rows)))
+    first, second, third = load_rows(write(tmp_path / "rows.jsonl", rows))
     assert [message["role"] for message in first["messages"]] == ["user", "bot", None]
     assert [message["content"][0]["text"] for message in first["messages"]] == [None, None, None]
     assert second["messages"] == []
@@ -293,7 +292,7 @@ def test_broken_rows_stay_for_the_check(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_errors_name_file_and_row(tmp_path, streaming):
     def load(path):
-        return list(load_rows(DataConfig(dataset=path, streaming=streaming)))
+        return list(load_rows(path, streaming=streaming))
 
     with pytest.raises(ValueError, match=r"rows.jsonl, row 1 has only \['foo', 'image'\].*`conversations`"):
         load(write(tmp_path / "rows.jsonl", [llava("q"), {"foo": 1, "image": "a.png"}]))
@@ -322,7 +321,7 @@ def test_stream_in_worker_processes(tmp_path):
     """Order is kept with one worker, and a shuffled stream has decoded images too."""
     make_image(tmp_path / "a.png")
     path = write(tmp_path / "rows.jsonl", [llava(f"q{i}", image="a.png") for i in range(6)])
-    stream = load_rows(DataConfig(dataset=path, streaming=True))
+    stream = load_rows(path, streaming=True)
     loader = torch.utils.data.DataLoader(stream, batch_size=2, num_workers=1, collate_fn=list)
     rows = [row for batch in loader for row in batch]
     assert [short(row)[0] for row in rows] == [f"user: ■|q{i}" for i in range(6)]
@@ -332,7 +331,7 @@ def test_stream_in_worker_processes(tmp_path):
 def test_shared_llava_sample(shared):
     folder = shared / "data" / "llava_pretrain_2k"
     records = json.loads((folder / "chat.json").read_text(encoding="utf-8"))
-    rows = load_rows(DataConfig(dataset=str(folder / "chat.json"), image_folder=str(folder / "images")))
+    rows = load_rows(folder / "chat.json", image_folder=folder / "images")
     assert len(rows) == len(records) == 2183
     for row, record in zip(rows.select_columns("messages"), records, strict=True):
         question, answer = (turn["value"] for turn in record["conversations"])
@@ -344,7 +343,7 @@ def test_shared_llava_sample(shared):
 
 
 def test_shared_easy_vqa(shared):
-    rows = load_rows(DataConfig(dataset=str(shared / "data/easy_vqa/test.parquet"), max_rows=3))
+    rows = load_rows(str(shared / "data/easy_vqa/test.parquet"), max_rows=3)
     assert short(rows[0])[:3] == [
         "user: ■|what is the red shape?",
         "assistant: triangle",

@@ -16,7 +16,7 @@ from PIL import ImageFile
 from transformers import CLIPImageProcessorPil
 
 from vtlmm.cli import data as data_command
-from vtlmm.data.rows import DataConfig, load_rows
+from vtlmm.data.rows import load_rows
 from vtlmm.data.validation import FIXES, check_rows, checked_stream, image_problems
 from vtlmm.train.collator import VTLMMCollator
 
@@ -85,7 +85,7 @@ def write(folder, rows):
 
 
 def load(folder, **options):
-    return load_rows(DataConfig(dataset=str(folder / "rows.json"), **options))
+    return load_rows(str(folder / "rows.json"), **options)
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_stream_of_a_table(folder, processor):
     rows = [{"image": {"bytes": cut, "path": None}, "caption": "boat"} for cut in cuts]
     path = str(folder / "rows.parquet")
     datasets.Dataset.from_list(rows, features=features).to_parquet(path)
-    stream = load_rows(DataConfig(dataset=path, streaming=True))
+    stream = load_rows(path, streaming=True)
     with pytest.warns(UserWarning, match="row 0: broken image"):
         [row] = checked_stream(stream, processor, bad_rows="skip")
     assert row["images"][0].size == (64, 64)
@@ -274,14 +274,8 @@ def test_help_does_not_import_torch():
 
 
 def test_shared_rows(shared, processor):
-    config = DataConfig(
-        dataset=str(shared / "data/llava_pretrain_2k/chat.json"),
-        image_folder=str(shared / "data/llava_pretrain_2k/images"),
-        max_rows=50,
-    )
-    report = check_rows(load_rows(config), processor)
+    folder = shared / "data/llava_pretrain_2k"
+    report = check_rows(load_rows(folder / "chat.json", image_folder=folder / "images", max_rows=50), processor)
     assert not report.problems and report.num_images == 50
-    report = check_rows(
-        load_rows(DataConfig(dataset=str(shared / "data/easy_vqa/test.parquet"), max_rows=50)), processor
-    )
+    report = check_rows(load_rows(str(shared / "data/easy_vqa/test.parquet"), max_rows=50), processor)
     assert not report.problems and report.num_images == 50

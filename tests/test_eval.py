@@ -24,7 +24,8 @@ from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.eval import check_submission
 from vtlmm.cli.main import main
 from vtlmm.data.images import image_key, open_image
-from vtlmm.data.rows import DataConfig, load_rows
+from vtlmm.data.questions import split_questions
+from vtlmm.data.rows import load_rows
 from vtlmm.evaluation.questions import read_questions
 from vtlmm.evaluation.report import SAMPLES_FILE, by_kind, score_answers
 from vtlmm.evaluation.statistics import bootstrap_interval, mcnemar
@@ -33,7 +34,6 @@ from vtlmm.inference.generation import (
     answer,
     answer_batch,
     conversation,
-    split_turns,
     with_shuffled_images,
 )
 
@@ -285,10 +285,10 @@ def test_what_a_row_gives_goes_before_its_question(processor):
     system, answer = message("system", "be short"), message("assistant", "red")
     messages = [system, message("user", None, "what color ?"), answer, message("user", "and", None, "that ?"), answer]
     row = {"messages": messages, "images": ["a", "b"]}
-    first, second = split_turns([row])
-    assert (first["question"], second["question"]) == ("what color ?", "and that ?")
+    first, second = split_questions([row])
+    assert (first["question"], second["question"]) == ("what color ?", "<image> and <image> that ?")
     assert first["before"] == second["before"] == [message("system", "be short")]
-    (given,) = split_turns([{**row, "num_context_messages": 4}])  # a prompt with an answer in it, and a completion
+    (given,) = split_questions([{**row, "num_context_messages": 4}])  # a prompt with an answer in it, and a completion
     assert [m["role"] for m in given["before"]] == ["system", "user", "assistant"]
     assert [m["role"] for m in conversation(given)] == ["system", "user", "assistant", "user"]
     rows = Dataset.from_list([{**row, "images": [], "num_context_messages": n} for n in (0, 4)])
@@ -297,16 +297,12 @@ def test_what_a_row_gives_goes_before_its_question(processor):
     kinds = Dataset.from_list([{**row, "images": [], "kind": kind} for kind in ('"a"', None)])
     questions, _ = read_questions(kinds.cast_column("images", List(ImageFeature())), kind=None)
     assert {question["kind"] for question in questions} == {"all"}  # a column that nobody asked for
-    (plain,) = split_turns([{"messages": messages[1:3], "images": ["a"]}])
+    (plain,) = split_questions([{"messages": messages[1:3], "images": ["a"]}])
     assert "before" not in plain
 
-    model_says = processor.apply_chat_template(
-        conversation(
-            split_turns([{**row, "messages": messages[1:], "num_context_messages": 3}])[0] | {"images": [None, None]}
-        ),
-        tokenize=False,
-    )
-    assert model_says == "USER : what color ? ASSISTANT : red</s> USER : <image>\n<image>\nand that ? ASSISTANT :"
+    [question] = split_questions([{**row, "messages": messages[1:], "num_context_messages": 3}])
+    prompt = processor.apply_chat_template(conversation(question | {"images": [None, None]}), tokenize=False)
+    assert prompt == "USER : <image>\nwhat color ? ASSISTANT : red</s> USER : and<image>\nthat ? ASSISTANT :"
 
 
 def test_no_question_keeps_its_image():
@@ -330,7 +326,7 @@ def test_a_image_of_a_phone_is_upright(tmp_path):
     exif[ExifTags.Base.Orientation] = 6  # to be turned clockwise
     image.save(tmp_path / "phone.png", exif=exif)
     (tmp_path / "rows.json").write_text(json.dumps([{"image": "phone.png", "question": "what ?", "answer": "red"}]))
-    (row,) = load_rows(DataConfig(dataset=str(tmp_path / "rows.json")))
+    (row,) = load_rows(str(tmp_path / "rows.json"))
     found = open_image(tmp_path / "phone.png")
     assert found.size == (4, 8) and found.tobytes() == row["images"][0].convert("RGB").tobytes()
 

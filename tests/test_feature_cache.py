@@ -13,7 +13,7 @@ from test_trainer import assert_same_update, update
 from training_setup import IMAGES_PER_ROW, build_rows, build_trainer, weights
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
-from vtlmm.data.rows import DataConfig, load_rows
+from vtlmm.data.rows import load_rows
 from vtlmm.data.vision_feature_cache import VisionFeatureCache, tower_key, undecoded
 
 
@@ -144,7 +144,7 @@ def test_a_image_that_changes_is_not_taken_from_the_cache(tmp_path):
     PILImage.new("RGB", (28, 28), (200, 30, 30)).save(tmp_path / "red.png")
     talk = '[{"from": "human", "value": "<image>\\nwhat"}, {"from": "gpt", "value": "red boat"}]'
     Path(tmp_path / "rows.json").write_text(f'[{{"image": "red.png", "conversations": {talk}}}]')
-    rows = load_rows(DataConfig(dataset=str(tmp_path / "rows.json")))
+    rows = load_rows(str(tmp_path / "rows.json"))
     trainer = build_trainer(tmp_path / "run", rows, cache_image_features=str(tmp_path / "features"))
     PILImage.new("RGB", (28, 28), (30, 30, 200)).save(tmp_path / "red.png")
     with pytest.raises(ValueError, match="red.png has no features .* its file has changed"):

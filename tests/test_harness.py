@@ -23,13 +23,14 @@ from transformers import AutoModelForCausalLM
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
-from vtlmm.data.rows import DataConfig, load_rows
+from vtlmm.data.questions import split_questions
+from vtlmm.data.rows import load_rows
 from vtlmm.demo.run import HELD_OUT_FILE, save_questions
 from vtlmm.demo.shapes import question_rows
 from vtlmm.evaluation import harness
 from vtlmm.evaluation.questions import read_questions
 from vtlmm.evaluation.scorers import exact_match
-from vtlmm.inference.generation import answer, conversation, split_turns
+from vtlmm.inference.generation import answer, conversation
 
 
 LOCAL_TASKS = ("demo_shapes", "easy_vqa", "vqa_rad")
@@ -96,7 +97,7 @@ def test_both_harnesses_have_the_same_tasks(task):
 def test_the_local_tasks_ask_what_vtlmm_eval_asks(work):
     """The same questions, truths, images and prompts, to the character."""
     processor = build_processor()
-    rows = load_rows(DataConfig(dataset=str(work / "rows.parquet")))
+    rows = load_rows(str(work / "rows.parquet"))
     expected, _ = read_questions(rows)
     source = load_dataset("parquet", data_files=str(work / "rows.parquet"), split="train")
     for name in HARNESSES:
@@ -120,13 +121,14 @@ def test_the_local_tasks_ask_what_vtlmm_eval_asks(work):
 
 def test_the_demo_writes_its_held_out_questions(tmp_path):
     """In a form that `vtlmm eval --data` and the harnesses both read."""
-    asked = split_turns(question_rows(3, 2, held_out=True, one_each=True))
+    rows = question_rows(3, 2, held_out=True, one_each=True)
+    asked = [{**question, "kind": rows[question["row"]]["kind"]} for question in split_questions(rows)]
     save_questions(tmp_path / HELD_OUT_FILE, asked)
     assert read_task("lm-eval", "demo_shapes")["dataset_kwargs"]["data_files"]["test"].endswith(
         f"/demo/{HELD_OUT_FILE}"
     )
     docs = harness.one_question_each(load_dataset("parquet", data_files=str(tmp_path / HELD_OUT_FILE), split="train"))
-    rows = load_rows(DataConfig(dataset=str(tmp_path / HELD_OUT_FILE)), columns=("kind",))
+    rows = load_rows(tmp_path / HELD_OUT_FILE, keep_columns=["kind"])
     found, places = read_questions(rows, kind="kind")
     assert len(places) == 3 and len(docs) == len(found) == len(asked) > 9
     for doc, own, expected in zip(docs, found, asked, strict=True):

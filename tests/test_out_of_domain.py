@@ -18,7 +18,7 @@ from vtlmm.ablations.ood import format_others, summarize_others
 from vtlmm.ablations.presence_questions import presence_questions
 from vtlmm.analysis.ood_metrics import calibration_error, detection
 from vtlmm.cli.main import main
-from vtlmm.data.rows import DataConfig, load_rows
+from vtlmm.data.rows import load_rows
 
 
 # ---- Known answers ----
@@ -94,7 +94,7 @@ def test_labels_become_questions(shared, tmp_path):
     answers = np.array(rows["answers"][:])
     assert (len(answers), *(answers == "yes").sum(0)) == (364, 358, 201)
     rows.to_parquet(tmp_path / "cells.parquet")
-    loaded = load_rows(DataConfig(str(tmp_path / "cells.parquet")))
+    loaded = load_rows(str(tmp_path / "cells.parquet"))
     assert [m["content"][-1]["text"] for m in loaded[3]["messages"]][1::2] == rows[3]["answers"]
     assert loaded[3]["images"][0].size == rows[3]["image"].size
     with pytest.raises(ValueError, match=r"has the labels \['wbc'\]; there are \['Platelets', 'RBC', 'WBC'\]"):

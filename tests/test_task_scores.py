@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from training_setup import build_rows, build_trainer, weights, write_start
 
 from vtlmm.cli.main import main
-from vtlmm.data.rows import DataConfig, load_rows
+from vtlmm.data.rows import load_rows
 from vtlmm.evaluation.runner import task_scores
 from vtlmm.inference.generation import answer_batch, with_shuffled_images
 from vtlmm.train.stage_runner import RUN_RECORD
@@ -34,7 +34,7 @@ def questions(tmp_path):
             rows.append({"image": f"{color}.png", "question": asked, "answer": "boat"})
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_rows(DataConfig(dataset=str(path)))
+    return load_rows(str(path))
 
 
 @pytest.mark.parametrize(("num_images", "number"), [(3, 9), (9, 12)])

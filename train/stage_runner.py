@@ -7,7 +7,7 @@ import os
 import subprocess
 import time
 import warnings
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def refuse_adapter(model_config: ModelConfig) -> None:
 
 def prepare_dataset(data: DataConfig, split: str, processor, max_length: int | None):
     """Rows of one split, checked before anything is trained; a stream is checked row by row as it comes."""
-    dataset = load_rows(data, split)
+    dataset = data.load_rows(split)
     if dataset is None or not data.check_data:
         return dataset
     if isinstance(dataset, IterableDataset):
@@ -79,7 +79,7 @@ def load_task_rows(data: DataConfig):
     """The rows of `eval_task_data`."""
     if not Path(data.eval_task_data).exists():
         raise FileNotFoundError(f"{data.eval_task_data}: there is no such file (eval_task_data).")
-    return load_rows(replace(data, dataset=data.eval_task_data, dataset_split="train", streaming=False, max_rows=None))
+    return load_rows(data.eval_task_data, image_folder=data.image_folder)
 
 
 def build_trainer(settings: dict, datasets: list | None = None, **kwargs) -> VTLMMTrainer:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from vtlmm.data.images import prepare_images
-from vtlmm.data.rows import DataConfig, load_rows
+from vtlmm.data.rows import load_rows
 from vtlmm.data.vision_feature_cache import VisionFeatureCache, tower_key, undecoded
 from vtlmm.evaluation.questions import read_questions
 from vtlmm.evaluation.report import by_kind, image_cluster, score_answers
@@ -50,7 +50,7 @@ def read_held_out(measures: EvaluateConfig) -> HeldOut:
     Raises:
         `ValueError`: for an answer that no kind of `kinds` has.
     """
-    rows = load_rows(measures.data(), columns=(measures.kind,) if measures.kind else ())
+    rows = measures.data().load_rows(keep_columns=(measures.kind,) if measures.kind else ())
     questions, places = read_questions(rows, measures.kind)
     if measures.kinds:
         kinds = {answer: kind for kind, answers in measures.kinds.items() for answer in answers}
@@ -60,7 +60,7 @@ def read_held_out(measures: EvaluateConfig) -> HeldOut:
             question["kind"] = kinds[question["answer"]]
     found = HeldOut(rows, questions, places)
     for name, data in measures.others.items():
-        rows = load_rows(DataConfig(data))
+        rows = load_rows(data)
         found.others[name] = HeldOut(rows, *read_questions(rows))
     return found
 

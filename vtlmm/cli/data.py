@@ -19,7 +19,7 @@ def run(args) -> int:
     from transformers import AutoProcessor
 
     import modeling_vtlmm  # noqa: F401 - registers the processor
-    from vtlmm.data.rows import DataConfig, load_rows
+    from vtlmm.data.rows import DataConfig
     from vtlmm.data.validation import check_rows
     from vtlmm.train.config import VTLMMTrainingConfig
     from vtlmm.train.recipe import read_settings, split_stages
@@ -42,7 +42,7 @@ def run(args) -> int:
             continue
         checked.append((config, max_length))
         for split in ("train", "eval"):
-            rows = load_rows(config, split)
+            rows = config.load_rows(split)
             if rows is not None:
                 report = check_rows(rows, processor, max_length)
                 num_problems += len(report.problems)

@@ -137,10 +137,10 @@ def check_submission(questions: list[dict], subset: str | None) -> None:
 
 def read_rows(args, columns):
     """Rows with the columns that are named, and what part of the data they are if not all."""
-    from vtlmm.data.rows import DataConfig, load_rows
+    from vtlmm.data.rows import load_rows
 
-    config = DataConfig(dataset=args.data, dataset_split=args.split, image_folder=args.image_folder)
-    rows = load_rows(config, columns=tuple(name for name in columns if name))
+    keep_columns = [name for name in columns if name]
+    rows = load_rows(args.data, split=args.split, image_folder=args.image_folder, keep_columns=keep_columns)
     if args.limit is None or args.limit >= len(rows):
         return rows, None
     return rows.select(range(args.limit)), f"the first {args.limit} of {len(rows)} rows"

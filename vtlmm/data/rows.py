@@ -4,14 +4,16 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, IterableDataset, List, ReadInstruction, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+
+from .questions import split_row
 
 
 ROW_FEATURES = Features(
@@ -85,49 +87,83 @@ class DataConfig:
         if self.bad_rows not in ("raise", "skip"):
             raise ValueError(f"`bad_rows` is {self.bad_rows!r}; it must be raise or skip.")
 
+    def load_rows(self, split: str = "train", keep_columns: Sequence[str] = ()) -> Dataset | IterableDataset | None:
+        """
+        Load the rows of `"train"` or `"eval"` with [`load_rows`]. Evaluation rows are never streamed.
+
+        Returns:
+            The rows, or None for `"eval"` if neither `eval_dataset` nor `eval_split` is set.
+        """
+        name, configuration, part = self.dataset, self.dataset_config, self.dataset_split
+        if split == "eval":
+            if self.eval_dataset is None and self.eval_split is None:
+                return None
+            name, part = self.eval_dataset or name, self.eval_split or "train"
+            configuration = self.eval_config or (configuration if name == self.dataset else None)
+        return load_rows(
+            str(name),
+            image_folder=self.image_folder,
+            split=part,
+            config_name=configuration,
+            streaming=self.streaming and split == "train",
+            keep_columns=keep_columns,
+            max_rows=self.max_rows,
+            one_question_per_row=self.one_question_per_row,
+        )
+
 
 def load_rows(
-    config: DataConfig, split: str = "train", columns: tuple[str, ...] = ()
-) -> Dataset | IterableDataset | None:
+    dataset: str | os.PathLike,
+    *,
+    image_folder: str | os.PathLike | None = None,
+    split: str = "train",
+    config_name: str | None = None,
+    streaming: bool = False,
+    keep_columns: Sequence[str] = (),
+    max_rows: int | None = None,
+    one_question_per_row: bool = False,
+    require_answers: bool = True,
+) -> Dataset | IterableDataset:
     r"""
-    The rows of one split, in their order; the columns are those of `ROW_FEATURES`. No image is decoded.
+    Load the rows of one split, in order, with the columns of `ROW_FEATURES`. No image is decoded.
 
-    - `messages`: `role` and `content`, a list of `{"type", "text"}` (text is None for a image, and for what is no
-      text). An `<image>` in a text becomes a part in its place, without the white space around it, which the chat
-      template writes; a row with images and no `<image>` has them at the start of the first question.
+    - `messages`: `role` and `content`, a list of `{"type", "text"}`. `text` is None for an image and for a value that
+      is not a string. An `<image>` in a text becomes an image part in its place. A row with images and without
+      `<image>` has the images at the start of the first question.
     - `images`: decoded when a row is read; empty for a row without images.
-    - `num_context_messages`: the first so many messages are given, so answers in them are not supervised.
+    - `num_context_messages`: answers among the first `num_context_messages` messages are not supervised.
 
     Args:
-        config ([`DataConfig`])
-        split (`str`, *optional*, defaults to `"train"`): or `"eval"`, which is None when the config names none.
-        columns (`tuple[str]`, *optional*): columns of the source to keep beside these, as JSON texts (`null` where a
-            row lacks one).
+        dataset (`str`): a `.json`, `.jsonl` or `.parquet` file, a folder, or a Hub dataset id.
+        image_folder (`str`): folder that relative image paths start from. Default: the folder of the file.
+        split (`str`): split, or a slice of a split such as `"train[:2000]"`. A file has the split `train` only.
+        config_name (`str`): configuration of a Hub dataset.
+        streaming (`bool`): return an [`~datasets.IterableDataset`] that reads rows when they are used.
+        keep_columns: columns of the source to keep, as JSON texts (`null` if a row does not have the column).
+        max_rows (`int`): read at most this number of rows.
+        one_question_per_row (`bool`): split conversations with [`split_questions`].
+        require_answers (`bool`): False also accepts questions without answers. Such a row ends with the user's
+            message.
 
     Raises:
-        `ValueError`: for a row of no known form, a file that is not JSON, or image paths that start nowhere.
-        `FileNotFoundError`: for a missing file.
+        `ValueError`: if a row matches no format, a file is not JSON, or `image_folder` is needed and missing.
+        `FileNotFoundError`: if the file does not exist.
     """
-    name, configuration, part = config.dataset, config.dataset_config, config.dataset_split
-    if split == "eval":
-        if config.eval_dataset is None and config.eval_split is None:
-            return None
-        name, part = config.eval_dataset or name, config.eval_split or "train"
-        configuration = config.eval_config or (configuration if name == config.dataset else None)
-    streaming = config.streaming and split == "train"
+    name, keep_columns = os.fspath(dataset), tuple(keep_columns)
     path = Path(name)
     is_file = path.suffix in (".json", ".jsonl", ".parquet")
     if is_file and not path.is_file():
-        raise FileNotFoundError(f"{name}: there is no such file (dataset, eval_dataset).")
-    folder = config.image_folder or (path.parent if is_file else path if path.is_dir() else None)
+        raise FileNotFoundError(f"{name}: the file does not exist.")
+    folder = image_folder or (path.parent if is_file else path if path.is_dir() else None)
     folder = None if folder is None else os.path.abspath(folder)
+    options = (keep_columns, require_answers)
     if path.suffix in (".json", ".jsonl"):
-        rows = _first_rows(_load_json(path, part, folder, streaming, columns), config.max_rows)
+        rows = _first_rows(_load_json(path, split, folder, streaming, *options), max_rows)
     else:
-        source = {"path": "parquet", "data_files": name} if is_file else {"path": name, "name": configuration}
-        dataset = load_dataset(**source, split=part, streaming=streaming)
-        rows = convert_dataset(_first_rows(dataset, config.max_rows), name, folder, columns)
-    return _one_question_per_row(rows) if config.one_question_per_row else rows
+        source = {"path": "parquet", "data_files": name} if is_file else {"path": name, "name": config_name}
+        table = load_dataset(**source, split=split, streaming=streaming)
+        rows = convert_dataset(_first_rows(table, max_rows), name, folder, *options)
+    return _one_question_per_row(rows) if one_question_per_row else rows
 
 
 def _row_features(columns: tuple[str, ...]) -> Features:
@@ -163,20 +199,20 @@ def _read_json(path: Path):
                     raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
 
 
-def _json_rows(path: str, folder: str, columns: tuple[str, ...]):
+def _json_rows(path: str, folder: str, columns: tuple[str, ...], require_answers: bool):
     for index, record in enumerate(_read_json(Path(path))):
-        yield convert_row(record, index, path, folder, columns)
+        yield convert_row(record, index, path, folder, columns, require_answers)
 
 
-def _load_json(path: Path, split: str, folder: str, streaming: bool, columns: tuple[str, ...]):
-    arguments = {"path": str(path), "folder": folder, "columns": columns}
+def _load_json(path: Path, split: str, folder: str, streaming: bool, columns: tuple[str, ...], require_answers: bool):
+    arguments = {"path": str(path), "folder": folder, "columns": columns, "require_answers": require_answers}
     features = _row_features(columns)
     if streaming:
         if split != "train":
             raise ValueError(f"{path}: a stream of a JSON file has the split train only, not {split!r}.")
         return IterableDataset.from_generator(_json_rows, features=features, gen_kwargs=arguments)
     state = path.stat()
-    fingerprint = _fingerprint(path.resolve(), state.st_size, state.st_mtime_ns, folder, columns)
+    fingerprint = _fingerprint(path.resolve(), state.st_size, state.st_mtime_ns, folder, columns, require_answers)
     try:
         rows = Dataset.from_generator(_json_rows, features=features, gen_kwargs=arguments, fingerprint=fingerprint)
     except DatasetGenerationError as error:
@@ -196,11 +232,13 @@ def _fingerprint(*state) -> str:
 # ---- Tables: parquet files, folders, the Hub ----
 
 
-def convert_dataset(dataset, source: str, folder: str | None = None, columns: tuple[str, ...] = ()):
+def convert_dataset(
+    dataset, source: str, folder: str | None = None, columns: tuple[str, ...] = (), require_answers: bool = True
+):
     """
     Return the rows of a `Dataset` or `IterableDataset` with the columns of `ROW_FEATURES`; see [`convert_row`].
     """
-    arguments = {"source": source, "folder": folder, "columns": columns}
+    arguments = {"source": source, "folder": folder, "columns": columns, "require_answers": require_answers}
     features = _row_features(columns)
     if isinstance(dataset, IterableDataset):
         dataset = dataset if dataset.features is None else dataset.decode(False)
@@ -219,7 +257,7 @@ def convert_dataset(dataset, source: str, folder: str | None = None, columns: tu
         fn_kwargs=arguments,
         remove_columns=dataset.column_names,
         features=features,
-        new_fingerprint=_fingerprint(dataset._fingerprint, source, folder, columns),
+        new_fingerprint=_fingerprint(dataset._fingerprint, source, folder, columns, require_answers),
         desc=f"Reading {source}",
     )
 
@@ -229,9 +267,9 @@ def convert_dataset(dataset, source: str, folder: str | None = None, columns: tu
 
 def _one_question_per_row(dataset):
     if isinstance(dataset, IterableDataset):
-        return dataset.decode(False).map(_split_questions, batched=True).cast(dataset.features)
+        return dataset.decode(False).map(_split_batch, batched=True).cast(dataset.features)
     return dataset.cast_column("images", List(Image(decode=False))).map(
-        _split_questions,
+        _split_batch,
         batched=True,
         features=dataset.features,
         new_fingerprint=_fingerprint(dataset._fingerprint),
@@ -239,42 +277,23 @@ def _one_question_per_row(dataset):
     )
 
 
-def _one_text(parts: list[dict]) -> list[dict]:
-    """The texts around a message's images as one; what is no text stays, for the check to find."""
-    others = [part for part in parts if part["type"] != "image"]
-    texts = [part["text"] for part in others if isinstance(part["text"], str)]
-    return [{**others[0], "text": " ".join(texts)}] if len(texts) == len(others) > 1 else others
-
-
-def _split_questions(batch: dict) -> dict:
-    """The rows of each conversation's answered questions, all of them with its system message and its images."""
-    found = {name: [] for name in batch}
-    for row in (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)):
-        messages, context = row["messages"], row["num_context_messages"]
-        system = [message for message in messages if message["role"] == "system"]
-        images = [part for message in messages for part in message["content"] if part["type"] == "image"]
-        turns = [
-            [
-                *system,
-                {**question, "content": images + _one_text(question["content"])},
-                answer,
-            ]
-            for number, (question, answer) in enumerate(pairwise(messages), 1)
-            if (question["role"], answer["role"]) == ("user", "assistant") and number >= context
-        ]
-        # what has no answered question stays, for the check to find
-        for turn in turns or [messages]:
-            for name in batch:
-                found[name].append(turn if name == "messages" else row[name])
-        if turns:
-            found["num_context_messages"][-len(turns) :] = [0] * len(turns)
-    return found
+def _split_batch(batch: dict) -> dict:
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    rows = [new for row in rows for new in split_row(row)]
+    return {name: [row[name] for row in rows] for name in batch}
 
 
 # ---- One row ----
 
 
-def convert_row(row: dict, index: int, source: str, folder: str | None, columns: tuple[str, ...] = ()) -> dict:
+def convert_row(
+    row: dict,
+    index: int,
+    source: str,
+    folder: str | None,
+    columns: tuple[str, ...] = (),
+    require_answers: bool = True,
+) -> dict:
     r"""
     One row of any known form as `messages`, `images`, `num_context_messages`.
 
@@ -304,6 +323,8 @@ def convert_row(row: dict, index: int, source: str, folder: str | None, columns:
         messages = _turns(row["questions"], row["answers"])
     elif "question" in given and "answer" in row:
         messages = _turns(row["question"], row["answer"])
+    elif "question" in given and not require_answers:
+        messages = [_message("user", row["question"])]
     elif images and given & {"caption", "text"}:
         messages = _turns(CAPTION_QUESTION, row["caption"] if "caption" in given else row["text"])
     else:

@@ -17,8 +17,9 @@ from datasets import List as ListFeature
 from vtlmm.analysis.patch_features import patch_words
 from vtlmm.analysis.plots import save_curves, save_patch_words
 from vtlmm.data.images import image_key
+from vtlmm.data.questions import split_questions
 from vtlmm.hub.compose import compose_model
-from vtlmm.inference.generation import accuracy_by_kind, answer, split_turns, with_shuffled_images
+from vtlmm.inference.generation import accuracy_by_kind, answer, with_shuffled_images
 from vtlmm.train.config import VTLMMTrainingConfig
 from vtlmm.train.trainer import VTLMMTrainer
 
@@ -52,9 +53,9 @@ def as_dataset(rows: list[dict]) -> Dataset:
 
 
 def save_questions(path: Path, asked: list[dict]) -> None:
-    """As `vtlmm eval` and the harnesses read them; `asked` is what `split_turns` gives."""
+    """As `vtlmm eval` and the harnesses read them; `asked` is what `split_questions` gives."""
     rows = [{**q, "questions": [q["question"]], "answers": [q["answer"]]} for q in asked]
-    as_dataset(rows).remove_columns(["question", "answer"]).to_parquet(path)
+    as_dataset(rows).remove_columns(["row", "question", "answer"]).to_parquet(path)
 
 
 def train_stage(stage: str, model, processor, rows: Dataset, held_out: Dataset, output: Path, seed: int):
@@ -173,7 +174,7 @@ def run_demo(output: str | Path, seed: int = 0) -> dict:
     processor.save_pretrained(output / "model")
 
     print("\n== Questions about images it has not seen ==")
-    asked = split_turns(held_out_rows)
+    asked = [{**q, "kind": held_out_rows[q["row"]]["kind"]} for q in split_questions(held_out_rows)]
     save_questions(output / HELD_OUT_FILE, asked)
     answers = answer(model, processor, asked, batch_size=64)
     accuracy = accuracy_by_kind(asked, answers)

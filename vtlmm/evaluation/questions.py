@@ -6,7 +6,7 @@ import json
 from datasets import Image, List
 
 from vtlmm.data.images import image_key, open_image
-from vtlmm.inference.generation import split_turns
+from vtlmm.data.questions import split_questions
 
 from .prompts import build_prompt
 
@@ -41,13 +41,20 @@ def read_questions(rows, kind: str | None = None, references: str | None = None,
                 file_keys[path] = key  # many rows may ask about one file
             places.setdefault(key, (index, position))
             keys.append(key)
-        context = row.get("num_context_messages")
-        turns = split_turns([{"messages": row["messages"], "images": keys, "num_context_messages": context}])
+        turns = split_questions([{**row, "images": keys}])
         columns = {name: json.loads(row[column]) for name, column in named.items()}
         columns = {name: value for name, value in columns.items() if value is not None}
         found |= set(columns)
         for number, turn in enumerate(turns):
-            questions.append({**turn, "id": None, **_columns_of_turn(columns, number, len(turns), index)})
+            questions.append(
+                {
+                    **turn,
+                    "row": index,
+                    "kind": "all",
+                    "id": None,
+                    **_columns_of_turn(columns, number, len(turns), index),
+                }
+            )
     if not questions:
         raise ValueError("No row has a question with an answer: a user's turn and the assistant's after it.")
     if len(found) < len(named):

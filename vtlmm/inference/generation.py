@@ -6,44 +6,13 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 
 import torch
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, TextIteratorStreamer
 
 from vtlmm.data.images import image_key
-
-
-def split_turns(rows) -> list[dict]:
-    """
-    One question per row: each answered turn of a conversation becomes a row of its own, without the turns before it.
-    What a row gives (`num_context_messages`) is no question and goes before its own, as a system message does.
-
-    Args:
-        rows: rows with `messages` and `images` as `load_rows` gives them; `kind` is kept if there is one. The image
-            parts of a conversation go with every question, before its text.
-
-    Returns:
-        `list[dict]` with `images`, `question`, `answer` and `kind`, and `before` (messages) where something is.
-    """
-    questions = []
-    for row in rows:
-        context, kind = row.get("num_context_messages") or 0, row.get("kind", "all")
-        messages = [
-            {"role": m["role"], "content": [{"type": "text", "text": _text(m["content"])}]} for m in row["messages"]
-        ]
-        for i, turn in enumerate(pairwise(messages)):
-            if [message["role"] for message in turn] == ["user", "assistant"] and i + 1 >= context:
-                question, answer = (_text(message["content"]) for message in turn)
-                before = messages[:i] if i < context else [m for m in messages if m["role"] == "system"]
-                asked = {"images": row["images"], "question": question, "answer": answer, "kind": kind}
-                questions.append({**asked, "before": before} if before else asked)
-    return questions
-
-
-def _text(parts: list[dict]) -> str:
-    return " ".join(part["text"] for part in parts if part["text"])
+from vtlmm.data.questions import question_parts
 
 
 def with_shuffled_images(questions: list[dict], seed: int = 0) -> list[dict]:
@@ -88,10 +57,17 @@ def asking_order(questions: list[dict]) -> list[int]:
 
 
 def conversation(question: dict) -> list[dict]:
-    """What goes before a question, and the user's turn: its images, then its text."""
-    content = [{"type": "image", "image": image} for image in question["images"]]
-    turn = {"role": "user", "content": [*content, {"type": "text", "text": question["question"]}]}
-    return [*question.get("before", ()), turn]
+    """Return the messages of a question, with its images in place: `before`, then the user's turn."""
+    before = question.get("before", ())
+    num_before = sum(part["type"] == "image" for message in before for part in message["content"])
+    content = question_parts(question["question"], len(question["images"]) - num_before)
+    images = iter(question["images"])
+
+    def with_image(part: dict) -> dict:
+        return {**part, "image": next(images)} if part["type"] == "image" else part
+
+    messages = (*before, {"role": "user", "content": content})
+    return [{**message, "content": [with_image(part) for part in message["content"]]} for message in messages]
 
 
 @torch.inference_mode()
