@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import build_processor
 
-from vtlmm.analysis.dataset_analysis import estimate, read_labels
+from vtlmm.analysis.accumulators import mean_estimate
+from vtlmm.analysis.labels import read_labels
 from vtlmm.analysis.metrics import (
     auroc,
     best_mix,
@@ -82,11 +83,11 @@ def test_permuted_labels_have_no_lift():
     labels = torch.nn.functional.one_hot(words, 8).bool()
     ranks = torch.where(labels & (torch.arange(200) % 4 > 0)[:, None], 0, 10)
     own, shuffled = label_hits(ranks, labels, 1)
-    assert estimate(own - shuffled)["low"] > 0.5
+    assert mean_estimate(own - shuffled).low > 0.5
     permuted = labels[torch.randperm(200, generator=torch.Generator().manual_seed(1))]
     own, shuffled = label_hits(ranks, permuted, 1)
-    lift = estimate(own - shuffled)
-    assert lift["low"] < 0 < lift["high"] and abs(lift["value"]) < 0.1
+    lift = mean_estimate(own - shuffled)
+    assert lift.low < 0 < lift.high and abs(lift.value) < 0.1
 
 
 def test_label_words_in_every_form():

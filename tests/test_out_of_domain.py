@@ -16,7 +16,7 @@ from vtlmm.ablations.grid import EvaluateConfig
 from vtlmm.ablations.metrics import answers_and_probabilities, read_held_out
 from vtlmm.ablations.ood import format_others, summarize_others
 from vtlmm.ablations.presence_questions import presence_questions
-from vtlmm.analysis.ood_metrics import calibration_error, detection
+from vtlmm.analysis.ood_metrics import calibration_error, detection_auroc
 from vtlmm.cli.main import main
 from vtlmm.data.rows import load_rows
 
@@ -29,18 +29,18 @@ def test_perfectly_calibrated_answers_have_no_error():
     probabilities = np.repeat(np.arange(0.05, 1, 0.1), 100)
     correct = np.concatenate([np.arange(100) < round(100 * p) for p in np.arange(0.05, 1, 0.1)])
     found = calibration_error(probabilities, correct, range(1000))
-    assert found["value"] == pytest.approx(0, abs=1e-9)
-    assert 0 < found["low"] < found["high"] < 0.06  # what chance makes of 1,000 answers
+    assert found.value == pytest.approx(0, abs=1e-9)
+    assert 0 < found.low < found.high < 0.06  # what chance makes of 1,000 answers
 
 
 def test_calibration_error_by_hand():
     """Sure and always wrong is 1. Two bins of unlike size: 3 · |1 − 0.95| and 1 · |0 − 0.45|, over 4."""
-    assert calibration_error([1.0, 1.0], [0, 0], ["a", "b"])["value"] == 1
+    assert calibration_error([1.0, 1.0], [0, 0], ["a", "b"]).value == 1
     found = calibration_error([0.95, 0.95, 0.95, 0.45], [1, 1, 1, 0], ["a", "a", "b", "b"])
-    assert found["value"] == pytest.approx((3 * 0.05 + 0.45) / 4)
-    assert found["n"] == 2
+    assert found.value == pytest.approx((3 * 0.05 + 0.45) / 4)
+    assert found.n == 2
     # a draw is a twice, both once, or b twice
-    assert (found["low"], found["high"]) == pytest.approx((0.05, (0.05 + 0.45) / 2))
+    assert (found.low, found.high) == pytest.approx((0.05, (0.05 + 0.45) / 2))
 
 
 def test_calibration_draws_are_those_of_drawing_images():
@@ -60,26 +60,26 @@ def test_calibration_draws_are_those_of_drawing_images():
         images = rng.integers(30, size=30)
         draws.append(error(np.concatenate([np.flatnonzero(clusters == image) for image in images])))
     found = calibration_error(probabilities, correct, clusters)
-    assert found["value"] == pytest.approx(error(np.arange(90)))
-    assert (found["low"], found["high"]) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.012)
+    assert found.value == pytest.approx(error(np.arange(90)))
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.012)
 
 
 def test_equal_sets_cannot_be_told_apart():
     scores = np.random.default_rng(0).random(50)
-    found = detection(scores, scores)
-    assert found["value"] == pytest.approx(0.5) and found["low"] < 0.5 < found["high"]
-    assert detection([1.0] * 5, [1.0] * 7)["value"] == 0.5  # ties count half
-    apart = detection([1.0, 2.0], [3.0, 4.0, 5.0])
-    assert (apart["value"], apart["low"], apart["high"], apart["n"]) == (1, 1, 1, 5)
-    assert detection([3.0, 4.0], [1.0])["value"] == 0
+    found = detection_auroc(scores, scores)
+    assert found.value == pytest.approx(0.5) and found.low < 0.5 < found.high
+    assert detection_auroc([1.0] * 5, [1.0] * 7).value == 0.5  # ties count half
+    apart = detection_auroc([1.0, 2.0], [3.0, 4.0, 5.0])
+    assert (apart.value, apart.low, apart.high, apart.n) == (1, 1, 1, 5)
+    assert detection_auroc([3.0, 4.0], [1.0]).value == 0
 
 
 def test_detection_interval_covers():
     """About 95 % of 200 pairs of samples with a known AUROC: normal, a standard deviation apart, Φ(1/√2) = 0.7602."""
     rng, covered = np.random.default_rng(0), 0
     for _ in range(200):
-        found = detection(rng.normal(size=40), rng.normal(1, size=60), num_draws=400)
-        covered += found["low"] <= 0.7602 <= found["high"]
+        found = detection_auroc(rng.normal(size=40), rng.normal(1, size=60), num_draws=400)
+        covered += found.low <= 0.7602 <= found.high
     assert 180 <= covered <= 199
 
 

@@ -1,12 +1,14 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """A model on images of other kinds than it was trained on, beside the held-out ones of its own kind."""
 
+from dataclasses import asdict
+
 import numpy as np
 import torch
 
-from vtlmm.analysis.dataset_analysis import Diversity
+from vtlmm.analysis.accumulators import Diversity
 from vtlmm.analysis.metrics import word_probabilities
-from vtlmm.analysis.ood_metrics import calibration_error, detection
+from vtlmm.analysis.ood_metrics import calibration_error, detection_auroc
 from vtlmm.analysis.patch_features import heads
 from vtlmm.evaluation.report import image_cluster, score_answers
 from vtlmm.evaluation.statistics import bootstrap_interval
@@ -62,15 +64,15 @@ def measure_others(sets: dict[str, tuple], ask, diversity_of) -> dict[str, dict]
             figures["accuracy, yes or no"] = _mean(scores, clusters)
             figures["accuracy, yes or no, images shuffled"] = _mean(score_answers(asked, blind, "exact"), clusters)
             figures["accuracy, yes or no, of the commoner answer"] = {"value": float(max(yes, 1 - yes))}
-            figures["calibration error"] = calibration_error(probabilities, scores, clusters)
+            figures["calibration error"] = asdict(calibration_error(probabilities, scores, clusters))
         diversity = diversity_of(list(features.values()))
         result, entropies = diversity.result(), [row[0] for row in diversity.entropies]
-        figures["entropy of visual tokens"] = result["entropy"]
-        figures["entropy of their mean"] = result["entropy_of_mean"]
+        figures["entropy of visual tokens"] = asdict(result["entropy"])
+        figures["entropy of their mean"] = asdict(result["entropy_of_mean"])
         if inside is None:
             inside = entropies
         else:
-            figures["AUROC of the entropy"] = detection(inside, entropies)
+            figures["AUROC of the entropy"] = asdict(detection_auroc(inside, entropies))
     return found
 
 

@@ -8,7 +8,8 @@ from vtlmm.data.images import open_image
 from vtlmm.inference.generation import conversation, stream_answer
 
 from .patch_features import shown_image
-from .visual_tokens import patch_tokens, tokens_page
+from .visual_token_page import visual_token_page
+from .visual_tokens import read_visual_tokens
 
 
 IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES = "image features", "pseudo image features"
@@ -30,8 +31,8 @@ def words_frame(model, processor, image, features: str, top_k: int = 5) -> str:
         return ""
     choose_features(model, features)
     image = open_image(image)
-    tokens = patch_tokens(model, processor, [image], min(top_k, model.config.visual_vocab_size))
-    page = tokens_page([f"Read as {features}"], [shown_image(processor, image)], tokens)
+    tokens = read_visual_tokens(model, processor, [image], min(top_k, model.config.visual_vocab_size))
+    page = visual_token_page([f"Read as {features}"], [shown_image(processor, image)], tokens)
     return f'<iframe title="words" style="width:100%;height:52em;border:0" srcdoc="{html.escape(page)}"></iframe>'
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""What a model holds at the patches of images: tower features, image features, and the decoder's hidden states."""
+"""Features of the patches of images: vision tower, projector and hidden states of the decoder."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,16 @@ from vtlmm.inference.generation import conversation
 @dataclass
 class Patches:
     """
-    Patches of I images, P each, in raster order.
+    Features of I images with P patches each, in raster order.
 
-    vision_features (`torch.Tensor` of shape `(I, P, vision_feature_size)`): the tower's.
-    image_features (`torch.Tensor` of shape `(I, P, D)`): the projector's, v.
-    mixed_features (`torch.Tensor` of shape `(I, P, D)`): as the VM head's matrix gets them; v for a linear head.
-    left_states (`torch.Tensor` of shape `(I, P, D)`): of the position left of each patch, from which it is predicted.
-    layer_states (`dict[int, torch.Tensor]` of shape `(I, P, D)`): layer to the hidden states at the patches, through
-        the decoder's last norm, as `lm_head` gets them; 0 is the decoder's input.
+    Args:
+        vision_features (`torch.Tensor` of shape `(I, P, vision_feature_size)`): Output of the vision tower.
+        image_features (`torch.Tensor` of shape `(I, P, D)`): Output v of the projector.
+        mixed_features (`torch.Tensor` of shape `(I, P, D)`): Input of the VM head's matrix; v for a linear head.
+        left_states (`torch.Tensor` of shape `(I, P, D)`): Last hidden state of the position to the left of each patch,
+            which predicts the patch.
+        layer_states (`dict[int, torch.Tensor]` of shape `(I, P, D)`): Layer to the hidden states at the patches after
+            the decoder's last norm. Layer 0 is the decoder's input.
     """
 
     vision_features: torch.Tensor
@@ -32,16 +34,17 @@ class Patches:
 
 
 @torch.inference_mode()
-def read_patches(model, processor, images: list) -> Patches:
+def read_patches(model, processor, images: list[Image.Image]) -> Patches:
     r"""
-    Runs the model over images, each at the start of a user's turn of its own. Attention is causal, so that no
-    question would change what is read.
+    Run the model over images, each in a user turn without text. Attention is causal, so a question after the image
+    would not change the features.
 
     Args:
-        images (`list`): images from PIL, in RGB.
+        model ([`VTLMMForConditionalGeneration`]), processor ([`VTLMMProcessor`])
+        images (`list[PIL.Image.Image]`): Images in RGB.
 
     Raises:
-        `ValueError`: for a chat template that puts nothing before a image: its first patch has no left neighbor.
+        ValueError: If the chat template begins with the image, so that no position predicts its first patch.
     """
     model.eval()
     inputs = processor.apply_chat_template(
@@ -61,13 +64,16 @@ def read_patches(model, processor, images: list) -> Patches:
     )
     mask = outputs.image_token_mask
     if mask[:, 0].any():
-        raise ValueError("The chat template begins with the image, so that nothing predicts its first patch.")
+        raise ValueError(
+            "The chat template begins with the image, so no position predicts its first patch. Add a BOS token "
+            "or text before the image."
+        )
     shape = (len(images), encoded.image_features.shape[1], -1)
     last = len(outputs.hidden_states) - 1
     norm = getattr(model.model.language_model, "norm", None)
     layers = {}
     for layer, states in enumerate(outputs.hidden_states[:-1]):
-        # CODEPATH: a decoder that names its last norm otherwise has a lens at the last layer only
+        # CODEPATH: if the decoder's last norm has another name, only the last layer can be read
         if norm is not None:
             layers[layer] = norm(states[mask]).view(shape)
     layers[last] = outputs.last_hidden_state[mask].view(shape)
@@ -81,58 +87,54 @@ def read_patches(model, processor, images: list) -> Patches:
 
 
 def heads(model) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The weights (V, D) of `vm_head` and `lm_head` and the input embeddings, over the words of a visual token."""
+    """Return the weights (V, D) of `vm_head`, `lm_head` and the input embeddings, for the words of a visual token."""
     vm_weight = model.model.vm_head.weight.detach()
-    rest = (module.weight.detach()[: len(vm_weight)] for module in (model.lm_head, model.get_input_embeddings()))
-    return vm_weight, *rest
+    lm_weight = model.lm_head.weight.detach()[: len(vm_weight)]
+    return vm_weight, lm_weight, model.get_input_embeddings().weight.detach()[: len(vm_weight)]
 
 
 def grid_side(num_patches: int) -> int:
     """
+    Return the number of patches per side of a square image.
+
     Raises:
-        `ValueError`: where the patches are no square.
+        ValueError: If the patches do not form a square.
     """
     side = round(num_patches**0.5)
     if side * side != num_patches:
-        raise ValueError(f"{num_patches} patches are no square grid: only square images have boxes and drawings.")
+        raise ValueError(f"{num_patches} patches do not form a square grid. Boxes and plots need square images.")
     return side
 
 
-def patch_words(model, processor, images: list) -> tuple[list, torch.Tensor]:
-    """The likeliest word of every patch, a list of lists of strings, and its probability (num_images, num_patches)."""
-    pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(model.device)
-    tokens = model.get_visual_tokens(pixel_values, top_k=1)
-    return processor.visual_words(tokens.token_ids[..., 0]), tokens.probabilities[..., 0].float().cpu()
-
-
-def shown_image(processor, image) -> np.ndarray:
-    """The image as the vision tower sees it (padded, cropped, resized), (height, width, 3) in 0..1."""
-    pixels = np.asarray(
-        processor.image_processor(prepare_images([image], processor.image_processor))["pixel_values"][0]
-    )
-    mean = np.reshape(getattr(processor.image_processor, "image_mean", None) or [0.5] * 3, (3, 1, 1))
-    std = np.reshape(getattr(processor.image_processor, "image_std", None) or [0.5] * 3, (3, 1, 1))
+def shown_image(processor, image: Image.Image) -> np.ndarray:
+    """Return the image as the vision tower sees it (padded, cropped, resized), (height, width, 3) in 0..1."""
+    image_processor = processor.image_processor
+    pixels = np.asarray(image_processor(prepare_images([image], image_processor))["pixel_values"][0])
+    mean = np.reshape(getattr(image_processor, "image_mean", None) or [0.5] * 3, (3, 1, 1))
+    std = np.reshape(getattr(image_processor, "image_std", None) or [0.5] * 3, (3, 1, 1))
     return np.clip(pixels * std + mean, 0, 1).transpose(1, 2, 0)
 
 
-def patches_inside(processor, image, boxes: list, num_patches: int) -> torch.Tensor:
+def patches_inside(processor, image: Image.Image, boxes: list, num_patches: int) -> torch.Tensor:
     r"""
-    Which patches are covered by boxes by a half or more, `(num_patches,)`.
+    Return which patches are at least half covered by boxes, `(num_patches,)`.
 
-    The boxes are painted and go through the image processor, which may pad, cut or resize.
+    The boxes are drawn as an image and go through the image processor, which may pad, crop or resize.
 
     Args:
-        image: the image from PIL.
-        boxes (`list`): `[left, top, right, bottom]` in its pixels.
+        processor ([`VTLMMProcessor`])
+        image (`PIL.Image.Image`): The image that the boxes belong to.
+        boxes (`list`): Boxes `[left, top, right, bottom]` in pixels of the image.
+        num_patches (`int`): Number of patches of the image.
     """
     side = grid_side(num_patches)
-    painted = Image.new("RGB", image.size)
-    draw = ImageDraw.Draw(painted)
+    mask = Image.new("RGB", image.size)
+    draw = ImageDraw.Draw(mask)
     for left, top, right, bottom in boxes:
         draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), fill="white")
-    images = [painted, *(Image.new("RGB", image.size, color) for color in ("black", "white"))]
-    painted, black, white = (np.asarray(processor.image_processor([p])["pixel_values"][0])[0] for p in images)
-    covered = (painted - black) / np.max(white - black)  # whatever the padding is, it is the same in all
-    covered = torch.from_numpy(covered.astype(np.float32))
+    images = [mask, *(Image.new("RGB", image.size, color) for color in ("black", "white"))]
+    drawn, black, white = (np.asarray(processor.image_processor([p])["pixel_values"][0])[0] for p in images)
+    # the padding is the same in all three images
+    covered = torch.from_numpy(((drawn - black) / np.max(white - black)).astype(np.float32))
     means = torch.nn.functional.adaptive_avg_pool2d(covered[None, None], (side, side))
     return means.flatten() >= 0.5

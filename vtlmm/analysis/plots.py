@@ -1,77 +1,121 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Images: the words of each patch over the image, and the curves of a training."""
+"""Plots: the words of each patch over the image, and the losses of a training."""
 
 from pathlib import Path
 
 import numpy as np
-import torch
-from matplotlib import patheffects
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from .patch_features import grid_side, patch_words, shown_image
-from .visual_tokens import VOICES
 
 
-def draw_patch_words(axes, image: np.ndarray, words: list[str], probabilities: torch.Tensor) -> None:
-    """Writes each patch's word over it; the fainter, the less likely."""
-    side = grid_side(len(words))
+try:
+    from matplotlib import patheffects
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("Plots need matplotlib. Install it with `pip install 'vtlmm[figures]'`.") from error
+
+from .patch_features import grid_side, shown_image
+from .visual_token_page import LIKELY, opacity
+from .visual_tokens import SOURCES, ImageTokens, Words, read_visual_tokens
+
+
+LEGEND = (
+    "Each patch shows its likeliest whole word by the VM head. Bold: probability of at least "
+    f"{LIKELY:.0%}. The fainter a word, the lower its probability."
+)
+OUTLINE = [patheffects.withStroke(linewidth=2.2, foreground="black")]
+
+
+def draw_patch_words(axes, image: np.ndarray, labels: Words, opacities: list[float] | None = None) -> None:
+    r"""
+    Draw an image with the word of each patch, in white with a dark outline.
+
+    Args:
+        axes ([`~matplotlib.axes.Axes`])
+        image (`numpy.ndarray` of shape `(height, width, 3)`): From [`~patch_features.shown_image`].
+        labels (`Words`): Word and probability of each patch in raster order.
+        opacities (`list[float]`, *optional*): Opacity of each word, if it does not follow from the probability.
+    """
+    side = grid_side(len(labels))
     height, width = image.shape[:2]
     axes.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
-    outline = [patheffects.withStroke(linewidth=1.6, foreground="white")]
-    for i, (word, probability) in enumerate(zip(words, probabilities.tolist(), strict=True)):
+    size = axes.get_position().width * axes.figure.get_figwidth() * 72 / side  # points per patch
+    for i, (word, probability) in enumerate(labels):
         x, y = (i % side + 0.5) * width / side, (i // side + 0.5) * height / side
-        size = max(3.5, min(9.0, 46 / side))
-        style = {"fontsize": size, "alpha": 0.25 + 0.75 * probability, "path_effects": outline}
-        axes.text(x, y, word, ha="center", va="center", parse_math=False, **style)  # "$$" is a word, no formula
+        alpha = opacities[i] if opacities else opacity(probability)
+        axes.text(
+            x, y, word, ha="center", va="center", color="white", alpha=alpha, clip_on=True,
+            fontsize=max(3.0, min(11.0, 1.55 * size / max(len(word), 4))),
+            fontweight="bold" if probability >= LIKELY else "normal",
+            path_effects=OUTLINE,
+            bbox={"boxstyle": "round,pad=0.15", "facecolor": "black", "edgecolor": "none", "alpha": 0.35 * alpha},
+            parse_math=False,  # "$$" is a word, not a formula
+        )  # fmt: skip
     for i in range(1, side):
-        axes.axvline(i * width / side, color="white", linewidth=0.4)
-        axes.axhline(i * height / side, color="white", linewidth=0.4)
+        axes.axvline(i * width / side, color="white", linewidth=0.4, alpha=0.6)
+        axes.axhline(i * height / side, color="white", linewidth=0.4, alpha=0.6)
     axes.set_axis_off()
 
 
-def save_patch_words(path: Path, model, processor, images: list, titles: list[str], columns: int = 4) -> None:
-    """One PNG with the words of the patches of several images, a title over each."""
-    words, probabilities = patch_words(model, processor, images)
+def save_patch_words(
+    path: str | Path, model, processor, images: list, titles: list[str], caption: str = "", columns: int = 4
+) -> None:
+    """Save one PNG with the words of the patches of several images, a title over each and a caption below."""
+    tokens = read_visual_tokens(model, processor, images, top_k=1)
     columns = min(columns, len(images))
     lines = -(-len(images) // columns)
-    figure = Figure(figsize=(3.4 * columns, 3.7 * lines), layout="constrained")
+    figure = Figure(figsize=(3.2 * columns, 3.75 * lines + 0.7))
     grid = figure.subplots(lines, columns, squeeze=False)
+    bottom = 0.7 / figure.get_figheight()
+    figure.subplots_adjust(
+        left=0.01, right=0.99, top=1 - 0.55 / figure.get_figheight(), bottom=bottom, hspace=0.2, wspace=0.05
+    )
     for axes in grid.flat:
         axes.set_axis_off()
-    for axes, image, word, probability, title in zip(grid.flat, images, words, probabilities, titles, strict=False):
-        draw_patch_words(axes, shown_image(processor, image), word, probability)
-        axes.set_title(title.replace("$", r"\$"), fontsize=8, wrap=True)  # wrapping knows no parse_math
+    for axes, image, image_tokens, title in zip(grid.flat, images, tokens, titles, strict=False):
+        draw_patch_words(axes, shown_image(processor, image), image_tokens.labels)
+        axes.set_title(title.replace("$", r"\$"), fontsize=9, wrap=True)  # wrapped titles ignore parse_math
+    text = "\n".join(filter(None, (LEGEND, caption)))
+    figure.text(0.5, bottom / 2, text, ha="center", va="center", fontsize=9, parse_math=False)
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def save_tokens_figure(path: Path, image: np.ndarray, tokens: dict, title: str) -> None:
+def save_visual_token_plot(path: str | Path, image: np.ndarray, tokens: ImageTokens, title: str) -> None:
     r"""
-    One PNG: the words of a image's patches by the VM head, by the decoder and by their pseudo image features, and
+    Save one PNG: the words of an image's patches by the VM head, by the decoder and by the pseudo image features, and
     the entropy of the visual tokens.
 
     Args:
-        image (`np.ndarray`): of `patches.shown_image`.
-        tokens (`dict`): of one image, of `visual_tokens.patch_tokens`.
+        image (`numpy.ndarray` of shape `(height, width, 3)`): From [`~patch_features.shown_image`].
+        tokens ([`ImageTokens`]): Visual tokens of the image.
     """
-    figure = Figure(figsize=(11, 11.4), layout="constrained")
+    figure = Figure(figsize=(11, 12.2))
     panels = figure.subplots(2, 2).flat
-    for voice, (name, _) in VOICES.items():
-        axes, leading = next(panels), [words[0] for words in tokens[voice]]
-        strength = torch.tensor([value for _, value in leading]).clamp(0, 1)
-        draw_patch_words(axes, image, [word for word, _ in leading], strength)
-        axes.set_title(name, fontsize=10)
-    axes, side = next(panels), grid_side(len(tokens["entropy"]))
-    drawn = axes.imshow(np.reshape(tokens["entropy"], (side, side)), cmap="viridis", vmin=0)
-    axes.set_title("entropy of the visual token (nats)", fontsize=10)
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.9, bottom=0.07, hspace=0.1, wspace=0.05)
+    labels = {"vm_head": tokens.labels, "decoder": _first(tokens.decoder), "pseudo": _first(tokens.pseudo)}
+    for axes, (source, (name, number)) in zip(panels, SOURCES.items(), strict=False):
+        cosines = [max(0.0, value) for _, value in labels[source]] if number == "cosine" else None
+        draw_patch_words(axes, image, labels[source], cosines)
+        axes.set_title(name, fontsize=11)
+    axes, side = figure.axes[3], grid_side(len(tokens.entropy))
+    drawn = axes.imshow(np.reshape(tokens.entropy, (side, side)), cmap="viridis", vmin=0, vmax=tokens.max_entropy)
+    axes.set_title(f"entropy of the visual token: mean {tokens.mean_entropy:.2f} nats", fontsize=11)
     axes.set_axis_off()
-    figure.colorbar(drawn, ax=axes, shrink=0.8)
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.02)
+    bar.set_label(f"nats (uniform: {tokens.max_entropy:.2f})")
+    lines = [title, "In this image: " + ", ".join(f"{word} {value:.0%}" for word, value in tokens.summary)]
+    if tokens.is_near_uniform:
+        lines.append("This VM head looks untrained: its distributions are nearly uniform, so the words are arbitrary.")
+    figure.text(0.5, 0.965, "\n".join(lines), ha="center", va="center", fontsize=11, parse_math=False)
+    figure.text(0.5, 0.03, LEGEND, ha="center", va="center", fontsize=10)
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def save_curves(path: Path, histories: dict[str, list[dict]]) -> None:
-    """One PNG with the losses and the entropies of the visual tokens, stage after stage, from `log_history`s."""
+def _first(words: list[Words]) -> Words:
+    return [patch[0] for patch in words]
+
+
+def save_curves(path: str | Path, histories: dict[str, list[dict]]) -> None:
+    """Save one PNG with the losses and the entropy of the visual tokens over all stages, from their `log_history`."""
     panels = {
         "language loss (nats)": ["lm_loss"],
         "visual loss (nats)": ["visual_loss"],

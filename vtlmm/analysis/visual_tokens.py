@@ -1,146 +1,144 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""What every patch of a image says: as JSON, as a page to hover over, and as a drawing (see `figures.py`)."""
+"""The words of the patches of an image, by the VM head, by the decoder and by the pseudo image features."""
 
-import html
-import json
-from pathlib import Path
+import math
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
 
-from vtlmm.evaluation.report import data_uri
-
 from .metrics import cosine_scores, entropy, word_probabilities
 from .patch_features import grid_side, heads, read_patches
+from .vocabulary import FUNCTION_WORDS, ShownWords, shown_words
 
 
-TOKENS_FILE, TOKENS_PAGE = "tokens.json", "tokens.html"
-# Whose words: title for people, and what the number beside a word is
-VOICES = {
+# Source of the words: its title, and the number next to a word
+SOURCES = {
     "vm_head": ("VM head", "probability"),
     "decoder": ("decoder's prediction", "probability"),
     "pseudo": ("nearest to the pseudo image feature", "cosine"),
 }
-STYLE = """
-body { font: 15px/1.4 sans-serif; margin: 2em; }
-.images { display: flex; flex-wrap: wrap; gap: 1em; margin-bottom: 3em; }
-.image { position: relative; width: 30em; height: 30em; background-size: 100% 100%; image-rendering: pixelated; }
-.patch { position: absolute; display: flex; align-items: center; justify-content: center; outline: 1px solid #8886; }
-.patch > b { font-size: 0.7em; font-weight: normal; background: #fffb; padding: 0 0.2em; }
-.patch:hover { outline: 2px solid #c33; z-index: 2; }
-.patch > div { display: none; position: absolute; top: 100%; left: 0; z-index: 3; background: #fff; padding: 0.5em;
-  border: 1px solid #999; white-space: nowrap; font-size: 0.85em; pointer-events: none; }
-.patch.right > div { left: auto; right: 0; }
-.patch:hover > div { display: flex; gap: 1em; }
-th { text-align: left; }
-"""
+NEAR_UNIFORM = 0.9  # share of log(V) above which the mean entropy means an untrained head
+NUM_SUMMARY_WORDS = 8
+NUM_CANDIDATES = 20  # most likely tokens among which the label of a patch is the first whole word
+
+Words = list[tuple[str, float]]  # words with their probability or cosine, best first
 
 
-def patch_tokens(model, processor, images: list, top_k: int = 5) -> list[dict]:
-    r"""
-    The words of every patch by the VM head, by the decoder's own prediction (from the hidden state left of the patch)
-    and by the cosine of its pseudo image feature to the word embeddings.
+@dataclass
+class ImageTokens:
+    """
+    The visual tokens of one image, patches in raster order.
 
     Args:
-        images (`list`): images from PIL, in RGB; read one at a time.
-        top_k (`int`, *optional*, defaults to 5)
+        vm_head, decoder, pseudo (`list[Words]`): For each patch its top words: probabilities of the VM head,
+            probabilities of the decoder's own prediction from the hidden state left of the patch, and cosines of the
+            pseudo image feature to the word embeddings. Control tokens are left out.
+        labels (`Words`): The word to show on each patch, with its probability by the VM head: the likeliest whole word
+            among the 20 likeliest tokens, or the likeliest token.
+        summary (`Words`): Content words with the highest mean probability over the patches.
+        entropy, decoder_entropy (`list[float]`): Entropy of each patch's distribution, in nats.
+        max_entropy (`float`): Entropy of the uniform distribution over the vocabulary, in nats.
+    """
 
-    Returns:
-        `list[dict]`: for each image, `vm_head`, `decoder`, `pseudo`: for each patch in raster order, a list of
-        (word, its probability or cosine), best first; `entropy` and `decoder_entropy` of each patch, in nats.
+    vm_head: list[Words]
+    decoder: list[Words]
+    pseudo: list[Words]
+    labels: Words
+    summary: Words
+    entropy: list[float]
+    decoder_entropy: list[float]
+    max_entropy: float
+
+    @property
+    def mean_entropy(self) -> float:
+        """Return the mean entropy of the patches in nats."""
+        return sum(self.entropy) / len(self.entropy)
+
+    @property
+    def is_near_uniform(self) -> bool:
+        """Return whether the visual tokens are close to uniform, as those of an untrained VM head."""
+        return self.mean_entropy > NEAR_UNIFORM * self.max_entropy
+
+
+def read_visual_tokens(model, processor, images: list[Image.Image], top_k: int = 5) -> list[ImageTokens]:
+    r"""
+    Return the visual tokens of each image. Images are processed one at a time.
+
+    Args:
+        model ([`VTLMMForConditionalGeneration`]), processor ([`VTLMMProcessor`])
+        images (`list[PIL.Image.Image]`): Images in RGB.
+        top_k (`int`, *optional*, defaults to 5): Number of words per patch.
 
     Raises:
-        `ValueError`: for a `top_k` that the vocabulary does not have.
+        ValueError: If `top_k` is not between 1 and the size of the vocabulary.
     """
     vm_weight, lm_weight, embeddings = heads(model)
-    if not 1 <= top_k <= len(vm_weight):
-        raise ValueError(f"top_k is {top_k}; a visual token has 1 to {len(vm_weight)} words.")
-    found = []
+    vocab_size = len(vm_weight)
+    if not 1 <= top_k <= vocab_size:
+        raise ValueError(f"`top_k` is {top_k}. It must be between 1 and {vocab_size}, the size of the vocabulary.")
+    words = shown_words(processor.tokenizer, vocab_size)
+    results = []
     for image in images:
         patches = read_patches(model, processor, [image])
         with torch.inference_mode():
             p = word_probabilities(patches.mixed_features[0], vm_weight)
             q = word_probabilities(patches.left_states[0], lm_weight)
-            scores = {"vm_head": p, "decoder": q}
-            scores["pseudo"] = cosine_scores(p.to(embeddings.dtype) @ embeddings, embeddings)
-            found.append(
-                {
-                    **{voice: _top_words(processor, scores[voice], top_k) for voice in VOICES},
-                    "entropy": [round(value, 4) for value in entropy(p).tolist()],
-                    "decoder_entropy": [round(value, 4) for value in entropy(q).tolist()],
-                }
+            cosines = cosine_scores(p.to(embeddings.dtype) @ embeddings, embeddings)
+            results.append(
+                ImageTokens(
+                    vm_head=top_words(p, words, top_k),
+                    decoder=top_words(q, words, top_k),
+                    pseudo=top_words(cosines, words, top_k),
+                    labels=patch_labels(p, words),
+                    summary=_summary(p, words),
+                    entropy=[round(value, 4) for value in entropy(p).tolist()],
+                    decoder_entropy=[round(value, 4) for value in entropy(q).tolist()],
+                    max_entropy=math.log(vocab_size),
+                )
             )
-    return found
+    return results
 
 
-def _top_words(processor, scores: torch.Tensor, top_k: int) -> list[list[tuple[str, float]]]:
-    values, ids = scores.topk(top_k)
-    rows = zip(processor.visual_words(ids), values.tolist(), strict=True)
-    return [[(word, round(value, 4)) for word, value in zip(*row, strict=True)] for row in rows]
+def top_words(scores: torch.Tensor, words: ShownWords, top_k: int) -> list[Words]:
+    """Return for each row of scores (N, V) its best words that can be shown, with their scores."""
+    shown = scores.float().masked_fill(~words.is_shown.to(scores.device), -math.inf)
+    values, ids = shown.topk(min(top_k, int(words.is_shown.sum())))
+    return [
+        [(words.texts[i], round(value, 4)) for i, value in zip(*row, strict=True)]
+        for row in zip(ids.tolist(), values.tolist(), strict=True)
+    ]
 
 
-# ---- The page: one file that needs no other ----
+def patch_labels(probabilities: torch.Tensor, words: ShownWords) -> Words:
+    """Return the word to show on each patch, from its distribution (N, V): whole words are preferred."""
+    shown = probabilities.float().masked_fill(~words.is_shown.to(probabilities.device), -math.inf)
+    values, ids = shown.topk(min(NUM_CANDIDATES, int(words.is_shown.sum())))
+    labels = []
+    for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True):
+        best = next((j for j, i in enumerate(row_ids) if words.is_whole[i]), 0)
+        labels.append((words.texts[row_ids[best]], round(row_values[best], 4)))
+    return labels
 
 
-def _tables(tokens: dict, i: int) -> str:
-    parts = []
-    for voice, (title, number) in VOICES.items():
-        rows = "".join(f"<tr><td>{html.escape(word)}<td>{value:.3f}" for word, value in tokens[voice][i])
-        parts.append(f"<table><tr><th>{title}<th>{number}{rows}</table>")
-    return "".join(parts)
+def _summary(probabilities: torch.Tensor, words: ShownWords) -> Words:
+    """Return the content words with the highest mean probability over the patches; upper and lower case are merged."""
+    mean = probabilities.float().mean(0)
+    values, ids = mean.topk(min(10 * NUM_SUMMARY_WORDS, len(mean)))
+    merged: dict[str, float] = {}
+    for i, value in zip(ids.tolist(), values.tolist(), strict=True):
+        word = words.texts[i].lower()
+        if words.is_whole[i] and word not in FUNCTION_WORDS:
+            merged[word] = merged.get(word, 0.0) + value
+    best = sorted(merged.items(), key=lambda item: -item[1])[:NUM_SUMMARY_WORDS]
+    return [(word, round(value, 4)) for word, value in best]
 
 
-def _grid(tokens: dict, background: str, of_entropy: bool, most: float) -> str:
-    """A image with its patches over it; `of_entropy` shades them instead of showing their words."""
-    side = grid_side(len(tokens["entropy"]))
-    cells = []
-    for i, value in enumerate(tokens["entropy"]):
-        row, column = divmod(i, side)
-        place = f"left:{100 * column / side:.3f}%;top:{100 * row / side:.3f}%"
-        place += f";width:{100 / side:.3f}%;height:{100 / side:.3f}%"
-        shade = f";background:rgba(70,0,110,{value / most:.3f})" if of_entropy else ""
-        word, probability = tokens["vm_head"][i][0]
-        label = f"{value:.1f}" if of_entropy else html.escape(word)
-        label = f'<b style="opacity:{1 if of_entropy else 0.3 + 0.7 * probability:.2f}">{label}</b>'
-        if side > 16:  # no room for words
-            label = ""
-        # to where there is room: beside the words stands the other grid, and beside that one perhaps nothing
-        kind = "patch right" if of_entropy and column >= side / 2 else "patch"
-        words = _tables(tokens, i)
-        cells.append(f'<div class="{kind}" style="{place}{shade}">{label}<div>{words}</div></div>')
-    image = "" if of_entropy else f"background-image:url({background})"
-    return f'<div class="image" style="{image}">{"".join(cells)}</div>'
-
-
-def tokens_page(names: list[str], shown: list, tokens: list[dict]) -> str:
-    r"""
-    HTML with each image: hover over a patch to see its words. Beside it the entropy of its visual tokens.
-
-    Args:
-        names (`list[str]`), shown (`list[numpy.ndarray]`): images as `patches.shown_image` gives them.
-        tokens (`list[dict]`): of [`patch_tokens`].
-    """
-    parts = []
-    for name, image, own in zip(names, shown, tokens, strict=True):
-        most = max(*own["entropy"], 1e-6)
-        mean = sum(own["entropy"]) / len(own["entropy"])
-        uri = data_uri(Image.fromarray((image * 255).round().astype("uint8")))
-        grids = _grid(own, uri, False, most) + _grid(own, uri, True, most)
-        parts.append(
-            f"<h2>{html.escape(name)}</h2><p>Left, the likeliest word of each patch; right, the entropy of its visual "
-            f"token, {min(own['entropy']):.2f} to {most:.2f} nats, mean {mean:.2f}. Hover over a patch.</p>"
-            f'<div class="images">{grids}</div>'
-        )
-    return (
-        f'<!doctype html><html><head><meta charset="utf-8"><title>Visual tokens</title><style>{STYLE}</style></head>'
-        f"<body><h1>Visual tokens</h1>{''.join(parts)}</body></html>\n"
-    )
-
-
-def save_tokens(folder: str | Path, names: list[str], shown: list, tokens: list[dict], about: dict) -> None:
-    """`tokens.json` and `tokens.html`."""
-    folder = Path(folder)
-    images = [{"image": name, **own} for name, own in zip(names, tokens, strict=True)]
-    text = json.dumps({**about, "images": images}, ensure_ascii=False)
-    (folder / TOKENS_FILE).write_text(text + "\n", encoding="utf-8")
-    (folder / TOKENS_PAGE).write_text(tokens_page(names, shown, tokens), encoding="utf-8")
+def format_patch_words(model, processor, image: Image.Image, width: int = 80) -> str:
+    """Return the likeliest word of each patch of an image as lines of text, laid out as the patches are."""
+    [tokens] = read_visual_tokens(model, processor, [image], top_k=1)
+    words = [word for word, _ in tokens.labels]
+    side = grid_side(len(words))
+    column = min(max(map(len, words)), max(2, width // side - 1))
+    rows = (words[start : start + side] for start in range(0, len(words), side))
+    return "\n".join(" ".join(word[:column].ljust(column) for word in row).rstrip() for row in rows)

@@ -82,14 +82,10 @@ def print_words(model, processor, images: list) -> None:
     """The likeliest word of each patch of the last image, laid out as the patches are."""
     import shutil
 
-    from vtlmm.analysis.patch_features import grid_side, patch_words
+    from vtlmm.analysis.visual_tokens import format_patch_words
 
     if not images:
         raise ValueError("There is no image yet: /image PATH")
     if model.config.model_type != "vtlmm":
         raise ValueError(f"A {model.config.model_type} has no VM head, and so its patches say nothing.")
-    [words], _ = patch_words(model, processor, images[-1:])
-    side = grid_side(len(words))
-    width = min(max(map(len, words)), max(2, shutil.get_terminal_size().columns // side - 1))
-    for start in range(0, len(words), side):
-        print(" ".join(word[:width].ljust(width) for word in words[start : start + side]).rstrip())
+    print(format_patch_words(model, processor, images[-1], shutil.get_terminal_size().columns))

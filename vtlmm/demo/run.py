@@ -14,7 +14,6 @@ import torch
 from datasets import Dataset, Image
 from datasets import List as ListFeature
 
-from vtlmm.analysis.patch_features import patch_words
 from vtlmm.analysis.plots import save_curves, save_patch_words
 from vtlmm.data.images import image_key
 from vtlmm.data.questions import split_questions
@@ -104,7 +103,8 @@ def named_patches(model, processor, seed: int) -> dict[str, float]:
     """Share of patches whose likeliest word is the color or the shape there, or "empty" where nothing is; `shuffled`
     by what is at the same place of another image."""
     scenes = list(islice(make_scenes(random.Random(seed), held_out=True), NUM_HELD_OUT))
-    words, _ = patch_words(model, processor, [draw(scene) for scene in scenes])
+    images = processor.image_processor([draw(scene) for scene in scenes], return_tensors="pt")
+    words = processor.visual_words(model.get_visual_tokens(images["pixel_values"], top_k=1).token_ids[..., 0])
     there = [[patch[:2] for patch in describe_patches(scene)] for scene in scenes]
 
     def share(told):

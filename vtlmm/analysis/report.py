@@ -1,0 +1,265 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Report an analysis: a summary in sentences, tables in Markdown, and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .accumulators import Estimate, LabelAgreement
+
+
+if TYPE_CHECKING:
+    from .dataset_analysis import AnalysisResult
+
+ANALYSIS_FILE, ANALYSIS_TABLE = "analysis.json", "analysis.md"
+NEAR_UNIFORM = 0.9  # share of log(V) above which the entropy of a visual token counts as near-uniform
+LENSES = {
+    "vm_head": "VM head",
+    "random_head": "random head",
+    "cosine": "nearest word embedding to the image feature",
+    "pseudo_cosine": "nearest word embedding to the pseudo image feature",
+    "decoder": "decoder (hidden state left of the patch)",
+}
+
+
+# ---- The summary ----
+
+
+def summarize_analysis(result: AnalysisResult) -> list[str]:
+    """Return five to ten sentences that say what the visual tokens are worth, the verdict first."""
+    sentences = [_verdict(result), *_label_sentences(result), _sharpness(result), _collapse(result)]
+    if result.locality is not None:
+        sentences.append(_locality(result.locality))
+    sentences.append(_reconstruction(result))
+    sentences += _failure_sentences(result.failure_modes)
+    if result.about.get("subset"):
+        sentences.append(f"This is a subset of the dataset: {result.about['subset']}.")
+    return sentences
+
+
+def _verdict(result: AnalysisResult) -> str:
+    metric = _main_metric(result)
+    if metric is None:
+        return (
+            f"Verdict: unknown. Only {result.num_labeled_images} of {result.num_images} images have a label word that "
+            "is one token of the vocabulary, so the visual tokens cannot be compared with labels."
+        )
+    found = result.lenses["vm_head"][metric]
+    k = metric.removeprefix("hit@")
+    numbers = (
+        f"in {found.agreement.value:.0%} of {found.agreement.n} images one of its {k} likeliest words at some patch "
+        f"is a label of the image, compared with {found.shuffled:.0%} for the labels of another image"
+    )
+    if found.lift.low > 0:
+        return f"Verdict: the VM head names what is in the images better than chance; {numbers}."
+    if found.lift.high < 0:
+        return f"Verdict: the VM head names the wrong things; {numbers}."
+    return f"Verdict: the VM head does not name what is in the images better than chance; {numbers}."
+
+
+def _main_metric(result: AnalysisResult) -> str | None:
+    """Return the hit@k with the largest k up to 5, or None without labels."""
+    metrics = [name for name in ("hit@5", "hit@1") if name in result.lenses["vm_head"]]
+    return metrics[0] if metrics else None
+
+
+def _label_sentences(result: AnalysisResult) -> list[str]:
+    metric = _main_metric(result)
+    if metric is None:
+        return []
+    found, decoder = result.lenses["vm_head"][metric], result.lenses["decoder"][metric]
+    prior = _compared(found.lift_over_prior, "naming the same frequent words for every image")
+    sentences = [f"On {metric} it is {prior}."]
+    if found.lift_over_random_head is not None:
+        sentences[0] = f"On {metric} it is {prior}, and {_compared(found.lift_over_random_head, 'a random head')}."
+    sentences.append(
+        f"The decoder's own prediction of a patch, which supervises the VM head, reaches "
+        f"{decoder.agreement.value:.0%} ({decoder.shuffled:.0%} with the labels of another image)."
+    )
+    return sentences
+
+
+def _compared(lift: Estimate, baseline: str) -> str:
+    size = f"{100 * abs(lift.value):.0f} points"
+    if lift.low > 0:
+        return f"{size} better than {baseline}"
+    if lift.high < 0:
+        return f"{size} worse than {baseline}"
+    return f"not measurably different from {baseline}"
+
+
+def _sharpness(result: AnalysisResult) -> str:
+    found = result.diversity["vm_head"]
+    share = found["entropy"].value / math.log(result.vocab_size)
+    text = (
+        f"A visual token has an entropy of {found['entropy'].value:.2f} of at most {math.log(result.vocab_size):.2f} "
+        f"nats and spreads over about {found['effective_support'].value:.0f} of {result.vocab_size} words"
+    )
+    if share > NEAR_UNIFORM:
+        return f"{text}: it is near-uniform, as in an untrained VM head."
+    content = result.top_words["vm_head"]["other"].value
+    return f"{text}; {content:.0%} of the likeliest words are content words."
+
+
+def _collapse(result: AnalysisResult) -> str:
+    found = result.diversity["vm_head"]
+    numbers = (
+        f"a word carries {found['information_patch'].value:.2f} nats of information about its patch and "
+        f"{found['information_image'].value:.2f} about its image"
+    )
+    if result.warnings:
+        return " ".join(result.warnings)
+    return (
+        f"The visual tokens are not collapsed: {numbers}, and {result.distinct_top_words['vm_head']} different words "
+        "are the likeliest word of a patch."
+    )
+
+
+def _locality(auroc: Estimate) -> str:
+    place = "where the labeled object is" if auroc.low > 0.5 else "at no particular place"
+    return (
+        f"The label's word is likeliest {place}: AUROC {auroc.value:.2f} of patches inside its boxes against patches "
+        "outside (chance 0.50)."
+    )
+
+
+def _reconstruction(result: AnalysisResult) -> str:
+    cosine = result.reconstruction["pseudo image features: cosine"].value
+    close = "close to" if cosine > 0.8 else "similar to" if cosine > 0.4 else "far from"
+    return f"Pseudo image features are {close} the image features (cosine {cosine:.2f})."
+
+
+def _failure_sentences(modes: dict[str, Estimate | None]) -> list[str]:
+    sentences = []
+    score, gap = modes.get("vqa_score"), modes.get("pseudo_image_feature_gap")
+    if score is not None and gap is not None:
+        sentences.append(
+            f"The model answers {score.value:.0%} of {score.n} questions exactly; image features are "
+            f"{_compared(gap, 'pseudo image features')}."
+        )
+    if (rate := modes.get("hallucination_rate")) is not None:
+        sentences.append(f'It answers "yes" to {rate.value:.0%} of {rate.n} questions whose answer is "no".')
+    if (lost := modes.get("stage_instability")) is not None:
+        sentences.append(f"It answers {lost.value:.0%} of the questions wrong that the previous stage has right.")
+    return sentences
+
+
+# ---- The tables ----
+
+
+def format_analysis(result: AnalysisResult) -> str:
+    """Return the summary and all tables in Markdown. Brackets hold 95 % intervals over images."""
+    about = result.about
+    lines = [f"# Visual tokens of {about.get('model') or 'the model'}", ""]
+    if about.get("subset"):
+        lines += [f"SUBSET: {about['subset']}", ""]
+    lines += [f"- {sentence}" for sentence in summarize_analysis(result)]
+    lines += [
+        "",
+        f"{result.num_images} images of {result.num_patches} patches; {result.num_labeled_images} images have a label "
+        f"that is one token. The vocabulary of {result.vocab_size} words has "
+        f"{result.num_label_words_in_vocabulary} of the {result.num_label_words} label words. Brackets hold 95 % "
+        "intervals over images.",
+        "",
+        "## Agreement with the labels",
+        "",
+        *_label_tables(result),
+        *_estimates("## Failure modes", "failure mode", result.failure_modes),
+        *_estimates("## Words in common", "two lenses", result.overlap),
+    ]
+    if result.neighborhood:
+        rows = [
+            [name, _cell(found.mutual_neighbors), f"{found.chance:.3f}", f"{found.p_value:.3g}", _cell(found.cka)]
+            for name, found in result.neighborhood.items()
+        ]
+        head = ["two spaces", "shared neighbors", "chance", "p-value", "CKA"]
+        lines += ["## Neighborhoods", "", *_table(head, rows), ""]
+    lines += ["## Sharpness and diversity (nats, words)", "", *_diversity_table(result), ""]
+    lines += _estimates("## Image features as mixes of word embeddings", "mix", result.reconstruction)
+    if result.locality is not None:
+        lines += _estimates(
+            "## Locality", "metric", {"AUROC inside against outside the boxes (chance 0.5)": result.locality}
+        )
+    return "\n".join(lines)
+
+
+def _cell(found: Estimate | None, style: str = ".3f") -> str:
+    return "–" if found is None else f"{found.value:{style}} [{found.low:{style}}, {found.high:{style}}]"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
+
+
+def _estimates(title: str, name: str, estimates: dict[str, Estimate | None]) -> list[str]:
+    if not estimates:
+        return []
+    rows = [[key.replace("_", " "), _cell(found)] for key, found in estimates.items()]
+    return [title, "", *_table([name, "value"], rows), ""]
+
+
+def _label_tables(result: AnalysisResult) -> list[str]:
+    metrics = dict.fromkeys(metric for lens in result.lenses.values() for metric in lens)
+    lines = []
+    for metric in metrics:
+        head = ["lens", metric, "labels shuffled", "lift", "lift over frequent words", "lift over random head"]
+        rows = [
+            [LENSES.get(lens, lens), *_agreement_cells(found[metric])]
+            for lens, found in result.lenses.items()
+            if metric in found
+        ]
+        lines += [*_table(head, rows), ""]
+    classes = list(result.top_words["vm_head"])
+    rows = [
+        [LENSES.get(lens, lens), *(_cell(shares[name]) for name in classes)]
+        for lens, shares in result.top_words.items()
+    ]
+    head = ["class of the likeliest word", *("content" if name == "other" else name for name in classes)]
+    return [*lines, *_table(head, rows), ""]
+
+
+def _agreement_cells(found: LabelAgreement) -> list[str]:
+    lifts = (found.lift, found.lift_over_prior, found.lift_over_random_head)
+    return [_cell(found.agreement), f"{found.shuffled:.3f}", *(_cell(lift, "+.3f") for lift in lifts)]
+
+
+def _diversity_table(result: AnalysisResult) -> list[str]:
+    names = list(result.diversity["vm_head"])
+    rows = [[name.replace("_", " "), *(_cell(found[name]) for found in result.diversity.values())] for name in names]
+    rows.append(["distinct top words", *(str(number) for number in result.distinct_top_words.values())])
+    return _table(["", *(LENSES[lens] for lens in result.diversity)], rows)
+
+
+# ---- Files ----
+
+
+def analysis_json(result: AnalysisResult) -> dict:
+    """Return the result as JSON-serializable dictionaries, with its summary and without the values per image."""
+    content = asdict(result)
+    for lens in content["lenses"].values():
+        for agreement in lens.values():
+            del agreement["images"]
+    about = content.pop("about")
+    return {**about, "summary": summarize_analysis(result), **content}
+
+
+def save_analysis(result: AnalysisResult, output: str | Path, overwrite: bool = False) -> Path:
+    """
+    Write `analysis.json` and `analysis.md` and return their folder.
+
+    Raises:
+        FileExistsError: If the folder contains an analysis and `overwrite` is not set.
+    """
+    folder = Path(output)
+    existing = [folder / name for name in (ANALYSIS_FILE, ANALYSIS_TABLE) if (folder / name).exists()]
+    if existing and not overwrite:
+        raise FileExistsError(f"{existing[0]} exists. Choose another output folder or pass `--overwrite`.")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(analysis_json(result), indent=2, ensure_ascii=False)
+    (folder / ANALYSIS_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / ANALYSIS_TABLE).write_text(format_analysis(result), encoding="utf-8")
+    return folder
