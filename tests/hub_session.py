@@ -149,7 +149,7 @@ def push_from_trainers(settings: dict) -> None:
     loaded = PeftModel.from_pretrained(base, f"{USER}/adapter")
     answers = [probe(model, build_processor())["logits"] for model in (loaded, trainer.model)]
     FACTS["logits of adapter"] = answers
-    FACTS["adapter"] = vtlmm("push", adapter, f"{USER}/adapter", "--adapter", "--license", "mit")
+    FACTS["adapter"] = vtlmm("push", adapter, f"{USER}/adapter", "--form", "adapter", "--license", "mit")
     FACTS["card of adapter"] = files("adapter")["README.md"].decode()
     config = adapter / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": settings["model"]}))
@@ -159,13 +159,13 @@ def push_from_trainers(settings: dict) -> None:
 
 def push_twin(merged: Path) -> None:
     """Of a merged adapter; then over a card that somebody wrote on the Hub."""
-    FACTS["twin"] = vtlmm("push", merged, f"{USER}/twin", "--twin", "--license", "apache-2.0")
+    FACTS["twin"] = vtlmm("push", merged, f"{USER}/twin", "--form", "twin", "--license", "apache-2.0")
     FACTS["files of twin"] = sorted(files("twin"))
     FACTS["card of twin"] = files("twin")["README.md"].decode()
     mine = b"---\nlicense: mit\n---\nMine.\n"
     HUB.repositories[f"{USER}/twin"].commit("main", {**files("twin"), "README.md": mine})
     with only_looked_at():
-        FACTS["push under a card"] = vtlmm("push", merged, f"{USER}/twin", "--twin", "--license", "mit")
+        FACTS["push under a card"] = vtlmm("push", merged, f"{USER}/twin", "--form", "twin", "--license", "mit")
     FACTS["card stays"] = files("twin")["README.md"] == mine
     with only_looked_at():
         FACTS["whole over adapter"] = vtlmm("push", merged, f"{USER}/adapter", "--license", "mit")
@@ -174,7 +174,7 @@ def push_twin(merged: Path) -> None:
 
 def push_nf4(start: Path) -> None:
     """Then by id and tag, by everybody's means, where this package cannot be imported."""
-    publish = ["push", start, f"{USER}/nf4", "--nf4", "--license", "mit", "--base-model", WHOLE, "--private"]
+    publish = ["push", start, f"{USER}/nf4", "--form", "nf4", "--license", "mit", "--base-model", WHOLE, "--private"]
     with only_looked_at():
         FACTS["nf4"] = vtlmm(*publish, "--tag", "v4")
         FACTS["second nf4"] = vtlmm(*publish)
@@ -185,7 +185,7 @@ def push_nf4(start: Path) -> None:
         HUB.role = "read"
         FACTS["read-only token"] = vtlmm(*publish)
         HUB.role = "write"
-        FACTS["int8"] = vtlmm("push", start, f"{USER}/int8", "--int8", "--license", "mit", "--dry-run")
+        FACTS["int8"] = vtlmm("push", start, f"{USER}/int8", "--form", "int8", "--license", "mit", "--dry-run")
     FACTS["files of nf4"] = sorted(files("nf4"))
     FACTS["card of nf4"] = files("nf4")["README.md"].decode()
     tensors = load(files("nf4")["model.safetensors"])
@@ -198,7 +198,7 @@ def refused(folder: Path) -> None:
     """Repositories that are not there or not ours, tokens, and then no Hub."""
     nothing = f"{USER}/nothing"
     FACTS["not ours"] = vtlmm("push", folder, "another/model")
-    FACTS["no adapter"] = vtlmm("push", folder, WHOLE, "--adapter")
+    FACTS["no adapter"] = vtlmm("push", folder, WHOLE, "--form", "adapter")
     FACTS["missing"] = vtlmm("verify", nothing)
     FACTS["missing revision"] = vtlmm("verify", WHOLE, "--revision", "v9")
     FACTS["missing to convert"] = vtlmm("convert", nothing, "--output", WORK / "nowhere")

@@ -180,7 +180,7 @@ def test_the_results_say_how_they_came_about(finished):
     for row in results["rows"]:
         assert row["command"] in table and row["machine"] in table and row["versions"]["torch"] in table
         words = shlex.split(row["command"])
-        assert words[words.index("--only") + 1] == row["arm"] and words[words.index("--seeds") + 1] == str(row["seed"])
+        assert words[words.index("--only") + 1] == row["arm"] and words[words.index("--seed") + 1] == str(row["seed"])
         assert row["num_images"] == 5 and row["num_questions"] == 10 and not row["subset"]
     lines = {(line["figure"], line["arm"]): line for line in results["lines"]}
     on = lines["visual loss of stage IV, KL(p‖q)", "on"]
@@ -249,7 +249,7 @@ def test_other_settings_are_refused_and_more_seeds_are_not(work, finished, capsy
     for change in ("learning_rate=0.1", "arms.on.joint.visual_loss_coef=2", "evaluate.max_new_tokens=4"):
         assert main(["ablate", str(path), change, "--output", str(output)]) == 1
         assert "with other settings, data or start: choose another --output" in capsys.readouterr().err
-    assert main(["ablate", str(path), "--output", str(output), "--seeds", "0", "1"]) == 0
+    assert main(["ablate", str(path), "--output", str(output), "--seed", "0", "--seed", "1"]) == 0
     assert capsys.readouterr().out.count("finished before") == 4
     assert (output / "grid/rows.jsonl").read_bytes() == before
 

@@ -264,7 +264,7 @@ def test_analyze_rejects_bad_settings(work, model, processor):
 
 
 def test_analyze_command_starts_with_a_verdict(work, tmp_path, capsys):
-    command = ["analyze", str(work / "model"), "--data", str(work / "rows.jsonl"), "--labels", "what"]
+    command = ["analyze", str(work / "model"), "--dataset", str(work / "rows.jsonl"), "--labels", "what"]
     options = ["--questions", "2", "--previous", str(work / "model"), "--output", str(tmp_path)]
     assert main([*command, *options, "--limit", str(NUM_IMAGES - 1)]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -288,7 +288,7 @@ def test_analyze_command_starts_with_a_verdict(work, tmp_path, capsys):
 
 
 def test_analyze_command_keeps_existing_results(work, tmp_path, capsys):
-    command = ["analyze", str(work / "model"), "--data", str(work / "rows.jsonl"), "--questions", "0"]
+    command = ["analyze", str(work / "model"), "--dataset", str(work / "rows.jsonl"), "--questions", "0"]
     (tmp_path / "analysis.json").write_text("{}")
     assert main([*command, "--output", str(tmp_path)]) == 1
     assert "exists. Choose another output folder or pass `--overwrite`" in capsys.readouterr().err

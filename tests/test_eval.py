@@ -73,7 +73,7 @@ def work(tmp_path_factory):
 
 def arguments(work, output, *more, model: str = "model0", data: str = "rows.jsonl") -> list[str]:
     options = ["--kind", "kind", "--max-new-tokens", "4", "--output", str(output), *more]
-    return ["eval", str(work / model), "--data", str(work / data), *options]
+    return ["eval", str(work / model), "--dataset", str(work / data), *options]
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +379,7 @@ def test_two_runs_are_compared_question_by_question(work, finished, tmp_path, ca
         (copy / "answers.jsonl").write_text("".join(changed))
     copies = [str(tmp_path / f"{folder.name} copy") for folder in (finished, other)]
     capsys.readouterr()
-    assert main(["eval", "--compare", *copies, "--output", str(tmp_path / "compared")]) == 0
+    assert main(["compare", *copies, "--output", str(tmp_path / "compared")]) == 0
     comparison = json.loads((tmp_path / "compared" / "comparison.json").read_text())
     lines = {line["kind"]: line for line in comparison["kinds"]}
     agreeing = NUM_IMAGES - len(comparison["flips"])
@@ -393,19 +393,20 @@ def test_two_runs_are_compared_question_by_question(work, finished, tmp_path, ca
 
     answers = tmp_path / "other copy" / "answers.jsonl"
     answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:-1]))
-    assert main(["eval", "--compare", *copies]) == 1
+    assert main(["compare", *copies]) == 1
     assert "is not finished (17 of 18 answers)" in capsys.readouterr().err
-    assert main(["eval", "--compare", copies[0], str(tmp_path)]) == 1
+    assert main(["compare", copies[0], str(tmp_path)]) == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "Name a model and --data"),
-        (["--compare", "one", "other", "--scorer", "vqa", "--seed", "1"], "--scorer, --seed have no effect with --co"),
-        (["a model", "--compare", "one", "other"], "MODEL has no effect with --compare"),
-        (["no model", "--tasks", "mme", "--pseudo", "--scorer", "mme"], "--scorer, --pseudo have no effect with --ta"),
-        (["no model", "--data", "rows.json", "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
+        (["a model"], "The questions are missing. Pass --dataset or --tasks"),
+        (["no model", "--tasks", "mme", "--seed", "1"], "--seed has no effect with --tasks"),
+        (
+            ["no model", "--tasks", "mme", "--split", "x", "--scorer", "mme"],
+            "--split, --scorer have no effect",
+        ),
     ],
 )
 def test_arguments_without_effect_are_refused(capsys, arguments, said):

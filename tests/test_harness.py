@@ -240,7 +240,7 @@ def read_answers(path) -> list[dict]:
 @pytest.mark.parametrize("name", HARNESSES)
 def test_answers_are_those_of_vtlmm_eval(work, tmp_path, name):
     needs(name)
-    data = ["eval", str(work / "model"), "--data", str(work / "rows.parquet")]
+    data = ["eval", str(work / "model"), "--dataset", str(work / "rows.parquet")]
     assert main([*data, "--output", str(tmp_path / "ours")]) == 0
     options = ["--tasks", "easy_vqa", "--harness", name, "--batch-size", "3", "--output", str(tmp_path / name)]
     assert main([*data, *options]) == 0
@@ -261,7 +261,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(work, tmp_path, name, capsy
     tensors = load_file(path)
     del tensors[next(key for key in tensors if "q_proj" in key and "language_model" in key)]
     save_file(tensors, path, metadata={"format": "pt"})
-    options = ["--data", str(work / "rows.parquet"), "--harness", name, "--output", str(tmp_path / "out")]
+    options = ["--dataset", str(work / "rows.parquet"), "--harness", name, "--output", str(tmp_path / "out")]
     assert main(["eval", str(tmp_path / "model"), "--tasks", "easy_vqa", *options]) == 1
     assert "lacks 1 tensors" in capsys.readouterr().err
     assert main(["eval", str(work / "model"), "--tasks", "no_such_task", "--harness", name]) == 1

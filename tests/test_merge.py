@@ -78,7 +78,7 @@ def test_the_adapter_folder_and_the_merged_one_load_without_this_package(setting
     assert "base_model: someone/vt-lmm-base" in (adapter / "README.md").read_text()
     assert main(["merge", str(adapter), "--output", str(merged), "--base", settings["model"]]) == 0
     assert_equal_outputs(trainer, VTLMMForConditionalGeneration.from_pretrained(merged))
-    assert main(["convert", str(merged), "--to", "llava", "--output", str(tmp_path / "twin")]) == 0
+    assert main(["export", str(merged), "--to", "llava", "--output", str(tmp_path / "twin")]) == 0
     twin = LlavaForConditionalGeneration.from_pretrained(tmp_path / "twin").eval()
     batch = trainer.data_collator([trainer.train_dataset[0]])
     with torch.no_grad():

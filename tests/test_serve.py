@@ -2,6 +2,7 @@
 """`vtlmm serve`, asked by OpenAI's own client over loopback."""
 
 import base64
+import inspect
 import io
 import json
 import threading
@@ -15,7 +16,8 @@ import torch
 from conftest import build_processor
 from PIL import Image
 
-from vtlmm.cli.main import build_parser
+from vtlmm.cli.app import app
+from vtlmm.cli.serve import serve
 from vtlmm.inference.generation import answer_batch
 
 
@@ -190,5 +192,5 @@ def test_what_is_no_request(address, model, ask):
 
 
 def test_only_this_machine_is_served_by_default():
-    for command in ("serve", "app"):
-        assert build_parser().parse_args([command, "model"]).host == "127.0.0.1"
+    for command in (serve, app):
+        assert inspect.signature(command).parameters["host"].default == "127.0.0.1"

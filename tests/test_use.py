@@ -20,8 +20,8 @@ from transformers.masking_utils import sdpa_mask
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.analysis.app import IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES, answers_so_far, build_page, words_frame
-from vtlmm.cli.load import load_model
-from vtlmm.cli.main import build_parser, main
+from vtlmm.cli.load import load
+from vtlmm.cli.main import main
 from vtlmm.hub.export_llava import export_to_llava
 from vtlmm.inference.generation import answer_batch, conversation, stream_answer
 from vtlmm.inference.resumable import weights_digest
@@ -60,8 +60,8 @@ def work(tmp_path_factory):
     return folder
 
 
-def loaded(work, *options: str):
-    return load_model(build_parser().parse_args(["ask", str(work / "model"), *options]))
+def loaded(work, **options):
+    return load(str(work / "model"), **options)
 
 
 @pytest.fixture(scope="module")
@@ -83,23 +83,22 @@ def test_one_answer_is_all_that_stdout_gets(work, model_and_processor, capfd):
     assert main(command) == 0
     answer = expected_answer(*model_and_processor, QUESTION, "red", folder=work)
     assert capfd.readouterr().out == f"{answer}\n" and len(answer.split()) == 6
-    assert main([*command, "--pseudo"]) == 0
+    assert main([*command, "--use-pseudo-image-features"]) == 0
     assert capfd.readouterr().out not in ("", f"{answer}\n")
 
 
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (["broken.png", QUESTION], "broken.png is no image that can be read"),
-        (["model", QUESTION], "model is no image that can be read"),
-        (["nowhere.png", QUESTION], "No such file"),
-        (["red.png"], "There is no question"),
+        (["broken.png", QUESTION], "broken.png: the file is not an image"),
+        (["model", QUESTION], "model is a folder, not an image file"),
+        (["nowhere.png", QUESTION], "nowhere.png: the image file does not exist"),
+        (["red.png"], "The question is missing"),
         (["what " * 60], "Repo id must use"),  # longer than the name of a file may be
-        ([], "There is no question"),
-        (["red.png", QUESTION, "--data", "rows.json"], "the questions are its rows"),
-        (["--data", "rows.json"], "--data needs --output"),
-        (["red.png", QUESTION, "--output", "a.jsonl"], "--output has no effect without --data"),
-        (["red.png", QUESTION, "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
+        ([], "The question is missing"),
+        (["red.png", QUESTION, "--dataset", "rows.json"], "the questions come from its rows"),
+        (["--dataset", "rows.json"], "--dataset needs --output"),
+        (["red.png", QUESTION, "--output", "a.jsonl"], "--output has no effect without --dataset"),
     ],
 )
 def test_what_cannot_be_asked_is_said_before_a_model_is_loaded(work, capfd, asked, said):
@@ -134,7 +133,16 @@ def write_rows(work, path) -> list[dict]:
 def test_a_file_of_questions(work, model_and_processor, tmp_path, kind):
     data, output = tmp_path / f"rows.{kind}", tmp_path / "out" / "answers.jsonl"
     rows = write_rows(work, data)
-    command = ["ask", str(work / "model"), "--data", str(data), "--image-folder", str(work), "--output", str(output)]
+    command = [
+        "ask",
+        str(work / "model"),
+        "--dataset",
+        str(data),
+        "--image-folder",
+        str(work),
+        "--output",
+        str(output),
+    ]
     command += ["--max-new-tokens", "6", "--batch-size", "2"]
     assert main(command) == 0
     records = sorted(map(json.loads, output.read_text().splitlines()), key=lambda record: record["index"])
@@ -152,7 +160,7 @@ def test_a_file_of_questions(work, model_and_processor, tmp_path, kind):
     output.write_bytes(b"".join(lines[:3]) + lines[3][:10])
     assert main(command) == 0 and output.read_bytes() == whole
     # answers of two models or of two files are never mixed
-    assert main([*command, "--pseudo"]) == 1 and main([*command[:-3], "5"]) == 1
+    assert main([*command, "--use-pseudo-image-features"]) == 1 and main([*command[:-3], "5"]) == 1
     # nor those about other images of the same names
     other = tmp_path / "other"
     other.mkdir()
@@ -177,7 +185,7 @@ def test_a_file_of_questions(work, model_and_processor, tmp_path, kind):
 def test_rows_that_cannot_be_asked_are_named(work, tmp_path, capfd, text, said):
     data = tmp_path / ("rows.jsonl" if "rows.jsonl" in said else "rows.json")
     data.write_text(text)
-    assert main(["ask", "no model", "--data", str(data), "--output", str(tmp_path / "a.jsonl")]) == 1
+    assert main(["ask", "no model", "--dataset", str(data), "--output", str(tmp_path / "a.jsonl")]) == 1
     assert said in capfd.readouterr().err and not (tmp_path / "a.jsonl").exists()
 
 
@@ -236,7 +244,7 @@ def test_chat(work, model_and_processor, monkeypatch, capsys):
     words = processor.visual_words(model.get_visual_tokens(pixel_values, top_k=1).token_ids[0, :, 0])
     found = [line.removeprefix("> ") for line in capsys.readouterr().out.splitlines()[1:]]
     assert found[:2] == [one, two] and len({one, two}) == 2
-    assert "broken.png is no image" in found[2] and found[3].startswith("There is no /jump")
+    assert "broken.png: the file is not an image" in found[2] and found[3].startswith("Unknown command /jump")
     assert found[4].removeprefix("> ") == answered(third)
     assert " ".join(found[5:7]).split() == words and len(set(words)) > 1
     assert "no image yet" in found[7] and found[8:] == [answered(turns("hello")), ""]
@@ -245,9 +253,9 @@ def test_chat(work, model_and_processor, monkeypatch, capsys):
 # ---- How a model is loaded ----
 
 
-@pytest.mark.parametrize(("quantization", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
-def test_quantized(work, model_and_processor, quantization, kind):
-    model, processor = loaded(work, "--quantization", quantization)
+@pytest.mark.parametrize(("option", "kind"), [("load_in_4bit", "Linear4bit"), ("load_in_8bit", "Linear8bitLt")])
+def test_quantized(work, model_and_processor, option, kind):
+    model, processor = loaded(work, **{option: True})
     quantized = {name for name, module in model.named_modules() if type(module).__name__ == kind}
     assert len(quantized) == 14 and all(name.startswith("model.language_model.layers.") for name in quantized)
     inputs = processor(PILImage.new("RGB", (28, 28), "red"), "USER : <image> what ASSISTANT :", return_tensors="pt")
@@ -276,7 +284,7 @@ def test_a_model_that_memory_does_not_hold(work, model_and_processor, tmp_path):
 
 
 def test_the_device_map_is_the_user_s(work):
-    model, _ = loaded(work, "--device-map", "cpu", "--dtype", "bfloat16", "--pseudo")
+    model, _ = loaded(work, device_map="cpu", dtype="bfloat16", use_pseudo_image_features=True)
     assert model.dtype == torch.bfloat16 and model.device.type == "cpu" and model.config.use_pseudo_image_features
 
 
@@ -323,15 +331,15 @@ def test_a_twin_answers_the_same_and_says_what_it_lacks(work, model_and_processo
     asked = [str(work / "red.png"), QUESTION, "--max-new-tokens", "6"]
     assert main(["ask", str(tmp_path / "twin"), *asked]) == 0
     assert capfd.readouterr().out == expected_answer(*model_and_processor, QUESTION, "red", folder=work) + "\n"
-    assert main(["ask", str(tmp_path / "twin"), *asked, "--pseudo"]) == 1
+    assert main(["ask", str(tmp_path / "twin"), *asked, "--use-pseudo-image-features"]) == 1
     assert "only a VT-LMM has pseudo image features" in capfd.readouterr().err
     monkeypatch.setattr("sys.stdin", io.StringIO("/words\n"))
     assert main(["chat", str(tmp_path / "twin"), "--image", str(work / "red.png")]) == 0
-    assert "A llava has no VM head" in capfd.readouterr().out
+    assert "This model is a llava without a VM head" in capfd.readouterr().out
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"image": str(work / "red.png"), "question": QUESTION, "answer": "red"}]))
     for command in (["tokens", str(tmp_path / "twin"), str(work / "red.png")], ["analyze", str(tmp_path / "twin")]):
-        command += ["--data", str(rows)] if command[0] == "analyze" else []
+        command += ["--dataset", str(rows)] if command[0] == "analyze" else []
         assert main(command) == 1 and "only a VT-LMM has visual tokens" in capfd.readouterr().err
 
     weights = load_file(tmp_path / "twin" / "model.safetensors")

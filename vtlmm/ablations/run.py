@@ -83,7 +83,7 @@ def run_grid(
                 continue
             print(f"\n== {arm}, seed {seed} ==")
             command = ["vtlmm", "ablate", str(path), *overrides, "--output", str(output)]
-            command += ["--only", arm, "--seeds", str(seed)]
+            command += ["--only", arm, "--seed", str(seed)]
             try:
                 row = run_once(grid, arm, seed, output, folder, held_out)
             except Exception:

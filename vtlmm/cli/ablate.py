@@ -1,17 +1,30 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`vtlmm ablate grid.yaml --output … [key=value …]`"""
 
+from pathlib import Path
+from typing import Annotated
 
-def add_arguments(parser):
-    parser.add_argument("grid", help="grid in YAML; see recipes/ablations/")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings on top of the grid's, for all arms")
-    parser.add_argument("--output", required=True, help="folder of the results; grids with one output share stages")
-    parser.add_argument("--seeds", nargs="+", type=int, help="instead of the grid's")
-    parser.add_argument("--only", nargs="+", metavar="ARM", help="run these arms only")
+from typer import Argument, Option
+
+from . import options
 
 
-def run(args) -> int:
+EXAMPLES = (
+    "vtlmm ablate recipes/ablations/1_visual_loss_2_stages.yaml dataset=train.parquet --output outputs/ablations",
+    "vtlmm ablate recipes/ablations/5_weight.yaml --output outputs/ablations --seed 0 --seed 1",
+)
+
+
+def ablate(
+    grid: Annotated[Path, Argument(help="Grid in YAML. See recipes/ablations/.")],
+    output: options.Output,
+    settings: Annotated[
+        list[str] | None, Argument(metavar="KEY=VALUE", help="Settings that replace the grid's in all arms.")
+    ] = None,
+    seed: Annotated[list[int] | None, Option(help="Seed of a run; repeat it. Default: the grid's seeds.")] = None,
+    only: Annotated[list[str] | None, Option(metavar="ARM", help="Run this arm only; repeat it for several.")] = None,
+) -> None:
+    """Train the arms of a grid with several seeds and compare them, seed by seed."""
     from vtlmm.ablations.run import run_grid
 
-    print(run_grid(args.grid, args.output, args.settings, args.seeds, args.only))
-    return 0
+    print(run_grid(grid, output, settings or [], seed or None, only or None))

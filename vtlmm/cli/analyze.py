@@ -1,57 +1,80 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""`vtlmm analyze MODEL --data …`"""
+"""`vtlmm analyze MODEL --dataset …`"""
 
-from .load import add_model_arguments, check_vtlmm, load_model
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from . import options
 
 
-def add_arguments(parser):
-    parser.add_argument("model", help="VT-LMM: folder or Hub id")
-    parser.add_argument("--data", required=True, help=".json, .jsonl or .parquet file, folder or Hub id")
-    parser.add_argument("--split", default="train", help="split of the data; a file is one split, train (default)")
-    parser.add_argument("--image-folder", help="where the images' paths start")
-    parser.add_argument(
-        "--labels",
-        metavar="COLUMN",
-        help="column with what is in the image: a text, a list, or a list of {label, bbox}; default: the answers",
+EXAMPLES = (
+    "vtlmm analyze outputs/joint --dataset test.parquet",
+    "vtlmm analyze outputs/joint --dataset test.parquet --labels objects --previous outputs/visual_head",
+)
+
+
+def analyze(
+    model: options.Model,
+    dataset: options.RequiredDataset,
+    split: options.Split = "train",
+    image_folder: options.ImageFolder = None,
+    labels: Annotated[
+        str | None,
+        Option(
+            metavar="COLUMN",
+            help="Column with the content of the image: a text, a list, or a list of {label, bbox}. "
+            "Default: the answers.",
+        ),
+    ] = None,
+    limit: options.Limit = None,
+    questions: Annotated[int, Option(min=0, help="Number of questions for the failure modes.")] = 200,
+    previous: Annotated[
+        str | None, Option(metavar="MODEL", help="Model of the previous stage, for stage_instability.")
+    ] = None,
+    layers: Annotated[bool, Option("--layers", help="Also read every layer of the decoder.")] = False,
+    batch_size: options.BatchSize = 4,
+    seed: options.Seed = 0,
+    output: Annotated[Path | None, Option(help="Folder for the results. Default: one in outputs/analysis.")] = None,
+    dtype: options.Dtype = "auto",
+    load_in_4bit: options.LoadIn4Bit = False,
+    load_in_8bit: options.LoadIn8Bit = False,
+    device_map: options.DeviceMap = None,
+    use_pseudo_image_features: options.PseudoImageFeatures = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Measure what the visual tokens of a dataset mean."""
+    from vtlmm.analysis.dataset_analysis import analyze as analyze_dataset
+
+    from .load import load, require_vtlmm
+
+    require_vtlmm(model, revision, trust_remote_code)
+    if previous:
+        require_vtlmm(previous, trust_remote_code=trust_remote_code)
+    loading = {
+        "dtype": dtype,
+        "load_in_4bit": load_in_4bit,
+        "load_in_8bit": load_in_8bit,
+        "device_map": device_map,
+        "use_pseudo_image_features": use_pseudo_image_features,
+        "trust_remote_code": trust_remote_code,
+    }
+    result = analyze_dataset(
+        *load(model, revision=revision, **loading),
+        dataset,
+        image_folder=image_folder,
+        split=split,
+        labels=labels,
+        limit=limit,
+        num_questions=questions,
+        previous=load(previous, **loading) if previous else None,
+        layers=layers,
+        batch_size=batch_size,
+        seed=seed,
     )
-    parser.add_argument("--limit", type=int, help="only the first so many rows; marked as a subset everywhere")
-    parser.add_argument("--questions", type=int, default=200, help="asked for the failure signatures (default: 200)")
-    parser.add_argument("--previous", metavar="MODEL", help="model of the previous stage, for stage_instability")
-    parser.add_argument("--layers", action="store_true", help="also read every layer of the decoder")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0, help="of the random head, sampled patches and permutations")
-    parser.add_argument("--output", help="folder; by default outputs/analysis/ and the model's name")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing results")
-    add_model_arguments(parser)
-
-
-def run(args) -> int:
-    import argparse
-    from pathlib import Path
-
-    from vtlmm.analysis.dataset_analysis import analyze
-
-    check_vtlmm(args.model, args, args.revision)
-    previous = None
-    if args.previous:
-        check_vtlmm(args.previous, args)
-        previous = load_model(argparse.Namespace(**{**vars(args), "model": args.previous, "revision": None}))
-    model, processor = load_model(args)
-    result = analyze(
-        model,
-        processor,
-        args.data,
-        image_folder=args.image_folder,
-        split=args.split,
-        labels=args.labels,
-        limit=args.limit,
-        num_questions=args.questions,
-        previous=previous,
-        layers=args.layers,
-        batch_size=args.batch_size,
-        seed=args.seed,
-    )
-    output = result.save(args.output or Path("outputs", "analysis", Path(args.model).name), args.overwrite)
+    folder = result.save(output or Path("outputs", "analysis", Path(model).name), overwrite)
     print(result.summary())
-    print(f"Tables and JSON: {output}")
-    return 0
+    print(f"Tables and JSON: {folder}")

@@ -1,59 +1,73 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""`vtlmm ask MODEL IMAGE QUESTION` and `vtlmm ask MODEL --data … --output …`"""
+"""`vtlmm ask MODEL IMAGE QUESTION` and `vtlmm ask MODEL --dataset … --output …`"""
 
-from .load import add_model_arguments, load_model
+from os.path import isfile  # `Path.is_file` raises an error for a long question
+from pathlib import Path
+from typing import Annotated
 
+from typer import Argument, Option
 
-def add_arguments(parser):
-    parser.usage = (
-        "vtlmm ask MODEL [IMAGE …] QUESTION [options]\n       vtlmm ask MODEL --data ROWS --output ANSWERS [options]"
-    )
-    parser.add_argument("model", help="VT-LMM or its native twin: folder or Hub id")
-    parser.add_argument("asked", nargs="*", metavar="IMAGE … QUESTION", help="images, if any, then the question")
-    parser.add_argument("--data", metavar="ROWS", help=".json, .jsonl or .parquet file of `question` and `image`")
-    parser.add_argument("--output", metavar="ANSWERS", help=".jsonl file, appended to; a stopped run goes on there")
-    parser.add_argument("--image-folder", help="where the images' paths start; default: beside the file of rows")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
-    add_model_arguments(parser)
+from . import options
 
 
-def run(args) -> int:
-    if args.batch_size < 1 or args.max_new_tokens < 1:
-        raise ValueError("--batch-size and --max-new-tokens must be 1 or more.")
-    if args.data is not None:
-        return ask_rows(args)
-    for name in ("output", "image_folder"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect without --data: leave it out.")
-    from os.path import isfile  # a long question is no file, where Path raises
+EXAMPLES = (
+    'vtlmm ask outputs/joint image.jpg "What is in the image?"',
+    "vtlmm ask outputs/joint --dataset questions.jsonl --output answers.jsonl",
+)
+
+
+def ask(
+    model: options.Model,
+    prompt: Annotated[
+        list[str] | None, Argument(metavar="[IMAGE]... QUESTION", help="Images, if any, then the question.")
+    ] = None,
+    dataset: Annotated[str | None, Option(help="Answer the questions of this file instead.")] = None,
+    output: Annotated[
+        Path | None, Option(help="With --dataset: a .jsonl file for the answers. An interrupted run resumes.")
+    ] = None,
+    image_folder: options.ImageFolder = None,
+    batch_size: options.BatchSize = 8,
+    max_new_tokens: options.MaxNewTokens = 512,
+    dtype: options.Dtype = "auto",
+    load_in_4bit: options.LoadIn4Bit = False,
+    load_in_8bit: options.LoadIn8Bit = False,
+    device_map: options.DeviceMap = None,
+    use_pseudo_image_features: options.PseudoImageFeatures = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Answer one question on stdout, or the questions of a file into a file."""
+    prompt = prompt or []
+    if dataset is not None and prompt:
+        raise ValueError(f"With --dataset the questions come from its rows. Remove {prompt[-1]!r}.")
+    if dataset is not None and output is None:
+        raise ValueError("--dataset needs --output, the file for the answers.")
+    if dataset is None and (output or image_folder):
+        raise ValueError(f"{'--output' if output else '--image-folder'} has no effect without --dataset. Remove it.")
+    if dataset is None and (not prompt or (len(prompt) == 1 and isfile(prompt[0]))):
+        raise ValueError("The question is missing. Pass images, if any, and then the question.")
 
     from vtlmm.data.images import open_image
+    from vtlmm.inference.batch_file import answer_rows, read_rows
     from vtlmm.inference.generation import answer_batch
 
-    if not args.asked or (len(args.asked) == 1 and isfile(args.asked[0])):
-        raise ValueError("There is no question: name images, if any, and then the question.")
-    *paths, question = args.asked
-    images = [open_image(path) for path in paths]
-    model, processor = load_model(args)
-    [answer] = answer_batch(model, processor, [{"images": images, "question": question}], args.max_new_tokens)
-    print(answer)
-    return 0
+    from .load import load
 
-
-def ask_rows(args) -> int:
-    from pathlib import Path
-
-    from vtlmm.inference.batch_file import answer_rows, read_rows
-
-    if args.asked:
-        raise ValueError(f"With --data the questions are its rows; {args.asked[-1]!r} has no place.")
-    if args.output is None:
-        raise ValueError("--data needs --output, the file for the answers.")
-    questions, load_image = read_rows(Path(args.data), args.image_folder)
-    model, processor = load_model(args)
-    answer_rows(
-        Path(args.output), model, processor, questions, load_image, args.batch_size, args.max_new_tokens, args.model
-    )
-    print(f"{len(questions)} answers: {args.output}")
-    return 0
+    loading = {
+        "dtype": dtype,
+        "load_in_4bit": load_in_4bit,
+        "load_in_8bit": load_in_8bit,
+        "device_map": device_map,
+        "use_pseudo_image_features": use_pseudo_image_features,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    if dataset is None:
+        *paths, question = prompt
+        images = [open_image(path) for path in paths]
+        [answer] = answer_batch(*load(model, **loading), [{"images": images, "question": question}], max_new_tokens)
+        print(answer)
+        return
+    questions, load_image = read_rows(Path(dataset), image_folder)
+    answer_rows(output, *load(model, **loading), questions, load_image, batch_size, max_new_tokens, model)
+    print(f"{len(questions)} answers: {output}")

@@ -1,35 +1,57 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`vtlmm chat MODEL [--image …]`"""
 
-from .load import add_model_arguments, load_model
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from . import options
 
 
-HELP = "/image PATH adds a image to the next question, /words shows what its patches say, /reset, /quit"
+EXAMPLES = ("vtlmm chat outputs/joint --image image.jpg", "vtlmm chat user/name --load-in-4bit")
+
+HELP = "/image PATH adds an image to the next question, /words shows the top word of each patch, /reset, /quit"
 
 
-def add_arguments(parser):
-    parser.add_argument("model", help="VT-LMM or its native twin: folder or Hub id")
-    parser.add_argument("--image", nargs="+", default=[], metavar="IMAGE", help="images of the first question")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
-    add_model_arguments(parser)
-
-
-def run(args) -> int:
+def chat(
+    model: options.Model,
+    image: Annotated[list[Path] | None, Option(help="Image of the first question; repeat it for several.")] = None,
+    max_new_tokens: options.MaxNewTokens = 512,
+    dtype: options.Dtype = "auto",
+    load_in_4bit: options.LoadIn4Bit = False,
+    load_in_8bit: options.LoadIn8Bit = False,
+    device_map: options.DeviceMap = None,
+    use_pseudo_image_features: options.PseudoImageFeatures = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Chat with a model about images in the terminal."""
     from vtlmm.data.images import open_image
 
-    try:
-        import readline  # noqa: F401 - input() then has a history; not every Python has it
-    except ImportError:
-        pass
-    images = [open_image(path) for path in args.image]
-    model, processor = load_model(args)
+    from .load import load
+
+    with contextlib.suppress(ImportError):  # not every Python has it
+        import readline  # noqa: F401 - gives `input` a history
+    images = [open_image(path) for path in image or []]
+    loaded = load(
+        model,
+        dtype=dtype,
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        device_map=device_map,
+        use_pseudo_image_features=use_pseudo_image_features,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     print(HELP)
-    converse(model, processor, images, args.max_new_tokens)
-    return 0
+    converse(*loaded, images, max_new_tokens)
 
 
 def converse(model, processor, images: list, max_new_tokens: int) -> None:
-    """Reads lines until there are no more; what cannot be done is said, and the conversation goes on."""
+    """Answer the lines of stdin until they end. An error is printed, and the conversation continues."""
     from jinja2 import TemplateError
 
     from vtlmm.data.images import open_image
@@ -55,7 +77,7 @@ def converse(model, processor, images: list, max_new_tokens: int) -> None:
             elif command == "/words":
                 print_words(model, processor, shown)
             elif command.startswith("/"):
-                print(f"There is no {command}. {HELP}")
+                print(f"Unknown command {command}. {HELP}")
             elif line:
                 asked = messages + conversation({"images": waiting, "question": line})
                 answer = print_answer(model, processor, asked, max_new_tokens)
@@ -63,7 +85,7 @@ def converse(model, processor, images: list, max_new_tokens: int) -> None:
         except (ValueError, OSError, TemplateError) as error:
             print(error)
         except KeyboardInterrupt:
-            print("\n(stopped; the question is not kept)")
+            print("\n(stopped; the question was removed)")
 
 
 def print_answer(model, processor, messages: list[dict], max_new_tokens: int) -> str:
@@ -79,13 +101,11 @@ def print_answer(model, processor, messages: list[dict], max_new_tokens: int) ->
 
 
 def print_words(model, processor, images: list) -> None:
-    """The likeliest word of each patch of the last image, laid out as the patches are."""
-    import shutil
-
+    """Print the top word of each patch of the last image in the layout of the patches."""
     from vtlmm.analysis.visual_tokens import format_patch_words
 
     if not images:
-        raise ValueError("There is no image yet: /image PATH")
+        raise ValueError("There is no image yet. Add one with /image PATH.")
     if model.config.model_type != "vtlmm":
-        raise ValueError(f"A {model.config.model_type} has no VM head, and so its patches say nothing.")
+        raise ValueError(f"This model is a {model.config.model_type} without a VM head. Visual tokens need a VT-LMM.")
     print(format_patch_words(model, processor, images[-1], shutil.get_terminal_size().columns))

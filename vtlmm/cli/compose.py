@@ -1,25 +1,51 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`vtlmm compose --vision … --text … --output …`"""
 
+from typing import Annotated, Literal
 
-def add_arguments(parser):
-    parser.add_argument("--vision", required=True, help="vision tower: folder or Hub id")
-    parser.add_argument("--text", required=True, help="causal decoder: folder or Hub id")
-    parser.add_argument("--output", required=True, help="folder for the VT-LMM")
-    parser.add_argument("--projector-type", default="mlp2x_gelu", choices=["mlp2x_gelu", "linear"])
-    parser.add_argument("--vm-head-type", default="linear", choices=["linear", "mlp", "attention"])
-    parser.add_argument("--vm-head-init", default="lm_head", choices=["lm_head", "input_embeddings", "random"])
-    parser.add_argument("--vision-feature-layer", type=int, help="default: -2 for a ViT, -1 for a convolutional tower")
-    parser.add_argument("--chat-template", help="vicuna_v1, mistral or a .jinja file; default: the decoder's own")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: the decoder's")
-    parser.add_argument("--overwrite", action="store_true", help="replace the model in the output folder")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trust-remote-code", action="store_true", help="allow code of the two checkpoints to run")
+from typer import Option
+
+from . import options
 
 
-def run(args) -> int:
+EXAMPLES = (
+    "vtlmm compose --vision openai/clip-vit-large-patch14-336 --text lmsys/vicuna-7b-v1.5 --output outputs/start",
+    "vtlmm compose --vision facebook/dinov2-small --text HuggingFaceTB/SmolLM2-135M-Instruct --output outputs/start",
+)
+
+
+def compose(
+    vision: Annotated[str, Option(help="Vision tower: a folder or a Hub id.")],
+    text: Annotated[str, Option(help="Causal decoder with its tokenizer: a folder or a Hub id.")],
+    output: options.Output,
+    projector_type: Annotated[Literal["mlp2x_gelu", "linear"], Option(help="Projector.")] = "mlp2x_gelu",
+    vm_head_type: Annotated[Literal["linear", "mlp", "attention"], Option(help="VM head.")] = "linear",
+    vm_head_init: Annotated[options.VMHeadInit, Option(help="Start weights of the VM head.")] = "lm_head",
+    vision_feature_layer: Annotated[
+        int | None, Option(help="Layer of the tower. Default: -2 for a ViT, -1 for a convolutional tower.")
+    ] = None,
+    chat_template: Annotated[
+        str | None, Option(help="vicuna_v1, mistral or a .jinja file. Default: the decoder's own template.")
+    ] = None,
+    dtype: Annotated[options.DtypeName, Option(help="dtype of the model. auto: the decoder's dtype.")] = "auto",
+    seed: options.Seed = 0,
+    trust_remote_code: options.TrustRemoteCode = False,
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Make an untrained VT-LMM from a vision tower and a decoder."""
     from vtlmm.hub.compose import compose_model
 
-    options = {key: value for key, value in vars(args).items() if key != "command"}
-    compose_model(**options)
-    return 0
+    compose_model(
+        vision,
+        text,
+        output,
+        projector_type=projector_type,
+        vm_head_type=vm_head_type,
+        vm_head_init=vm_head_init,
+        vision_feature_layer=vision_feature_layer,
+        chat_template=chat_template,
+        dtype=None if dtype == "auto" else dtype,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+    )

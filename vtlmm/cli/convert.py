@@ -1,33 +1,45 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""`vtlmm convert CHECKPOINT [--to llava] --output …`"""
+"""`vtlmm convert CHECKPOINT --output …`"""
+
+from typing import Annotated
+
+from typer import Argument, Option
+
+from . import options
 
 
-def add_arguments(parser):
-    parser.add_argument("checkpoint", help="folder or Hub id of a VW-LMM or a LLaVA-1.5; with --to llava of a VT-LMM")
-    parser.add_argument("--output", required=True, help="folder for the result")
-    parser.add_argument("--to", default="vtlmm", choices=["vtlmm", "llava"], help="default: vtlmm")
-    parser.add_argument("--overwrite", action="store_true", help="replace the model in the output folder")
-    start = parser.add_argument_group("only --to vtlmm")
-    start.add_argument("--vision-tower", help="the CLIP tower, if not the one that the checkpoint names")
-    start.add_argument("--tokenizer", help="the tokenizer, if the checkpoint has none")
-    start.add_argument("--chat-template", help="vicuna_v1, mistral or a .jinja file; default: the checkpoint's")
-    start.add_argument(
-        "--pad-to-square", action="store_const", const=True, help="pad images, where a llava-hf folder crops them"
+EXAMPLES = (
+    "vtlmm convert llava-hf/llava-1.5-7b-hf --chat-template vicuna_v1 --pad-to-square --output outputs/start",
+    "vtlmm convert MYTH-Lab/VW-LMM-Vicuna-7b --output outputs/vw_lmm",
+)
+
+
+def convert(
+    checkpoint: Annotated[str, Argument(help="LLaVA-1.5 or VW-LMM checkpoint: a folder or a Hub id.")],
+    output: options.Output,
+    vision_tower: Annotated[
+        str | None, Option(help="CLIP tower: a folder or a Hub id. Default: the one that the checkpoint names.")
+    ] = None,
+    tokenizer: Annotated[str | None, Option(help="Tokenizer, if the checkpoint has none.")] = None,
+    chat_template: Annotated[
+        str | None, Option(help="vicuna_v1, mistral or a .jinja file. Default: the checkpoint's own template.")
+    ] = None,
+    pad_to_square: Annotated[
+        bool, Option("--pad-to-square", help="Pad images as LLaVA-1.5 was trained. A llava-hf folder crops them.")
+    ] = False,
+    vm_head_init: Annotated[options.VMHeadInit, Option(help="Start weights of a new VM head.")] = "lm_head",
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Make a VT-LMM from a LLaVA-1.5 or VW-LMM checkpoint."""
+    from vtlmm.hub.convert import convert_checkpoint
+
+    convert_checkpoint(
+        checkpoint,
+        output,
+        vision_tower=vision_tower,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        pad_to_square=pad_to_square,
+        vm_head_init=vm_head_init,
+        overwrite=overwrite,
     )
-    start.add_argument("--vm-head-init", choices=["lm_head", "input_embeddings", "random"], help="default: lm_head")
-
-
-def run(args) -> int:
-    given = ("vision_tower", "tokenizer", "chat_template", "pad_to_square", "vm_head_init")
-    options = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
-    if args.to == "vtlmm":
-        from vtlmm.hub.convert import convert_checkpoint
-
-        convert_checkpoint(args.checkpoint, args.output, overwrite=args.overwrite, **options)
-    else:
-        from vtlmm.hub.export_llava import export_to_llava
-
-        if options:
-            raise ValueError(f"Only --to vtlmm takes {', '.join('--' + name.replace('_', '-') for name in options)}.")
-        export_to_llava(args.checkpoint, args.output, overwrite=args.overwrite)
-    return 0

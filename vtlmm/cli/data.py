@@ -1,19 +1,28 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""`vtlmm data check --config recipe.yaml` or `vtlmm data check --dataset … --model …`"""
+"""Check training data."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Exit, Option
+
+from . import options
 
 
-def add_arguments(parser):
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    text = "look at every row and image; exit code 1 when one is broken"
-    check = actions.add_parser("check", help=text, description=text[0].upper() + text[1:] + ".")
-    check.add_argument("--config", help="recipe in YAML, as for training; the options below go before it")
-    check.add_argument("--dataset", help=".json, .jsonl or .parquet file, folder or Hub id")
-    check.add_argument("--model", help="VT-LMM whose processor and chat template are used: folder or Hub id")
-    check.add_argument("--image-folder", "--image_folder", help="where the images' paths start")
-    check.add_argument("--max-length", "--max_length", type=int, help="longest row in tokens")
+EXAMPLES = (
+    "vtlmm data check --model outputs/start --dataset rows.json --image-folder images",
+    "vtlmm data check --config recipes/qlora_24gb.yaml --dataset rows.json",
+)
 
 
-def run(args) -> int:
+def check(
+    config: Annotated[Path | None, Option(help="Recipe in YAML. The other options replace its settings.")] = None,
+    dataset: options.Dataset = None,
+    model: Annotated[str | None, Option(help="VT-LMM whose processor and chat template are used.")] = None,
+    image_folder: options.ImageFolder = None,
+    max_length: Annotated[int | None, Option(min=1, help="Longest row in tokens.")] = None,
+) -> None:
+    """Check every row and image of the training data. The exit code is 1 if a row has a problem."""
     from dataclasses import fields
 
     from transformers import AutoProcessor
@@ -24,11 +33,16 @@ def run(args) -> int:
     from vtlmm.train.config import VTLMMTrainingConfig
     from vtlmm.train.recipe import read_settings, split_stages
 
-    settings = read_settings(args.config) if args.config else {}
-    given = {key: getattr(args, key) for key in ("dataset", "model", "image_folder", "max_length")}
+    settings = read_settings(config) if config else {}
+    given = {
+        "dataset": dataset,
+        "model": model,
+        "image_folder": None if image_folder is None else str(image_folder),
+        "max_length": max_length,
+    }
     settings.update({key: value for key, value in given.items() if value is not None})
     if "model" not in settings:
-        raise ValueError("`model` is not set: its processor counts the tokens. Pass --model or a recipe.")
+        raise ValueError("The model is missing: its processor counts the tokens. Pass --model or a recipe.")
     processor = AutoProcessor.from_pretrained(
         settings["model"],
         revision=settings.get("revision"),
@@ -36,15 +50,15 @@ def run(args) -> int:
     )
     num_problems, checked = 0, []
     for run in split_stages(settings):  # stages may have data of their own
-        config = DataConfig(**{f.name: run[f.name] for f in fields(DataConfig) if f.name in run})
-        max_length = run.get("max_length", VTLMMTrainingConfig.max_length)
-        if (config, max_length) in checked:
+        data_config = DataConfig(**{f.name: run[f.name] for f in fields(DataConfig) if f.name in run})
+        length = run.get("max_length", VTLMMTrainingConfig.max_length)
+        if (data_config, length) in checked:
             continue
-        checked.append((config, max_length))
+        checked.append((data_config, length))
         for split in ("train", "eval"):
-            rows = config.load_rows(split)
+            rows = data_config.load_rows(split)
             if rows is not None:
-                report = check_rows(rows, processor, max_length)
+                report = check_rows(rows, processor, length)
                 num_problems += len(report.problems)
                 print(f"{split}\n{report.format()}")
-    return 1 if num_problems else 0
+    raise Exit(1 if num_problems else 0)

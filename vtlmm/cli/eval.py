@@ -1,69 +1,94 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""`vtlmm eval MODEL --data …`, `vtlmm eval MODEL --tasks …` and `vtlmm eval --compare RUN RUN`"""
+"""`vtlmm eval MODEL --dataset …` and `vtlmm eval MODEL --tasks …`"""
 
-from argparse import ArgumentParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
 
-from .load import add_model_arguments, load_model
+import typer
+from typer import Option
 
-
-def add_arguments(parser):
-    parser.add_argument("model", nargs="?", help="VT-LMM: folder or Hub id")
-    parser.add_argument("--data", help=".json, .jsonl or .parquet file, folder or Hub id, as for training")
-    parser.add_argument("--split", default="train", help="split of the data; a file is one split, train (default)")
-    parser.add_argument("--image-folder", help="where the images' paths start")
-    parser.add_argument("--kind", metavar="COLUMN", help="column with the kind of a question, for the table")
-    parser.add_argument("--references", metavar="COLUMN", help="column with all accepted answers of a row's question")
-    parser.add_argument("--id", metavar="COLUMN", help="column by which others know the question")
-    parser.add_argument("--scorer", default="exact", help="exact (default), vqa, textvqa, gqa, pope, mme or scienceqa")
-    parser.add_argument("--prompt", metavar="BENCHMARK", help="end questions as LLaVA does for it: vqav2, mmbench, …")
-    parser.add_argument("--limit", type=int, help="only the first so many rows; marked as a subset everywhere")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer; default: LLaVA's for the prompt, else 128")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffled images")
-    parser.add_argument("--output", help="folder of the run; by default outputs/eval/ and a name that says which run")
-    parser.add_argument("--submission", choices=["vqav2", "vizwiz"], help="also write the file that its server wants")
-    add_model_arguments(parser)
-    parser.add_argument("--tasks", metavar="TASK,…", help="tasks of a harness instead, or with --data one local task")
-    parser.add_argument("--harness", default="lmms-eval", choices=["lm-eval", "lmms-eval"], help="default: lmms-eval")
-    parser.add_argument("--include-path", help="folder with further tasks of the harness, as YAML")
-    parser.add_argument("--compare", nargs=2, metavar="RUN", help="the second of two finished runs against the first")
+from . import options
+from .load import load
 
 
-def run(args) -> int:
-    if args.compare:
-        refuse_unused(args, "with --compare", ("compare", "output"))
-        return compare(args)
-    if not args.model or not (args.data or args.tasks):
-        raise ValueError("Name a model and --data or --tasks, or two finished runs to --compare.")
-    for name in ("batch_size", "limit", "max_new_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more.")
-    return run_tasks(args) if args.tasks else evaluate(args)
+EXAMPLES = (
+    "vtlmm eval outputs/joint --dataset test.parquet --kind kind --output outputs/eval/joint",
+    "vtlmm eval outputs/joint --tasks pope,gqa",
+)
+
+# Options that a harness uses; the others have no effect with --tasks
+TASK_OPTIONS = ("model", "tasks", "harness", "include_path", "dataset", "limit", "batch_size", "output", "dtype")
+TASK_OPTIONS += ("revision", "trust_remote_code")
 
 
-def refuse_unused(args, what: str, used: tuple[str, ...]) -> None:
+def eval(
+    ctx: typer.Context,
+    model: options.Model,
+    dataset: options.Dataset = None,
+    split: options.Split = "train",
+    image_folder: options.ImageFolder = None,
+    kind: Annotated[str | None, Option(metavar="COLUMN", help="Column with the kind of a question.")] = None,
+    references: Annotated[
+        str | None, Option(metavar="COLUMN", help="Column with all accepted answers of a question.")
+    ] = None,
+    id: Annotated[str | None, Option(metavar="COLUMN", help="Column with the id of a question.")] = None,
+    scorer: Annotated[str, Option(help="exact, vqa, textvqa, gqa, pope, mme or scienceqa.")] = "exact",
+    prompt: Annotated[
+        str | None, Option(metavar="BENCHMARK", help="End questions as LLaVA does for vqav2, mmbench, …")
+    ] = None,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = 8,
+    max_new_tokens: Annotated[
+        int | None, Option(min=1, help="Longest answer in tokens. Default: LLaVA's for the prompt, otherwise 128.")
+    ] = None,
+    seed: Annotated[int, Option(help="Seed of the shuffled images.")] = 0,
+    output: Annotated[Path | None, Option(help="Folder for the results. Default: one in outputs/eval.")] = None,
+    submission: Annotated[
+        Literal["vqav2", "vizwiz"] | None, Option(help="Also write the file for this benchmark's server.")
+    ] = None,
+    tasks: Annotated[
+        str | None, Option(metavar="TASK,…", help="Tasks of a harness. With --dataset: one local task.")
+    ] = None,
+    harness: Annotated[Literal["lm-eval", "lmms-eval"], Option(help="Harness of --tasks.")] = "lmms-eval",
+    include_path: Annotated[Path | None, Option(help="Folder with more tasks of the harness, in YAML.")] = None,
+    dtype: options.Dtype = "auto",
+    load_in_4bit: options.LoadIn4Bit = False,
+    load_in_8bit: options.LoadIn8Bit = False,
+    device_map: options.DeviceMap = None,
+    use_pseudo_image_features: options.PseudoImageFeatures = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Answer and score the questions of a dataset, beside a control with shuffled images."""
+    args = SimpleNamespace(**{name: value for name, value in locals().items() if name != "ctx"}, data=dataset)
+    if not (dataset or tasks):
+        raise ValueError("The questions are missing. Pass --dataset or --tasks.")
+    if tasks:
+        refuse_unused(ctx)
+        run_tasks(args)
+    else:
+        evaluate(args)
+
+
+def refuse_unused(ctx: typer.Context) -> None:
     """
     Raises:
-        `ValueError`: for arguments that `what` would ignore.
+        `ValueError`: for options without effect with `--tasks`.
     """
-    parser = ArgumentParser()
-    add_arguments(parser)
-    ignored = [
-        action.option_strings[0] if action.option_strings else action.dest.upper()
-        for action in parser._actions
-        if action.dest not in ("help", *used) and getattr(args, action.dest) != action.default
+    unused = [
+        f"--{name.replace('_', '-')}"
+        for name in ctx.params
+        if name not in TASK_OPTIONS and ctx.get_parameter_source(name).name == "COMMANDLINE"
     ]
-    if ignored:
-        raise ValueError(f"{', '.join(ignored)} {'has' if len(ignored) == 1 else 'have'} no effect {what}: leave out.")
+    if unused:
+        raise ValueError(f"{', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect with --tasks.")
 
 
-def run_tasks(args) -> int:
-    from pathlib import Path
-
+def run_tasks(args) -> None:
     from vtlmm.evaluation.harness import run_harness
 
     names = ("data", "include_path", "limit", "batch_size", "dtype", "revision", "trust_remote_code")
-    refuse_unused(args, "with --tasks", ("model", "tasks", "harness", "output", *names))
     tasks = args.tasks.split(",")
     output = Path(args.output or Path("outputs", "eval", f"{Path(args.model).name}_{args.harness}_{'_'.join(tasks)}"))
     table = run_harness(args.harness, args.model, tasks, output, **{name: getattr(args, name) for name in names})
@@ -71,12 +96,10 @@ def run_tasks(args) -> int:
         print(f"SUBSET: the first {args.limit} questions of each task")
     print(table)
     print(f"Answers and results: {output}")
-    return 0
 
 
-def evaluate(args) -> int:
+def evaluate(args) -> None:
     from importlib.metadata import version
-    from pathlib import Path
 
     from vtlmm.evaluation.prompts import MAX_NEW_TOKENS, build_prompt
     from vtlmm.evaluation.questions import image_loader, read_questions, with_prompt
@@ -95,7 +118,16 @@ def evaluate(args) -> int:
         check(questions, [""] * len(questions), args.scorer)
     if args.submission:
         check_submission(questions, subset)
-    model, processor = load_model(args)
+    model, processor = load(
+        args.model,
+        dtype=args.dtype,
+        load_in_4bit=args.load_in_4bit,
+        load_in_8bit=args.load_in_8bit,
+        device_map=args.device_map,
+        use_pseudo_image_features=args.use_pseudo_image_features,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )
     max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS.get(args.prompt, 128)
     about = {"model": args.model, "data": args.data, "split": args.split, "subset": subset}
     key = run_key(model, processor, with_prompt(questions, args.prompt), args.prompt, max_new_tokens, args.seed)
@@ -117,7 +149,6 @@ def evaluate(args) -> int:
     if results["summary"]:
         print(results["summary"])
     print(f"Answers, tables and {SAMPLES_FILE}: {output}")
-    return 0
 
 
 def check_submission(questions: list[dict], subset: str | None) -> None:
@@ -144,21 +175,3 @@ def read_rows(args, columns):
     if args.limit is None or args.limit >= len(rows):
         return rows, None
     return rows.select(range(args.limit)), f"the first {args.limit} of {len(rows)} rows"
-
-
-def compare(args) -> int:
-    import json
-    from pathlib import Path
-
-    from vtlmm.evaluation.compare import compare_runs, format_comparison
-
-    comparison = compare_runs(*args.compare)
-    if args.output:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
-        path = Path(args.output, "comparison.json")
-        path.write_text(json.dumps(comparison, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(format_comparison(comparison))
-    for flip in comparison["flips"]:
-        question = flip["question"].partition("\n")[0]
-        print(f"{flip['index']}: {question} ({flip['truth']}): {flip['first']!r} → {flip['second']!r}")
-    return 0

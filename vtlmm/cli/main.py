@@ -1,9 +1,16 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The command `vtlmm`. Each sub-command imports what it needs when it runs: `--help` must not wait for torch."""
+"""The command `vtlmm`. Each command imports the library inside its function, so that `--help` does not load torch."""
 
-import argparse
+import inspect
 import logging
 import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import vtlmm
 
 from . import (
     ablate,
@@ -11,11 +18,13 @@ from . import (
     app,
     ask,
     chat,
+    compare,
     compose,
     convert,
     data,
     demo,
     eval,
+    export,
     merge,
     push,
     serve,
@@ -25,47 +34,102 @@ from . import (
 )
 
 
-COMMANDS = {
-    "demo": (demo, "train a tiny VT-LMM through all four stages and show what its patches say"),
-    "compose": (compose, "make an untrained VT-LMM from a vision tower and a decoder"),
-    "convert": (convert, "make a VT-LMM from a VW-LMM or LLaVA-1.5 checkpoint, or a stock LLaVA from it"),
-    "data": (data, "check training data before anything is trained"),
-    "train": (train, "train one stage, or several, from a recipe"),
-    "ask": (ask, "answer one question on stdout, or the questions of a file into a file"),
-    "chat": (chat, "talk with a model about images in the terminal"),
-    "serve": (serve, "answer OpenAI's client: chat with images over HTTP"),
-    "app": (app, "a page to chat about a image and see what its patches say"),
-    "eval": (eval, "answer and score one's own questions, with a blind control"),
-    "ablate": (ablate, "train the arms of a grid with several seeds and compare them, seed by seed"),
-    "tokens": (tokens, "show the words of every patch of images: PNG, page and JSON"),
-    "analyze": (analyze, "measure what the visual tokens of a data set mean"),
-    "merge": (merge, "put an adapter into its base: a whole VT-LMM"),
-    "verify": (verify, "look at a folder or Hub repository and load it in a process without this package"),
-    "push": (push, "verify a folder and push it to the Hub in one commit, with a card that writes itself"),
+class GroupedHelp(TyperGroup):
+    """List the commands under the headings of their groups, in the order of the source."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for name, command in self.commands.items():
+            heading = str(command.rich_help_panel or "Commands")
+            groups.setdefault(heading, []).append((name, command.get_short_help_str(90)))
+        for heading, rows in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+# Heading -> commands. The function's docstring is the help; the module's EXAMPLES follow it.
+GROUPS: dict[str, dict[str, Callable]] = {
+    "Make a model": {
+        "compose": compose.compose,
+        "convert": convert.convert,
+        "export": export.export,
+        "merge": merge.merge,
+    },
+    "Train": {"data check": data.check, "train": train.train, "ablate": ablate.ablate, "demo": demo.demo},
+    "Use": {"ask": ask.ask, "chat": chat.chat, "serve": serve.serve, "app": app.app},
+    "Understand": {
+        "eval": eval.eval,
+        "compare": compare.compare,
+        "tokens": tokens.tokens,
+        "analyze": analyze.analyze,
+    },
+    "Publish": {"verify": verify.verify, "push": push.push},
 }
 
+INTERRUPTED = 130  # exit code of a command that Ctrl-C stopped
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vtlmm", description="VT-LMM: image positions that are supervised too.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, text) in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."))
-    return parser
+
+def build_app() -> typer.Typer:
+    """Return the typer app with all commands."""
+    settings: dict[str, Any] = {"rich_markup_mode": None, "add_completion": False, "pretty_exceptions_enable": False}
+    root = typer.Typer(cls=GroupedHelp, no_args_is_help=True, help=vtlmm.__doc__.partition("\n")[0], **settings)
+    groups: dict[str, typer.Typer] = {}
+
+    @root.callback()
+    def options(
+        version: Annotated[
+            bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+        ] = False,
+    ) -> None:
+        pass
+
+    for heading, commands in GROUPS.items():
+        for words, function in commands.items():
+            parent, _, name = words.rpartition(" ")
+            if parent and parent not in groups:
+                groups[parent] = typer.Typer(no_args_is_help=True, help=data.__doc__, **settings)
+                root.add_typer(groups[parent], name=parent, rich_help_panel=heading)
+            examples = inspect.getmodule(function).EXAMPLES
+            (groups[parent] if parent else root).command(
+                name,
+                rich_help_panel=heading,
+                epilog="Examples:\n\n\b\n" + "\n".join(f"  {line}" for line in examples),
+                context_settings=getattr(inspect.getmodule(function), "CONTEXT_SETTINGS", None),
+            )(function)
+    return root
+
+
+def print_version(value: bool) -> None:
+    if value:
+        print(f"vtlmm {vtlmm.__version__}")
+        raise typer.Exit()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. An error that the user can mend is one line on stderr and exit code 1."""
-    args = build_parser().parse_args(argv)
-    logger = logging.getLogger("vtlmm")  # compose and convert say there what they do
+    """
+    Run one command and return its exit code.
+
+    An error that the user can fix is one line on stderr and exit code 1. A wrong option is exit code 2.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    logger = logging.getLogger("vtlmm")
     logger.setLevel(logging.INFO)
     logger.handlers = [logging.StreamHandler(sys.stdout)]
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import logs an error on a CPU that it can use
+    command = f"vtlmm {argv[0]}" if argv else "vtlmm"
     try:
-        return COMMANDS[args.command][0].run(args) or 0
+        code = typer.main.get_command(build_app()).main(argv, prog_name="vtlmm", standalone_mode=True)
+    except SystemExit as stopped:
+        code = stopped.code
+    except KeyboardInterrupt as stopped:
+        print(f"{command}: {stopped or 'stopped'}", file=sys.stderr)
+        return getattr(stopped, "exit_code", INTERRUPTED)
     except (ValueError, OSError) as error:
-        # what is not on the Hub or cannot be reached is an OSError, whose first line says so: the rest is advice
-        said = error if isinstance(error, ValueError) else (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"vtlmm {args.command}: {said}", file=sys.stderr)
+        # The first line of an OSError of the Hub's client says what is wrong; the others are general advice.
+        text = str(error) if isinstance(error, ValueError) else (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"{command}: {text}", file=sys.stderr)
         return 1
+    return int(code or 0)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,33 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""`vtlmm merge ADAPTER --output FOLDER [--base …] [--dequantize]`"""
+"""`vtlmm merge ADAPTER --output FOLDER`"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+from . import options
 
 
-def add_arguments(parser):
-    parser.add_argument("adapter", help="folder that `vtlmm train` wrote with `adapter: lora` or `dora`")
-    parser.add_argument("--output", required=True, help="folder for the whole VT-LMM")
-    parser.add_argument("--base", help="folder or Hub id of the base; default: what the adapter names")
-    parser.add_argument(
-        "--dequantize", action="store_true", help="merge into the base as nf4 or int8 rounded it in training"
-    )
-    parser.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the folder's weights"
-    )
+EXAMPLES = (
+    "vtlmm merge outputs/joint_adapter --output outputs/joint --dtype bfloat16",
+    "vtlmm merge outputs/joint_adapter --output outputs/joint --dequantize",
+)
 
 
-def run(args) -> int:
-    from vtlmm.train.merge import merge
+def merge(
+    adapter: Annotated[Path, Argument(help="Folder that `vtlmm train` wrote with LoRA or DoRA.")],
+    output: options.Output,
+    base: Annotated[
+        str | None, Option(help="Base model: a folder or a Hub id. Default: the one that the adapter names.")
+    ] = None,
+    dequantize: Annotated[
+        bool, Option("--dequantize", help="Merge into the base as nf4 or int8 rounded it in training.")
+    ] = False,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], Option(help="dtype of the result.")] = "float32",
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Merge an adapter into its base model."""
+    from vtlmm.train.merge import merge as merge_adapter
 
-    merge(args.adapter, args.output, base=args.base, dequantize=args.dequantize, dtype=args.dtype)
-    return 0
+    merge_adapter(adapter, output, base=base, dequantize=dequantize, dtype=dtype)

@@ -1,35 +1,54 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`vtlmm push FOLDER user/name`"""
 
-FORMS = {
-    "adapter": "refuse a folder that is no adapter",
-    "nf4": "push the model with its decoder in 4 bits instead; loading it needs bitsandbytes",
-    "int8": "the same with 8 bits",
-    "twin": "push the native twin of the folder instead",
-}
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Exit, Option
 
 
-def add_arguments(parser):
-    parser.add_argument("folder", help="VT-LMM, native twin or adapter")
-    parser.add_argument("repo_id", metavar="user/name", help="repository; made if it does not exist")
-    forms = parser.add_mutually_exclusive_group()
-    for form, text in FORMS.items():
-        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=text)
-    parser.add_argument("--private", action="store_true", default=None, help="of a repository that is made")
-    parser.add_argument("--revision", help="branch; made if it does not exist")
-    parser.add_argument("--tag", help="name for the commit")
-    parser.add_argument("--dry-run", action="store_true", help="all but the push; lists the files")
-    parser.add_argument("--license", help="license of the weights by the Hub's name, such as apache-2.0 or llama2")
-    parser.add_argument(
-        "--base-model", dest="base_models", nargs="+", default=[], metavar="ID", help="if the folder names none"
-    )
-    parser.add_argument("--results", nargs="+", default=[], metavar="FILE", help="results.json of `vtlmm eval`")
-    parser.add_argument("--images", nargs="+", default=[], metavar="PNG", help="for the card, as of `vtlmm tokens`")
+EXAMPLES = (
+    "vtlmm push outputs/joint user/name --license apache-2.0 --dry-run",
+    "vtlmm push outputs/joint user/name-llava --form llava --license apache-2.0",
+)
 
 
-def run(args) -> int:
+def push(
+    folder: Annotated[Path, Argument(help="Folder of a VT-LMM, an exported LLaVA or an adapter.")],
+    repo_id: Annotated[str, Argument(metavar="USER/NAME", help="Repository. It is created if it does not exist.")],
+    form: Annotated[
+        Literal["adapter", "nf4", "int8", "twin"] | None,
+        Option(
+            help="Push another form of the model: its LLaVA export (twin), or a quantized decoder (nf4, int8). "
+            "adapter: refuse a folder that is not an adapter."
+        ),
+    ] = None,
+    private: Annotated[bool | None, Option("--private", help="Create a private repository.")] = None,
+    revision: Annotated[str | None, Option(help="Branch. It is created if it does not exist.")] = None,
+    tag: Annotated[str | None, Option(help="Tag for the commit.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Verify and list the files, but push nothing.")] = False,
+    license: Annotated[str | None, Option(help="License of the weights, e.g. apache-2.0 or llama2.")] = None,
+    base_model: Annotated[list[str] | None, Option(metavar="ID", help="Base model; repeat it for several.")] = None,
+    results: Annotated[
+        list[Path] | None, Option(metavar="FILE", help="results.json of `vtlmm eval`; repeat it for several.")
+    ] = None,
+    image: Annotated[list[Path] | None, Option(metavar="PNG", help="Image for the card; repeat it.")] = None,
+) -> None:
+    """Verify a model and push it to the Hub in one commit, with a generated model card."""
     from vtlmm.hub.push import push_model
 
-    result = push_model(**{key: value for key, value in vars(args).items() if key != "command"})
+    result = push_model(
+        folder,
+        repo_id,
+        form=form,
+        private=private,
+        revision=revision,
+        tag=tag,
+        dry_run=dry_run,
+        license=license,
+        base_models=base_model or [],
+        results=results or [],
+        images=image or [],
+    )
     print(result.format())
-    return 1 if result.report.problems else 0
+    raise Exit(1 if result.report.problems else 0)

@@ -1,25 +1,48 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`vtlmm serve MODEL`"""
 
-from .load import add_model_arguments, load_model
+from typing import Annotated
+
+from typer import Option
+
+from . import options
 
 
-def add_arguments(parser):
-    parser.add_argument("model", help="VT-LMM or its native twin: folder or Hub id; requests name it so")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: this machine only")
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
-    parser.add_argument("--compile", action="store_true", help="decode with a static cache, compiled on a GPU")
-    add_model_arguments(parser)
+EXAMPLES = ("vtlmm serve outputs/joint", "vtlmm serve user/name --port 8080 --load-in-4bit")
 
 
-def run(args) -> int:
+def serve(
+    model: options.Model,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    compile: Annotated[bool, Option("--compile", help="Decode with a static cache, compiled on a GPU.")] = False,
+    dtype: options.Dtype = "auto",
+    load_in_4bit: options.LoadIn4Bit = False,
+    load_in_8bit: options.LoadIn8Bit = False,
+    device_map: options.DeviceMap = None,
+    use_pseudo_image_features: options.PseudoImageFeatures = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Serve OpenAI's chat API with images over HTTP. Needs the extra `vtlmm[serve]`."""
     try:
         import uvicorn
 
         from vtlmm.inference.server import build_app
     except ImportError as error:
-        raise ValueError(f"Serving needs transformers 5.24 and more: pip install 'vtlmm[serve]' ({error}).") from error
-    app = build_app(args.model, *load_model(args), compile=args.compile)
-    print(f"{args.model} answers at http://{args.host}:{args.port}/v1", flush=True)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
-    return 0
+        raise ValueError(f"`vtlmm serve` needs more packages: pip install 'vtlmm[serve]' ({error}).") from error
+    from .load import load
+
+    loaded = load(
+        model,
+        dtype=dtype,
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        device_map=device_map,
+        use_pseudo_image_features=use_pseudo_image_features,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    api = build_app(model, *loaded, compile=compile)
+    print(f"{model} answers at http://{host}:{port}/v1", flush=True)
+    uvicorn.run(api, host=host, port=port, log_level="warning")

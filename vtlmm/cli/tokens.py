@@ -1,41 +1,62 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""`vtlmm tokens MODEL IMAGE …` or `vtlmm tokens MODEL --data rows`"""
+"""`vtlmm tokens MODEL IMAGE …` and `vtlmm tokens MODEL --dataset …`"""
 
-from .load import add_model_arguments, check_vtlmm, load_model
+from pathlib import Path
+from typing import Annotated
 
+from typer import Argument, Option
 
-def add_arguments(parser):
-    parser.add_argument("model", help="VT-LMM: folder or Hub id")
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="images")
-    parser.add_argument(
-        "--data", help="or a data set: .json, .jsonl or .parquet file, folder or Hub id, as for training"
-    )
-    parser.add_argument("--split", default="train", help="split of the data; a file is one split, train (default)")
-    parser.add_argument("--image-folder", help="where the images' paths start")
-    parser.add_argument("--limit", type=int, default=32, help="the first so many rows of the data (default: 32)")
-    parser.add_argument("--output", help="folder; by default outputs/tokens/ and the model's name")
-    parser.add_argument("--top-k", type=int, default=5, help="words of a patch (default: 5)")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing results")
-    add_model_arguments(parser)
+from . import options
 
 
-def run(args) -> int:
-    from pathlib import Path
+EXAMPLES = (
+    "vtlmm tokens outputs/joint image.jpg",
+    "vtlmm tokens outputs/joint --dataset test.parquet --limit 16 --output outputs/tokens",
+)
+
+
+def tokens(
+    model: options.Model,
+    images: Annotated[list[Path] | None, Argument(metavar="IMAGE", help="Images.")] = None,
+    dataset: options.Dataset = None,
+    split: options.Split = "train",
+    image_folder: options.ImageFolder = None,
+    limit: Annotated[int, Option(min=1, help="Use the images of the first rows of the dataset.")] = 32,
+    output: Annotated[Path | None, Option(help="Folder for the results. Default: one in outputs/tokens.")] = None,
+    top_k: Annotated[int, Option(min=1, help="Words per patch.")] = 5,
+    dtype: options.Dtype = "auto",
+    load_in_4bit: options.LoadIn4Bit = False,
+    load_in_8bit: options.LoadIn8Bit = False,
+    device_map: options.DeviceMap = None,
+    use_pseudo_image_features: options.PseudoImageFeatures = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Show the most likely words of every image patch, as PNG, web page and JSON."""
+    if bool(images) == bool(dataset):
+        raise ValueError("Specify either images or a dataset with --dataset.")
 
     from vtlmm.analysis.visual_token_files import TOKENS_PAGE, images_of_rows, open_images, save_visual_tokens
 
-    if bool(args.images) == bool(args.data):
-        raise ValueError("Specify either images or a dataset with --data.")
-    # read the images first: a wrong path must not wait for the model
-    if args.data:
-        names, images = images_of_rows(args.data, args.image_folder, args.split, args.limit)
+    from .load import load, require_vtlmm
+
+    # The images come first, so that a wrong path is found before the model is loaded.
+    if dataset:
+        names, opened = images_of_rows(dataset, image_folder, split, limit)
     else:
-        names, images = open_images(args.images)
-    check_vtlmm(args.model, args, args.revision)
-    model, processor = load_model(args)
-    output = Path(args.output or Path("outputs", "tokens", Path(args.model).name))
-    save_visual_tokens(
-        model, processor, output, images=images, names=names, top_k=args.top_k, overwrite=args.overwrite
+        names, opened = open_images(images)
+    require_vtlmm(model, revision, trust_remote_code)
+    loaded = load(
+        model,
+        dtype=dtype,
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        device_map=device_map,
+        use_pseudo_image_features=use_pseudo_image_features,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
     )
-    print(f"{len(images)} images: a PNG each, {TOKENS_PAGE} and JSON in {output}")
-    return 0
+    folder = output or Path("outputs", "tokens", Path(model).name)
+    save_visual_tokens(*loaded, folder, images=opened, names=names, top_k=top_k, overwrite=overwrite)
+    print(f"{len(opened)} images: a PNG each, {TOKENS_PAGE} and JSON in {folder}")

@@ -1,16 +1,20 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""`vtlmm verify FOLDER_OR_ID`"""
+"""`vtlmm verify MODEL`"""
+
+from typer import Exit
+
+from . import options
 
 
-def add_arguments(parser):
-    parser.add_argument("checkpoint", help="VT-LMM, native twin or adapter: folder or Hub id")
-    parser.add_argument("--revision", help="commit, tag or branch of a Hub id")
-    parser.add_argument("--trust-remote-code", action="store_true", help="allow code of a Hub id to run")
+EXAMPLES = ("vtlmm verify outputs/joint", "vtlmm verify user/name --trust-remote-code")
 
 
-def run(args) -> int:
+def verify(
+    model: options.Model, revision: options.Revision = None, trust_remote_code: options.TrustRemoteCode = False
+) -> None:
+    """Check that a model is complete and loads without this package."""
     from vtlmm.hub.verify import verify_checkpoint
 
-    report = verify_checkpoint(args.checkpoint, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    report = verify_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
     print(report.format())
-    return 1 if report.problems else 0
+    raise Exit(1 if report.problems else 0)

@@ -1,0 +1,40 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Options that several commands share, so that an option has one name and one help text."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+
+Model = Annotated[str, Argument(help="VT-LMM, exported LLaVA or adapter: a folder or a Hub id.")]
+Output = Annotated[Path, Option(help="Folder for the result.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing result.")]
+Seed = Annotated[int, Option(help="Random seed.")]
+
+DATASET_HELP = "File (.json, .jsonl, .csv, .parquet), folder or Hub id of a dataset."
+Dataset = Annotated[str | None, Option(help=DATASET_HELP)]
+RequiredDataset = Annotated[str, Option(help=DATASET_HELP)]
+Split = Annotated[str, Option(help="Split of the dataset. A file has one split, train.")]
+ImageFolder = Annotated[Path | None, Option(help="Folder of the image paths. Default: the folder of the dataset.")]
+Limit = Annotated[int | None, Option(min=1, help="Use the first rows only. The result is marked as a subset.")]
+BatchSize = Annotated[int, Option(min=1, help="Questions or images per forward pass.")]
+MaxNewTokens = Annotated[int, Option(min=1, help="Longest answer in tokens.")]
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Annotated[DtypeName, Option(help="dtype of the weights. auto: the dtype of the checkpoint.")]
+LoadIn4Bit = Annotated[bool, Option("--load-in-4bit", help="Quantize the decoder to nf4 with bitsandbytes.")]
+LoadIn8Bit = Annotated[bool, Option("--load-in-8bit", help="Quantize the decoder to int8 with bitsandbytes.")]
+DeviceMap = Annotated[
+    str | None,
+    Option(help="cpu, cuda:1, or auto (all GPUs, then CPU and disk). Default: the first GPU."),
+]
+PseudoImageFeatures = Annotated[
+    bool, Option("--use-pseudo-image-features", help="Give the decoder pseudo image features.")
+]
+Revision = Annotated[str | None, Option(help="Branch, tag or commit of a Hub id.")]
+TrustRemoteCode = Annotated[bool, Option("--trust-remote-code", help="Allow code in the model's folder to run.")]
+
+VMHeadInit = Literal["lm_head", "input_embeddings", "random"]
+Host = Annotated[str, Option(help="Address to listen at. The default accepts connections from this machine only.")]
+Port = Annotated[int, Option(min=0, max=65535, help="Port to listen at.")]
