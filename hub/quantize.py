@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
 from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMProcessor
-from modeling_vtlmm.modeling_vtlmm import UNQUANTIZED_MODULES
+from modeling_vtlmm.pretrained_vtlmm import UNQUANTIZED_MODULES
 
 from .convert import read_config_file
 

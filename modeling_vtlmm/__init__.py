@@ -1,7 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""VT-LMM for the Auto classes: importing this package makes them know the local classes.
+"""Register VT-LMM's local classes with the Auto classes of transformers.
 
-Every other file of this folder is what a Hub repository receives; this one is not shipped.
+The other files of this folder are copied to Hub repositories. This file is not.
 """
 
 from transformers import (
@@ -23,7 +23,7 @@ for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText,
     auto_class.register(VTLMMConfig, VTLMMForConditionalGeneration)
 AutoProcessor.register(VTLMMConfig, VTLMMProcessor)
 
-# Saving then copies the code files beside the weights.
+# With this registration, `save_pretrained` copies the code files to the folder of the weights.
 VTLMMConfig.register_for_auto_class()
 VTLMMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 VTLMMProcessor.register_for_auto_class()

@@ -1,11 +1,13 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Configuration of VT-LMM (arXiv 2403.07720)."""
 
+from typing import Any
+
 from transformers import AutoConfig, PreTrainedConfig
 
 
-# What a Hub repository says to the Auto classes. AutoModel gives the full model: whoever loads a remote-code
-# vision-language model by AutoModel expects `generate`.
+# The `auto_map` of a Hub repository. AutoModel maps to the full model, because users who load a remote-code
+# vision-language model with AutoModel expect `generate`.
 AUTO_MAP = {
     "AutoConfig": "configuration_vtlmm.VTLMMConfig",
     "AutoModel": "modeling_vtlmm.VTLMMForConditionalGeneration",
@@ -20,7 +22,8 @@ class VTLMMConfig(PreTrainedConfig):
     r"""
     Configuration of a [`VTLMMForConditionalGeneration`]: a vision tower, a projector, a causal decoder and a VM head.
 
-    The names are those of transformers' llava; what is new stands last.
+    The arguments have the same names as in transformers' `LlavaConfig`. The arguments that `LlavaConfig` does not have
+    come last.
 
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a CLIP ViT-L/14 at 336 pixels):
@@ -28,45 +31,47 @@ class VTLMMConfig(PreTrainedConfig):
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a Llama of the 7B shape):
             The decoder.
         image_token_id (`int`, *optional*, defaults to 32000):
-            Id of the placeholder that stands for one image feature in `input_ids`. It may lie after the decoder's
-            vocabulary: then it has no embedding, no logit, and takes no probability from the words.
+            Id of the image token, the placeholder for one image feature in `input_ids`. It may be greater than the
+            ids of the decoder's vocabulary. The image token then has no embedding and no logit.
         image_seq_length (`int`, *optional*, defaults to 576):
-            Image tokens per image.
+            Number of image tokens per image.
         projector_type (`str`, *optional*, defaults to `"mlp2x_gelu"`):
             `"mlp2x_gelu"` (two layers) or `"linear"`.
-        projector_hidden_act (`str`, *optional*, defaults to `"gelu"`)
-        multimodal_projector_bias (`bool`, *optional*, defaults to `True`)
+        projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the two-layer projector.
+        multimodal_projector_bias (`bool`, *optional*, defaults to `True`):
+            Whether the layers of the projector have a bias.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
             `"default"` drops the CLS position and register positions of a ViT, `"full"` keeps every position.
         vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -2):
-            Hidden states of the tower that become image features (several are concatenated). A convolutional tower
-            gives its last map, so this must be -1 there.
+            Index of the tower's hidden states that become image features. With a list, the layers are concatenated.
+            Must be -1 for a convolutional tower, which uses its last feature map.
         vision_hidden_size (`int`, *optional*):
-            Channels of the image features before the projector (of several layers: together). Only needed where
-            `vision_config` does not state them.
+            Number of channels of the image features before the projector, summed over the selected layers. Only
+            needed if `vision_config` has no `hidden_size` or `hidden_sizes`.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
-            Whether `lm_head` is the input embedding matrix. Taken from `text_config` when that is tied.
+            Whether `lm_head` shares the input embedding matrix. Set to `True` if `text_config` is tied.
         vm_head_type (`str`, *optional*, defaults to `"linear"`):
             `"linear"` (the paper), or with a residual block before the linear map: `"mlp"` (per patch) or
             `"attention"` (across the patches of one image).
-        visual_vocab_size (`int`, *optional*, defaults to the decoder's vocabulary):
-            Words of a visual token: the first `visual_vocab_size` of the decoder's vocabulary. Smaller than the
-            decoder's when rows were added to it or it is padded.
+        visual_vocab_size (`int`, *optional*, defaults to the decoder's vocabulary size):
+            Vocabulary size of a visual token. A visual token is a distribution over the first `visual_vocab_size`
+            tokens of the decoder's vocabulary. Smaller than the decoder's vocabulary if that has added rows.
         use_pseudo_image_features (`bool`, *optional*, defaults to `False`):
             Whether pseudo image features (visual tokens × input embeddings) replace the image features at the
             decoder's input, in training and generation.
 
     Raises:
-        `ValueError`: for an unknown type, or a VM head wider than the decoder's vocabulary; on building the model,
-        for a tower whose channels cannot be told.
+        `ValueError`: if a type is unknown or `visual_vocab_size` exceeds the decoder's vocabulary. Building the model
+            raises it if the number of channels of the vision tower is unknown.
     """
 
     model_type = "vtlmm"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     attribute_map = {"image_token_index": "image_token_id"}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # a dict or None becomes a PreTrainedConfig in __post_init__
+    text_config: Any = None
     image_token_id: int = 32000
     image_seq_length: int = 576
     projector_type: str = "mlp2x_gelu"
@@ -110,13 +115,13 @@ class VTLMMConfig(PreTrainedConfig):
 
     @property
     def vision_feature_layers(self) -> list[int]:
-        """`vision_feature_layer` as a list."""
+        """Return `vision_feature_layer` as a list."""
         layers = self.vision_feature_layer
         return [layers] if isinstance(layers, int) else list(layers)
 
     @property
     def vision_feature_size(self) -> int:
-        """Channels of the image features before the projector: `vision_hidden_size`, or what `vision_config` says."""
+        """Return the number of channels of the image features before the projector."""
         if self.vision_hidden_size is not None:
             return self.vision_hidden_size
         for name in ("hidden_size", "hidden_sizes"):
@@ -124,7 +129,8 @@ class VTLMMConfig(PreTrainedConfig):
             if size is not None:
                 return (size if isinstance(size, int) else size[-1]) * len(self.vision_feature_layers)
         raise ValueError(
-            f"The vision tower {self.vision_config.model_type!r} does not say its channels: set `vision_hidden_size`."
+            f"The config of vision tower {self.vision_config.model_type!r} has no `hidden_size` or `hidden_sizes`. "
+            "Set `vision_hidden_size` to its number of output channels."
         )
 
     def _check(self):
@@ -137,16 +143,23 @@ class VTLMMConfig(PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
         if not hasattr(self.vision_config, "num_attention_heads") and self.vision_feature_layers != [-1]:
-            raise ValueError("A convolutional vision tower gives its last map: set `vision_feature_layer` to -1.")
+            raise ValueError(
+                f"`vision_feature_layer` is {self.vision_feature_layer}, but a convolutional vision tower uses its "
+                "last feature map. Set `vision_feature_layer` to -1."
+            )
         if self.visual_vocab_size > self.text_config.vocab_size:
             raise ValueError(
-                f"The VM head has {self.visual_vocab_size} words (`visual_vocab_size`) but the decoder's vocabulary "
-                f"only {self.text_config.vocab_size}: visual tokens are distributions over words of the decoder."
+                f"`visual_vocab_size` is {self.visual_vocab_size}, which exceeds the decoder's vocabulary of "
+                f"{self.text_config.vocab_size} tokens. Set it to at most {self.text_config.vocab_size}."
             )
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As in the base class. A configuration that came from the Hub names its code files with the repository's id;
-        the saved folder gets those files beside it, so the plain names are written."""
+        """
+        Save the config as the base class does, with a local `auto_map`.
+
+        The `auto_map` of a config from the Hub contains the repository id. The saved folder contains the code files,
+        so the file names alone are correct there.
+        """
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
 

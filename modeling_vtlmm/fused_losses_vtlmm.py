@@ -1,34 +1,57 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The functions of `losses_vtlmm` that are wide as the vocabulary, without ever holding (N, V) numbers.
+"""The losses of `losses_vtlmm` computed in chunks of rows, without an (N, V) tensor in memory.
 
-For both losses the gradient at the logits is softmax(logits) − target, known as soon as the logits are. So a chunk of
-rows goes logits → loss and gradient → both matrix products of the backward, all in the forward, and its logits are
-overwritten by the next chunk. What is kept for the backward is the finished gradient, lacking only its scale.
+For both losses the gradient with respect to the logits is softmax(logits) − target, which is known in the forward. For
+each chunk, the forward computes the logits, the loss, the gradient and both matrix products of the backward. The next
+chunk overwrites the logits. The backward only multiplies the stored gradients by the incoming gradient.
 
-Prior art: TRL's chunked divergence, flash-linear-attention's FusedKLDivLoss, Liger's fused losses, Apple's CCE.
+Related implementations: TRL's chunked divergence, flash-linear-attention's FusedKLDivLoss, Liger's fused losses,
+Apple's CCE.
 
-Shapes: N rows, C rows of a chunk, V vocabulary, D hidden size. In the comments G is the (C, V) gradient at the logits.
+Shapes: N rows, C rows of a chunk, V vocabulary, D hidden size. G is the (C, V) gradient with respect to the logits.
 """
 
 import functools
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .losses_vtlmm import accumulation_dtype
+from .losses_vtlmm import accumulation_dtype, pseudo_image_features, visual_loss_sum
 
 
-# At most so many; the chunks of a call are even, as one of a few rows would read and write (V, D) numbers for little.
-# Below some 700 rows adding to the float32 (V, D) gradient takes a GPU longer than the product it adds.
+# Maximum number of rows of a chunk. The chunks of a call have nearly equal sizes, since each chunk reads and writes a
+# (V, D) gradient. Below about 700 rows, a GPU needs longer to add to the float32 (V, D) gradient than for the product.
 ROWS_PER_CHUNK = 1024
-# On a CPU the (C, V) tiles of logits are the memory; with fewer rows products are slower (G W by a quarter at 144).
+# On a CPU the (C, V) logits dominate the memory. With fewer rows the products are slower (G W by 25 % at 144 rows).
 ROWS_PER_CHUNK_CPU = 192
-# The softmax passes over a block of logits should find it in the cache of each thread (4 rows of 32000 words in
-# float32 are 0.5 MB).
+# A block of logits should fit into the cache of each thread (4 rows of 32000 tokens in float32 are 0.5 MB).
 LOGITS_PER_BLOCK_AND_THREAD_CPU = 2**17
+
+
+def next_patch_loss(
+    student_features: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_features: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    *,
+    detach_teacher: bool = True,
+    **kwargs,
+) -> torch.Tensor:
+    r"""
+    Return the paper's visual loss, Σ_n KL(teacher_n ‖ student_n). The default `visual_loss_function` of the model.
+
+    Args:
+        student_features, student_weight, teacher_features, teacher_weight: see [`visual_loss_sum`].
+        detach_teacher (`bool`, *optional*, defaults to `True`): whether the teacher gets no gradient.
+        kwargs: arguments for other visual losses, not used here. See
+            [`VTLMMForConditionalGeneration.loss_sums`] for the list.
+    """
+    visual_loss = fused_visual_loss_sum if detach_teacher else visual_loss_sum
+    return visual_loss(student_features, student_weight, teacher_features, teacher_weight)
 
 
 def fused_visual_loss_sum(
@@ -38,24 +61,30 @@ def fused_visual_loss_sum(
     teacher_weight: torch.Tensor,
 ) -> torch.Tensor:
     r"""
-    Visual loss L_vm, summed, as [`visual_loss_sum`] with the teacher detached: Σ_n KL(teacher_n ‖ student_n).
+    Return the summed visual loss L_vm = Σ_n KL(teacher_n ‖ student_n), as [`visual_loss_sum`] with a detached teacher.
 
-    The teacher is a constant here, even where its weight is the student's own. Can be differentiated once, and
-    backward runs once: it scales the finished gradient in place.
+    The teacher gets no gradient, even if both sides share a weight. The backward can run only once, because it scales
+    the stored gradient in place. Second derivatives are not available.
 
     Args:
         student_features, teacher_features (`torch.Tensor` of shape `(N, D)`): row n of both belongs to the same patch.
             The two sides may differ in D and in dtype.
-        student_weight, teacher_weight (`torch.Tensor` of shape `(V, D)`): the two heads, over the same V words.
+        student_weight, teacher_weight (`torch.Tensor` of shape `(V, D)`): weights of the two heads, which must have
+            the same vocabulary.
 
     Returns:
-        `torch.Tensor` of shape `()`: nats, float32 (float64 for float64); 0 (with a graph) when there are no rows.
+        `torch.Tensor` of shape `()`: the sum in nats, in float32 (float64 for float64). Without rows it is 0 and still
+            has a graph.
+
+    Raises:
+        `ValueError`: if the two sides differ in N or V.
     """
     student_size = student_features.shape[0], student_weight.shape[0]
     teacher_size = teacher_features.shape[0], teacher_weight.shape[0]
     if student_size != teacher_size:
         raise ValueError(
-            f"The student has (rows, words) {student_size}, the teacher {teacher_size}: slice the larger."
+            f"The student has (rows, vocabulary) {student_size}, but the teacher has {teacher_size}. Both must be "
+            "equal: slice the larger side."
         )
     teacher_features, teacher_weight = (
         tensor.detach().to(_product_dtype(tensor)) for tensor in (teacher_features, teacher_weight)
@@ -71,17 +100,18 @@ def fused_visual_loss_sum(
 
 def fused_language_loss_sum(features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     r"""
-    Language loss L_lm, summed, as [`language_loss_sum`]: −Σ_n log q_n[y_n] with q_n = softmax(W h_n).
+    Return the summed language loss L_lm = −Σ_n log q_n[y_n] with q_n = softmax(W h_n), as [`language_loss_sum`].
 
-    Can be differentiated once, and backward runs once.
+    The backward can run only once. Second derivatives are not available.
 
     Args:
-        features (`torch.Tensor` of shape `(N, D)`): hidden states of the positions left of the targets.
-        weight (`torch.Tensor` of shape `(V, D)`): weight of `lm_head`.
-        targets (`torch.LongTensor` of shape `(N,)`): the words, without ignored positions.
+        features (`torch.Tensor` of shape `(N, D)`): hidden states h of the positions left of the targets.
+        weight (`torch.Tensor` of shape `(V, D)`): weight W of `lm_head`.
+        targets (`torch.LongTensor` of shape `(N,)`): target tokens y, without ignored positions.
 
     Returns:
-        `torch.Tensor` of shape `()`: nats, float32 (float64 for float64); 0 (with a graph) when there are no rows.
+        `torch.Tensor` of shape `()`: the sum in nats, in float32 (float64 for float64). Without rows it is 0 and still
+            has a graph.
     """
 
     def cross_entropy(logits, rows, grad_dtype):
@@ -94,23 +124,30 @@ def fused_pseudo_image_features(
     features: torch.Tensor, vm_weight: torch.Tensor, embeddings: torch.Tensor
 ) -> torch.Tensor:
     r"""
-    Pseudo image features as [`pseudo_image_features`]: ṽ_n = p_n E with p_n = softmax(W_vm v_n).
+    Return the pseudo image features ṽ_n = p_n E with p_n = softmax(W_vm v_n), as [`pseudo_image_features`].
 
-    The backward computes the visual tokens p a second time instead of keeping them.
+    The visual tokens p are not stored. The backward computes them a second time.
 
     Args:
-        features (`torch.Tensor` of shape `(N, D)`): image features (after the head's residual block).
-        vm_weight (`torch.Tensor` of shape `(V, D)`): weight of `vm_head`.
-        embeddings (`torch.Tensor` of shape `(V, D)`): input embeddings.
+        features (`torch.Tensor` of shape `(N, D)`): image features v, after the residual block of the VM head.
+        vm_weight (`torch.Tensor` of shape `(V, D)`): weight W_vm of `vm_head`.
+        embeddings (`torch.Tensor` of shape `(V, D)`): input embeddings E.
 
     Returns:
-        `torch.Tensor` of shape `(N, D)` in the dtype of `embeddings` (under autocast in autocast's).
+        `torch.Tensor` of shape `(N, D)` in the dtype of `embeddings`, or in the autocast dtype under autocast.
     """
+    # torch.compile cannot trace the chunks, and meta tensors have no autocast dtype.
+    if torch.compiler.is_compiling() or features.is_meta:
+        return pseudo_image_features(features, vm_weight, embeddings)
     return _PseudoImageFeatures.apply(features, vm_weight, embeddings)
 
 
 class _LinearLossSum(torch.autograd.Function):
-    r"""Σ over chunks of `chunk_loss(logits (C, V), rows, grad_dtype) -> (losses (C,), G (C, V))`, logits = X Wᵀ."""
+    r"""
+    Sum a loss of the logits X Wᵀ over chunks of rows.
+
+    `chunk_loss(logits (C, V), rows, grad_dtype)` returns the losses (C,) and their gradient G (C, V).
+    """
 
     @staticmethod
     def forward(ctx, features, weight, chunk_loss):
@@ -121,9 +158,9 @@ class _LinearLossSum(torch.autograd.Function):
 
         tile = _logits_tile(features, weight)
         losses = tile.new_empty(len(features))
-        # Sums and gradients stay in float32 until the scale is in: one rounding, and float16 cannot overflow.
+        # Gradients stay in float32 until the backward has scaled them, so float16 cannot overflow.
         grad_features = tile.new_empty(features.shape) if needs_features else None
-        # The first chunk writes it, the others add to it; without rows it is 0.
+        # The first chunk writes to `grad_weight` and the other chunks add to it. Without rows it must be 0.
         new_weight = tile.new_empty if len(features) else tile.new_zeros
         grad_weight = new_weight(weight.shape) if needs_weight else None
 
@@ -137,7 +174,7 @@ class _LinearLossSum(torch.autograd.Function):
                     _multiply(gradient, weight, grad_features[rows])
                 if needs_weight:
                     _add_product(grad_weight, gradient.t(), inputs, beta=0 if rows.start == 0 else 1)
-                # Or this G would still be alive while the next chunk's is made.
+                # Free G before the next chunk allocates its own.
                 del gradient
         ctx.gradients = grad_features, grad_weight
         return losses.sum()
@@ -147,8 +184,8 @@ class _LinearLossSum(torch.autograd.Function):
     def backward(ctx, grad_output):
         if ctx.gradients is None:
             raise RuntimeError(
-                "backward() ran a second time through a fused loss: its gradient was computed in the forward and has "
-                "been used up. Compute the loss again, or use the plain function in losses_vtlmm."
+                "backward() ran a second time through a fused loss, whose gradient is stored in the forward and freed "
+                "by the first backward. Compute the loss again, or use the plain function in losses_vtlmm."
             )
         gradients, ctx.gradients = ctx.gradients, None
         grad_features, grad_weight = (
@@ -159,20 +196,20 @@ class _LinearLossSum(torch.autograd.Function):
 
 
 def _linear_loss_sum(features, weight, chunk_loss):
-    # `needs_input_grad` says what the tensors want, also under no_grad: evaluation would pay for gradients.
+    # `needs_input_grad` ignores no_grad, so evaluation would compute gradients without this detach.
     if not torch.is_grad_enabled():
         features, weight = features.detach(), weight.detach()
     return _LinearLossSum.apply(features, weight, chunk_loss)
 
 
 class _PseudoImageFeatures(torch.autograd.Function):
-    r"""ṽ = softmax(V Wᵀ) E, for each chunk once in the forward and once more in the backward."""
+    r"""Compute ṽ = softmax(v Wᵀ) E in chunks of rows, in the forward and again in the backward."""
 
     @staticmethod
     def forward(ctx, features, vm_weight, embeddings):
         tensors = features, vm_weight, embeddings
         ctx.save_for_backward(*tensors)
-        # Kept, since the backward may run outside the forward's autocast.
+        # The backward may run outside the autocast context of the forward.
         ctx.dtypes = [_product_dtype(tensor) for tensor in tensors]
         features, vm_weight, embeddings = map(torch.Tensor.to, tensors, ctx.dtypes)
         tile = _logits_tile(features, vm_weight)
@@ -187,7 +224,7 @@ class _PseudoImageFeatures(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_outputs):
         needs_features, needs_weight, needs_embeddings = ctx.needs_input_grad
-        saved_tensors = ctx.saved_tensors  # under gradient checkpointing this may be read once only
+        saved_tensors = ctx.saved_tensors  # gradient checkpointing allows only one access
         features, vm_weight, embeddings = map(torch.Tensor.to, saved_tensors, ctx.dtypes)
         grad_features, grad_weight, grad_embeddings = gradients = [
             torch.zeros_like(tensor, dtype=accumulation_dtype(tensor.dtype)) if needed else None
@@ -214,7 +251,7 @@ class _PseudoImageFeatures(torch.autograd.Function):
 
 
 def _divergence(student_logits, teacher_logits, grad_dtype):
-    """Divergences (C,) and G (C, V), written for torch.compile, which makes one kernel of it."""
+    """Return the divergences (C,) and G (C, V). torch.compile fuses this function into one kernel."""
     student_logprobs, teacher_logprobs = F.log_softmax(student_logits, -1), F.log_softmax(teacher_logits, -1)
     teacher_probs = teacher_logprobs.exp()
     losses = (teacher_probs * (teacher_logprobs - student_logprobs)).sum(-1)
@@ -224,10 +261,10 @@ def _divergence(student_logits, teacher_logits, grad_dtype):
 
 
 def _divergence_in_blocks(student_logits, teacher_logits, grad_dtype):
-    """The same without a compiler: few passes over few rows; G is left in the student's logits, in their dtype."""
+    """Return the values of [`_divergence`] without a compiler. G overwrites the student's logits."""
     losses = []
     for student, teacher in _blocks(student_logits, teacher_logits):
-        # log Σ exp z = max z − log max softmax(z): no second pass of exponentials.
+        # log Σ exp z = max z − log max softmax(z) avoids a second pass of exponentials.
         constants = student.amax(-1) - teacher.amax(-1)
         teacher_probs = teacher.softmax(-1)
         constants += teacher_probs.amax(-1).log() + torch.linalg.vecdot(teacher_probs, teacher.sub_(student))
@@ -239,7 +276,7 @@ def _divergence_in_blocks(student_logits, teacher_logits, grad_dtype):
 
 
 def _cross_entropy(logits, targets, grad_dtype):
-    """Cross-entropies (C,) and G (C, V), written for torch.compile, which never stores the one-hot target."""
+    """Return the cross-entropies (C,) and G (C, V). With torch.compile the one-hot target is never stored."""
     logprobs = F.log_softmax(logits, -1)
     losses = -logprobs.gather(1, targets[:, None])[:, 0]
     if grad_dtype is None:
@@ -249,7 +286,7 @@ def _cross_entropy(logits, targets, grad_dtype):
 
 
 def _cross_entropy_in_blocks(logits, targets, grad_dtype):
-    """The same without a compiler; G is left in the logits, in their dtype."""
+    """Return the values of [`_cross_entropy`] without a compiler. G overwrites the logits."""
     losses = []
     for block, words in _blocks(logits, targets[:, None]):
         probs = block.softmax(-1)
@@ -259,20 +296,21 @@ def _cross_entropy_in_blocks(logits, targets, grad_dtype):
     return torch.cat(losses), logits
 
 
-_compiled = {}
+_compiled: dict[Callable, Callable | None] = {}
 
 
 def _run(definition, in_blocks, logits, *arguments):
-    """`definition` under torch.compile on CUDA; `in_blocks` elsewhere, and where it cannot be compiled."""
+    """Run `definition` under torch.compile on CUDA. Run `in_blocks` on other devices or if the compilation fails."""
     if logits.is_cuda and definition not in _compiled:
-        # Chunks differ in rows from batch to batch: at the second size torch.compile makes that a variable, once.
+        # The number of rows varies between batches. torch.compile makes it dynamic at the second size.
         _compiled[definition] = torch.compile(definition)
-    if logits.is_cuda and _compiled[definition] is not None:
+    compiled = _compiled[definition] if logits.is_cuda else None
+    if compiled is not None:
         try:
-            return _compiled[definition](logits, *arguments)
+            return compiled(logits, *arguments)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # no Triton, no C compiler, an old driver: each raises its own kind
+        except Exception as error:  # a missing Triton or C compiler and an old driver raise different types
             _compiled[definition] = None
             message = f"torch.compile failed, so the VT-LMM losses run uncompiled and slower: {error}"
             warnings.warn(message, stacklevel=2)
@@ -310,13 +348,13 @@ def _blocks(logits, *others):
 
 
 def _logits_tile(features, weight):
-    """Room for the logits of a chunk: fresh memory for each would cost a CPU its page faults."""
+    """Return a buffer for the logits of all chunks. New memory for each chunk would cause page faults on a CPU."""
     size = _rows_per_chunk(features), weight.shape[0]
     return torch.empty(size, dtype=accumulation_dtype(features.dtype), device=features.device)
 
 
 def _product_dtype(tensor):
-    """The dtype in which F.linear would multiply `tensor`: autocast's where that is on (it leaves float64 alone)."""
+    """Return the dtype in which F.linear would multiply `tensor`. Autocast does not change float64."""
     device_type = tensor.device.type
     if torch.is_autocast_enabled(device_type) and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
@@ -325,10 +363,10 @@ def _product_dtype(tensor):
 
 @functools.cache
 def _multiplies_into(dtype, device, out_dtype):
-    """Whether products of `dtype` can be written and added to `out_dtype` unrounded (half to float32 on CUDA)."""
+    """Return whether the device can write products of `dtype` to `out_dtype` unrounded (half to float32 on CUDA)."""
     operand = torch.zeros(16, 16, dtype=dtype, device=device)
     out = torch.zeros(16, 16, dtype=out_dtype, device=device)
-    # The operations are younger than the arguments, and no release note says which devices have them: so try.
+    # torch does not document which devices support these arguments, so try them.
     try:
         torch.mm(operand, operand, out_dtype=out_dtype, out=out)
         torch.addmm(out, operand, operand, out_dtype=out_dtype, out=out)
@@ -338,7 +376,7 @@ def _multiplies_into(dtype, device, out_dtype):
 
 
 def _multiply(left, right, out):
-    """out = left @ right; unrounded where `out` is wider and the device can, else rounded as F.linear would."""
+    """Compute out = left @ right, unrounded if the device supports it, else rounded as in F.linear."""
     if left.dtype == out.dtype:
         return torch.mm(left, right, out=out)
     if _multiplies_into(left.dtype, left.device, out.dtype):
@@ -347,7 +385,7 @@ def _multiply(left, right, out):
 
 
 def _add_product(out, left, right, beta=1):
-    """out = beta · out + left @ right, the product always unrounded."""
+    """Compute out = beta · out + left @ right with an unrounded product."""
     if left.dtype != out.dtype and _multiplies_into(left.dtype, left.device, out.dtype):
         return torch.addmm(out, left, right, out_dtype=out.dtype, beta=beta, out=out)
     return out.addmm_(left.to(out.dtype), right.to(out.dtype), beta=beta)

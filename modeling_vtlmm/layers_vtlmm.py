@@ -1,47 +1,50 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""What VT-LMM adds to a vision tower and a decoder: the projector and the VM head."""
+"""Projector, VM head and helpers around the vision tower and the decoder."""
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .configuration_vtlmm import VTLMMConfig
+from .outputs_vtlmm import VTLMMModelOutputWithPast
 
 
 def _pass_through(hidden_states, *args, **kwargs):
     return hidden_states
 
 
-def skip_unused_layers(vision_tower: nn.Module, config: VTLMMConfig):
-    """The tower's layers above the highest in `vision_feature_layer` keep their weights but are not computed."""
+def skip_unused_layers(vision_tower: nn.Module, config: VTLMMConfig) -> None:
+    """Skip the layers above the highest one in `vision_feature_layer` in the forward. They keep their weights."""
     num_layers = getattr(config.vision_config, "num_hidden_layers", None)
     stacks = [m for m in vision_tower.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
-    if len(stacks) != 1:  # convolutional, or a tower of another build: everything is computed
+    if num_layers is None or len(stacks) != 1:  # convolutional, or an unknown structure: compute all layers
         return
-    # hidden_states[0] is the input of layer 0 and hidden_states[i] the output of layer i - 1
+    # hidden_states[0] is the input of layer 0, hidden_states[i] is the output of layer i - 1.
     used = max(layer % (num_layers + 1) for layer in config.vision_feature_layers)
     for layer in stacks[0][used:]:
         layer.forward = _pass_through
 
 
 def select_vision_features(outputs, config: VTLMMConfig) -> torch.Tensor:
-    """The tower's output as (num_images, num_patches, vision_feature_size)."""
+    """Return the tower's output as (num_images, num_patches, vision_feature_size)."""
     if outputs.last_hidden_state.ndim == 4:  # convolutional: (num_images, channels, height, width)
         return outputs.last_hidden_state.flatten(2).transpose(1, 2)
     features = torch.cat([outputs.hidden_states[layer] for layer in config.vision_feature_layers], dim=-1)
-    # CODEPATH: "default" for CLIP and DINOv2, "full" for SigLIP, which has no CLS position
+    # CODEPATH: "default" for CLIP and DINOv2, "full" for SigLIP, which has no CLS position.
     if config.vision_feature_select_strategy == "default":
         features = features[:, 1 + getattr(config.vision_config, "num_register_tokens", 0) :]
     return features
 
 
-def zero_image(config: VTLMMConfig, device) -> torch.Tensor:
-    """Pixel values of one image of zeros, in the tower's size."""
-    config = config.vision_config
-    size = getattr(config, "image_size", 224)
+def zero_image(vision_config: PreTrainedConfig, device) -> torch.Tensor:
+    """Return the pixel values of one image of zeros in the input size of the vision tower."""
+    size = getattr(vision_config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
-    return torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=device)
+    return torch.zeros(1, getattr(vision_config, "num_channels", 3), height, width, device=device)
 
 
 def require_input_gradient(decoder: nn.Module, arguments: tuple, kwargs: dict) -> None:
@@ -61,18 +64,24 @@ def require_input_gradient(decoder: nn.Module, arguments: tuple, kwargs: dict) -
 
 def gathered_weight(module: nn.Module) -> torch.Tensor:
     """
-    The whole `module.weight`, for use without `module.forward`.
+    Return the complete `module.weight` for use outside `module.forward`.
 
-    FSDP2 gathers the shards of a unit when the unit's forward is called, and accelerate makes both embedding matrices
-    units of their own. What is gathered here is given back by the backward; `full_tensor()` would lose its gradient.
+    FSDP2 and accelerate's offloading load a module's weight when its forward is called. FSDP2 frees the weight after
+    the backward. `full_tensor()` would lose its gradient.
     """
-    if hasattr(module, "unshard"):
+    if hasattr(module, "unshard"):  # FSDP2
         module.unshard()
-    return module.weight
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return cast(torch.Tensor, module.weight)
+    hook.pre_forward(module)  # accelerate: loads an offloaded weight to the execution device
+    weight = module.weight
+    hook.post_forward(module, weight)
+    return cast(torch.Tensor, weight)
 
 
 class VTLMMProjector(nn.Module):
-    """The paper's adapter g: tower features to the decoder's hidden size."""
+    """The paper's adapter g. Maps the features of the vision tower to the decoder's hidden size."""
 
     def __init__(self, config: VTLMMConfig):
         super().__init__()
@@ -89,11 +98,11 @@ class VTLMMProjector(nn.Module):
 
 
 class VTLMMZeroLinear(nn.Linear):
-    """A linear layer that starts at zero."""
+    """A linear layer that is initialized with zeros."""
 
 
-class VTLMMMLPMixer(nn.Module):
-    """v + W₂ gelu(W₁ v), patch by patch; W₂ starts at zero, so that the head starts as the linear one."""
+class VTLMMMLPBlock(nn.Module):
+    """v + W₂ gelu(W₁ v) for each patch. W₂ is initialized with zeros, so the initial head is the linear one."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -104,8 +113,8 @@ class VTLMMMLPMixer(nn.Module):
         return features + self.output(F.gelu(self.input(features)))
 
 
-class VTLMMAttentionMixer(nn.Module):
-    """v + W₂ attention(v) across the patches of one image; W₂ starts at zero, as in the MLP one."""
+class VTLMMAttentionBlock(nn.Module):
+    """v + W₂ attention(v) across the patches of one image. W₂ is initialized with zeros, as in the MLP block."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -124,27 +133,46 @@ class VTLMMAttentionMixer(nn.Module):
 
 class VTLMMVisualHead(nn.Linear):
     """
-    The VM head: image features (num_images, num_patches, hidden_size) to visual logits (…, visual_vocab_size).
+    The VM head. Maps image features (num_images, num_patches, hidden_size) to visual logits (…, visual_vocab_size).
 
-    A linear map without bias (the paper) after an optional residual block. `weight` is always the (V, D) matrix.
+    The head is a linear layer without bias (the paper) after an optional residual block. `weight` is the matrix of the
+    linear layer, (visual_vocab_size, hidden_size).
     """
 
     def __init__(self, config: VTLMMConfig):
         hidden_size = config.text_config.hidden_size
-        super().__init__(hidden_size, config.visual_vocab_size, bias=False)
-        self.residual_block = nn.Identity()
+        super().__init__(hidden_size, cast(int, config.visual_vocab_size), bias=False)
+        self.residual_block: nn.Module = nn.Identity()
         if config.vm_head_type == "mlp":
-            self.residual_block = VTLMMMLPMixer(hidden_size)
+            self.residual_block = VTLMMMLPBlock(hidden_size)
         elif config.vm_head_type == "attention":
-            self.residual_block = VTLMMAttentionMixer(hidden_size, config.text_config.num_attention_heads)
+            self.residual_block = VTLMMAttentionBlock(hidden_size, config.text_config.num_attention_heads)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         return super().forward(self.residual_block(image_features))
 
     def truncate_vocabulary(self, num_words: int) -> int:
-        """Cut the head to the first `num_words` words, if it has more; returns how many it has then."""
+        """Keep at most the first `num_words` rows of the head, and return the resulting number of rows."""
         if num_words < self.out_features:
             requires_grad = self.weight.requires_grad
             self.weight = nn.Parameter(self.weight.detach()[:num_words].clone(), requires_grad=requires_grad)
             self.out_features = num_words
         return self.out_features
+
+
+def image_predictions(
+    vm_head: VTLMMVisualHead, outputs: VTLMMModelOutputWithPast, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return the features and the weight whose product are the visual logits of some patches.
+
+    Args:
+        vm_head ([`VTLMMVisualHead`]): the VM head, or a candidate for it.
+        outputs ([`VTLMMModelOutputWithPast`]): with `image_features` and `image_token_mask`.
+        positions (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): the N image tokens to select.
+
+    Returns:
+        `tuple`: features `(N, hidden_size)` after the residual block, and weight `(visual_vocab_size, hidden_size)`.
+    """
+    features = vm_head.residual_block(outputs.image_features).flatten(0, 1)
+    return features[positions[outputs.image_token_mask]], gathered_weight(vm_head)

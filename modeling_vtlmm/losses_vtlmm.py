@@ -1,37 +1,38 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """The losses of VT-LMM (arXiv 2403.07720), one plain-torch function per equation.
 
-These are the definitions: every faster path in this package is a second implementation of one of them and is tested
-against it. They return *sums* and leave the division to the caller, because the mean of the paper runs over all
-tokens of an optimizer step: over gradient accumulation and over processes.
+These functions are the reference. The functions of `fused_losses_vtlmm` compute the same values with less memory and
+are tested against them. All losses are *sums* in nats. The caller divides them by the number of tokens, because the
+paper's mean runs over all tokens of an optimizer step, across gradient accumulation and processes.
 
 Shapes: B batch, S sequence, N rows (positions that a loss covers), V vocabulary, D hidden size.
 """
 
 import torch
 import torch.nn.functional as F
+from transformers.utils import torch_compilable_check
 
 
-# Statistics of the visual tokens are for the log, so at most this many patches of a micro-batch are looked at.
+# The statistics are only logged, so they use at most this number of patches of a micro-batch.
 MAX_STATISTICS_ROWS = 256
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for half precision and float32, float64 for float64: a softmax over a vocabulary needs no less."""
+    """Return the dtype of the softmax: float64 for float64, else float32, since half precision is too coarse."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def language_loss_sum(features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     r"""
-    Language loss L_lm, summed: −Σ_n log q_n[y_n] with q_n = softmax(W h_n).
+    Return the summed language loss L_lm = −Σ_n log q_n[y_n] with q_n = softmax(W h_n).
 
     Args:
-        features (`torch.Tensor` of shape `(N, D)`): hidden states of the positions left of the targets.
-        weight (`torch.Tensor` of shape `(V, D)`): weight of `lm_head`.
-        targets (`torch.LongTensor` of shape `(N,)`): the words, without ignored positions.
+        features (`torch.Tensor` of shape `(N, D)`): hidden states h of the positions left of the targets.
+        weight (`torch.Tensor` of shape `(V, D)`): weight W of `lm_head`.
+        targets (`torch.LongTensor` of shape `(N,)`): target tokens y, without ignored positions.
 
     Returns:
-        `torch.Tensor` of shape `()`: nats; 0 (with a graph) when there are no rows.
+        `torch.Tensor` of shape `()`: the sum in nats. Without rows it is 0 and still has a graph.
     """
     logits = F.linear(features, weight).to(accumulation_dtype(features.dtype))
     return F.cross_entropy(logits, targets, reduction="sum")
@@ -44,19 +45,20 @@ def visual_loss_sum(
     teacher_weight: torch.Tensor,
 ) -> torch.Tensor:
     r"""
-    Visual loss L_vm, summed: Σ_n KL(teacher_n ‖ student_n) between the predictions of two linear heads.
+    Return the summed visual loss L_vm = Σ_n KL(teacher_n ‖ student_n) between the predictions of two linear heads.
 
-    Stage III teaches the VM head, KL(q ‖ p): the student is (image features, `vm_head`), the teacher (hidden states,
-    `lm_head`). Stage IV teaches the decoder, KL(p ‖ q): student and teacher change places.
-    Nothing is detached here: the caller decides what is a constant.
+    In stage III the student is the VM head: KL(q ‖ p), with (image features, `vm_head`) as student and (hidden states,
+    `lm_head`) as teacher. In stage IV the student is the decoder: KL(p ‖ q), with the two sides exchanged.
+    This function detaches nothing. The gradient reaches both sides unless the caller detaches one.
 
     Args:
-        student_features, teacher_features (`torch.Tensor` of shape `(N, D)`): row n of both belongs to the same patch;
-            the hidden state is that of the position to the left of the patch.
-        student_weight, teacher_weight (`torch.Tensor` of shape `(V, D)`): the two heads, over the same V words.
+        student_features, teacher_features (`torch.Tensor` of shape `(N, D)`): row n of both belongs to the same patch.
+            The hidden state is the one of the position left of the patch.
+        student_weight, teacher_weight (`torch.Tensor` of shape `(V, D)`): weights of the two heads, which must have
+            the same vocabulary.
 
     Returns:
-        `torch.Tensor` of shape `()`: nats; 0 (with a graph) when there are no rows.
+        `torch.Tensor` of shape `()`: the sum in nats. Without rows it is 0 and still has a graph.
     """
     dtype = accumulation_dtype(student_features.dtype)
     student_logprobs = F.log_softmax(F.linear(student_features, student_weight).to(dtype), dim=-1)
@@ -66,12 +68,12 @@ def visual_loss_sum(
 
 def pseudo_image_features(features: torch.Tensor, vm_weight: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
     r"""
-    Pseudo image features: ṽ_n = p_n E with p_n = softmax(W_vm v_n), E the input embeddings of the first V words.
+    Return the pseudo image features ṽ_n = p_n E with p_n = softmax(W_vm v_n).
 
     Args:
-        features (`torch.Tensor` of shape `(N, D)`): image features (after the head's residual block).
-        vm_weight (`torch.Tensor` of shape `(V, D)`): weight of `vm_head`.
-        embeddings (`torch.Tensor` of shape `(V, D)`): input embeddings.
+        features (`torch.Tensor` of shape `(N, D)`): image features v, after the residual block of the VM head.
+        vm_weight (`torch.Tensor` of shape `(V, D)`): weight W_vm of `vm_head`.
+        embeddings (`torch.Tensor` of shape `(V, D)`): input embeddings E of the first V tokens of the vocabulary.
 
     Returns:
         `torch.Tensor` of shape `(N, D)` in the dtype of `embeddings`.
@@ -80,21 +82,48 @@ def pseudo_image_features(features: torch.Tensor, vm_weight: torch.Tensor, embed
     return F.softmax(logits, dim=-1).to(embeddings.dtype) @ embeddings
 
 
+def text_labels(labels: torch.Tensor, image_token_id: int, vocab_size: int) -> torch.Tensor:
+    r"""
+    Return `labels` with −100 at the image tokens, which are not targets of the language loss.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(B, S)`): token ids, −100 at positions without a target.
+        image_token_id (`int`): id of the image token. It may be outside the vocabulary.
+        vocab_size (`int`): number of rows of `lm_head`.
+
+    Raises:
+        `ValueError`: if another id is not −100 and not in the vocabulary. Checked for tensors on a CPU only, because
+            the check would synchronize a GPU. On a GPU the loss kernel reports an index error.
+    """
+    labels = labels.masked_fill(labels == image_token_id, -100)
+    if labels.device.type == "cpu":
+        is_valid = (labels == -100) | ((labels >= 0) & (labels < vocab_size))
+        torch_compilable_check(
+            is_valid.all(),
+            lambda: (
+                f"`labels` contain the id {int(labels[~is_valid][0])}, which is outside the vocabulary of `lm_head` "
+                f"({vocab_size} tokens). Use ids from 0 to {vocab_size - 1}, the image token {image_token_id}, or "
+                "-100 for positions without a target."
+            ),
+        )
+    return labels
+
+
 def predicted_positions(
     token_mask: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
-    Those positions of `token_mask` that have a position to their left to be predicted from.
+    Return the positions of `token_mask` that the position to their left can predict.
 
-    The first position of a row has none, nor has one whose left neighbor is padding, nor the first of a packed row
-    (where `position_ids` restarts at 0).
+    The visual loss covers the image tokens at these positions. Excluded are the first position of a row, a position
+    whose left neighbor is padding, and the first position of a packed row, where `position_ids` restarts at 0.
 
     Args:
         token_mask (`torch.BoolTensor` of shape `(B, S)`): candidate targets, e.g. the image tokens.
         attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 on padding.
-        position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*).
+        position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): positions, with a restart at each packed row.
 
     Returns:
         `torch.BoolTensor` of shape `(B, S)`.
@@ -113,18 +142,24 @@ def visual_token_statistics(
     image_features: torch.Tensor, vm_weight: torch.Tensor, hidden_states: torch.Tensor, lm_weight: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     r"""
-    What the log says of the visual tokens p and of the decoder's predictions q at the same patches, as sums.
+    Return statistics of the visual tokens p and of the decoder's predictions q for the same patches, as sums.
 
-    Looks at no more than `MAX_STATISTICS_ROWS` evenly spaced patches. A low mean entropy beside a low entropy of the
-    mean p is a collapse: every patch says the same word.
+    At most `MAX_STATISTICS_ROWS` evenly spaced patches are used. If the mean entropy of p_n and the entropy of the
+    mean of p_n are both low, the visual tokens have collapsed: all patches predict the same word.
 
     Args:
-        image_features (`torch.Tensor` of shape `(N, D)`), vm_weight (`torch.Tensor` of shape `(V, D)`)
-        hidden_states (`torch.Tensor` of shape `(N, D)`), lm_weight (`torch.Tensor` of shape `(V, D)`)
+        image_features (`torch.Tensor` of shape `(N, D)`): image features, after the residual block of the VM head.
+        vm_weight (`torch.Tensor` of shape `(V, D)`): weight of `vm_head`.
+        hidden_states (`torch.Tensor` of shape `(N, D)`): hidden states of the positions left of the patches.
+        lm_weight (`torch.Tensor` of shape `(V, D)`): weight of `lm_head`.
 
     Returns:
-        `dict`: `num_patches` (), `entropy` () the sum of H(p_n) in nats, `agreement` () patches where both heads have
-        the same top word, `probability` (V,) the sum of p_n, `top_word` (V,) how often each word is on top.
+        `dict[str, torch.Tensor]`:
+            - `num_patches` of shape `()`: number of patches used.
+            - `entropy` of shape `()`: sum of H(p_n) in nats.
+            - `agreement` of shape `()`: number of patches for which both heads predict the same word.
+            - `probability` of shape `(V,)`: sum of p_n.
+            - `top_word` of shape `(V,)`: how often each word is the most likely one.
     """
     num_rows, vocab_size = image_features.shape[0], vm_weight.shape[0]
     stride = max(1, -(-num_rows // MAX_STATISTICS_ROWS))

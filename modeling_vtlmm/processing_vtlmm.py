@@ -1,33 +1,35 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Processor of VT-LMM: images and text in, with one image token per patch where the text says `<image>`."""
+"""Processor of VT-LMM, which replaces each `<image>` in the text by one image token per patch."""
+
+from typing import Any
 
 import torch
 from transformers import ProcessorMixin
 from transformers.image_utils import ImageInput, get_image_size, to_numpy_array
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
+from transformers.processing_utils import MultiModalData
 
 from .configuration_vtlmm import AUTO_MAP
 
 
 class VTLMMProcessor(ProcessorMixin):
     r"""
-    Turns texts with `<image>` marks and images into `input_ids`, `attention_mask` and `pixel_values`.
+    Convert texts with `<image>` placeholders and images to `input_ids`, `attention_mask` and `pixel_values`.
 
-    The arguments are those of transformers' llava processor.
+    The arguments are the same as those of transformers' `LlavaProcessor`.
 
     Args:
-        image_processor ([`BaseImageProcessor`])
-        tokenizer ([`PreTrainedTokenizerBase`]): must know `image_token`.
-        patch_size (`int`): pixels per side of a patch; for a convolutional tower the total stride.
-        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`): as in the model's config;
-            `"default"` means that one of the additional positions (CLS) is dropped.
-        chat_template (`str`, *optional*)
-        image_token (`str`, *optional*, defaults to `"<image>"`)
-        num_additional_image_tokens (`int`, *optional*, defaults to 0): positions of the tower that are no patches
-            (1 for the CLS position of CLIP).
+        image_processor ([`BaseImageProcessor`]): resizes and normalizes images.
+        tokenizer ([`PreTrainedTokenizerBase`]): must have `image_token` as one token.
+        patch_size (`int`): side length of a patch in pixels. For a convolutional tower, the total stride.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`): value of the model's config.
+            `"default"` drops one additional position (CLS).
+        chat_template (`str`, *optional*): Jinja template for conversations.
+        image_token (`str`, *optional*, defaults to `"<image>"`): placeholder for an image.
+        num_additional_image_tokens (`int`, *optional*, defaults to 0): number of positions of the vision tower that
+            are not patches (1 for CLIP, which has a CLS position).
 
     Raises:
-        `ValueError`: when the tokenizer does not know `image_token` as one token.
+        `ValueError`: if the tokenizer splits `image_token` into several tokens.
     """
 
     def __init__(
@@ -48,44 +50,77 @@ class VTLMMProcessor(ProcessorMixin):
         ids = tokenizer.encode(self.image_token, add_special_tokens=False)
         if len(ids) != 1:
             raise ValueError(
-                f"The tokenizer splits {self.image_token!r} into {len(ids)} tokens: add it as a special token first "
-                f"(`tokenizer.add_special_tokens({{'additional_special_tokens': ['{self.image_token}']}})`)."
+                f"The tokenizer splits the image token {self.image_token!r} into {len(ids)} tokens. Add it with "
+                f"`tokenizer.add_special_tokens({{'additional_special_tokens': ['{self.image_token}']}})`."
             )
         self.image_token_id = ids[0]
-        # saving would set it on this object only, and a copy loaded from disk would not be the same
+        # Set here because saving sets it on this object only, and a reloaded processor would differ.
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def __call__(
-        self,
-        images: ImageInput | None = None,
-        text: str | list[str] | None = None,
-        **kwargs: Unpack[ProcessingKwargs],
-    ):
-        """As in the base class; lists without any image (`[]`, `[[], []]`) count as none, and texts that all
-        begin with BOS, as some chat templates write it, get no second one."""
+    def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any):
+        r"""
+        Process texts and images as the base class does.
+
+        `images` is a list of images in the order of their placeholders, or a list with one list of images per text.
+        Empty lists count as no images. No BOS token is added to texts that start with one, because some chat templates
+        write it.
+
+        Raises:
+            `ValueError`: if the number of images of a text differs from its number of placeholders, or if videos or
+                audio are passed.
+        """
+        for name in ("videos", "audio"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"VT-LMM does not support `{name}`. Pass images with one `{self.image_token}` each.")
+        texts = [text] if isinstance(text, str) else text
         if isinstance(images, list | tuple) and all(isinstance(row, list | tuple) and not row for row in images):
             images = None
-        texts, bos = [text] if isinstance(text, str) else text, self.tokenizer.bos_token
-        if bos and texts and all(isinstance(one, str) and one.startswith(bos) for one in texts):
-            if "text_kwargs" in kwargs:
-                kwargs["text_kwargs"] = {"add_special_tokens": False} | kwargs["text_kwargs"]
-            else:
-                kwargs.setdefault("add_special_tokens", False)
+        if texts and all(isinstance(one, str) for one in texts):
+            self._check_placeholders(texts, images)
+            bos = self.tokenizer.bos_token
+            if bos and all(one.startswith(bos) for one in texts):
+                if "text_kwargs" in kwargs:
+                    kwargs["text_kwargs"] = {"add_special_tokens": False} | kwargs["text_kwargs"]
+                else:
+                    kwargs.setdefault("add_special_tokens", False)
         return super().__call__(images=images, text=text, **kwargs)
 
+    def _check_placeholders(self, texts: list[str], images: ImageInput | None) -> None:
+        """Raise a `ValueError` that names the first text whose placeholders do not match its images."""
+        placeholders = [text.count(self.image_token) for text in texts]
+        if isinstance(images, list | tuple) and any(isinstance(row, list | tuple) for row in images):
+            counts = [_num_images(row) for row in images]
+            if len(counts) != len(texts):
+                raise ValueError(
+                    f"`images` has {len(counts)} lists of images for {len(texts)} texts. Pass one list per text. The "
+                    "list of a text without images is empty."
+                )
+        else:
+            num_images = _num_images(images)
+            counts = []
+            for number in placeholders:  # images of a flat list belong to the placeholders in their order
+                counts.append(min(number, num_images - sum(counts)))
+            counts[-1] = num_images - sum(counts[:-1])
+        for i, (number, count) in enumerate(zip(placeholders, counts, strict=True)):
+            if number != count:
+                raise ValueError(
+                    f"Text {i} ({texts[i][:60]!r}) has {number} {self.image_token} placeholders, but {count} images. "
+                    f"Each image needs one {self.image_token} in its text."
+                )
+
     def num_image_tokens(self, height: int, width: int) -> int:
-        """Image tokens of one image that is `height` × `width` pixels after the image processor."""
+        """Return the number of image tokens of an image of `height` × `width` pixels after the image processor."""
         num_tokens = (height // self.patch_size) * (width // self.patch_size) + self.num_additional_image_tokens
         return num_tokens - 1 if self.vision_feature_select_strategy == "default" else num_tokens
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The text that stands for image `image_idx`: called by the base class for every `<image>`."""
+        """Return the text that replaces the placeholder of image `image_idx`. The base class calls this method."""
         height, width = get_image_size(to_numpy_array(image_inputs["pixel_values"][image_idx]))
         return self.image_token * self.num_image_tokens(height, width)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
-        """Image tokens per image of the given (height, width); serving engines plan their batches with it."""
+        """Return the number of image tokens for images of sizes (height, width), for inference servers."""
         if image_sizes is None:
             return MultiModalData()
         processor = self.image_processor
@@ -97,10 +132,19 @@ class VTLMMProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=[num_tokens] * count, num_image_patches=[1] * count)
 
     def visual_words(self, token_ids: torch.Tensor) -> list:
-        """The words of visual tokens: a nested list of strings in the shape of `token_ids`, one word per id."""
-        if token_ids.ndim == 0:
-            return self.tokenizer.decode([int(token_ids)]).strip()
-        return [self.visual_words(ids) for ids in token_ids]
+        """Decode the ids of visual tokens to a nested list of strings in the shape of `token_ids`."""
+        return [
+            self.tokenizer.decode([int(ids)]).strip() if ids.ndim == 0 else self.visual_words(ids) for ids in token_ids
+        ]
+
+
+def _num_images(images: Any) -> int:
+    """Return the number of images in an image, a batch of images (4-D array) or a nested list of them."""
+    if images is None:
+        return 0
+    if isinstance(images, list | tuple):
+        return sum(map(_num_images, images))
+    return len(images) if getattr(images, "ndim", 3) == 4 else 1
 
 
 __all__ = ["VTLMMProcessor"]

@@ -1,16 +1,18 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""What a run logs of its losses and visual tokens: exact means over all processes and micro-batches."""
+"""Exact means of the losses and the statistics of visual tokens, over all micro-batches and processes."""
+
+from typing import Any
 
 import torch
 
 
 def is_punctuation_or_blank(word: str) -> bool:
-    """Whether a word of the vocabulary says nothing by itself: no letter and no digit in it."""
+    """Return whether `word` has no letter and no digit."""
     return not any(character.isalnum() for character in word)
 
 
-def blank_words(tokenizer, vocab_size: int) -> torch.BoolTensor:
-    """Which of the first `vocab_size` words are punctuation, blank, special or a lone byte: `(vocab_size,)`."""
+def blank_words(tokenizer, vocab_size: int) -> torch.Tensor:
+    """Return a mask `(vocab_size,)` of the punctuation, blank, special and single-byte tokens of the vocabulary."""
     special = set(tokenizer.all_special_ids)
     words = (tokenizer.decode([i]) for i in range(vocab_size))
     return torch.tensor([i in special or is_punctuation_or_blank(word) for i, word in enumerate(words)])
@@ -18,23 +20,25 @@ def blank_words(tokenizer, vocab_size: int) -> torch.BoolTensor:
 
 class LossSums:
     r"""
-    The sums of the model's forward since the last log. They stay on the device until then.
+    Accumulate the sums of the model's forward until the next log, without synchronizing the device.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`])
-        blank_words (`torch.BoolTensor` of shape `(visual_vocab_size,)`, *optional*): words that say nothing.
+        accelerator ([`~accelerate.Accelerator`]): reduces the sums over the processes.
+        blank_words (`torch.BoolTensor` of shape `(visual_vocab_size,)`, *optional*): mask from [`blank_words`]. Needed
+            for runs with a visual loss.
     """
 
-    def __init__(self, accelerator, blank_words: torch.BoolTensor | None):
+    def __init__(self, accelerator, blank_words: torch.Tensor | None):
         self.accelerator = accelerator
         self.blank_words = blank_words
-        self.totals = {}
+        self.totals: dict[str, torch.Tensor] = {}
 
     def forget(self) -> None:
+        """Discard the sums."""
         self.totals = {}
 
-    def add(self, sums: dict, num_rows: int | torch.Tensor) -> None:
-        """One micro-batch: `loss_sums` of the forward, and how many rows it had."""
+    def add(self, sums: dict[str, Any], num_rows: int | torch.Tensor) -> None:
+        """Add one micro-batch, given the `loss_sums` of the forward and the number of rows."""
         sums = {**sums, **sums.get("visual_tokens", {})}
         sums.pop("visual_tokens", None)
         device = self.accelerator.device
@@ -44,10 +48,13 @@ class LossSums:
 
     def drain(self) -> tuple[dict[str, float], float, float | None]:
         """
-        Exact means since the last call, over all processes (each must call); one reduction.
+        Return the exact means since the last call over all processes, and reset the sums.
+
+        All processes must call this method, which makes one reduction.
 
         Returns:
-            `tuple`: the means by name, how many rows they are of, and of how many image tokens, if those were counted.
+            `tuple`: the means by name, the number of rows, and the number of image tokens (`None` without a visual
+                loss).
         """
         totals, self.totals = self.totals, {}
         if not totals:
@@ -61,10 +68,13 @@ class LossSums:
             metrics["lm_loss"] = (totals["lm_loss"] / totals["num_lm_targets"]).item()
         if totals.get("num_visual_targets", 0) > 0:
             num_patches = totals["num_patches"]
+            if self.blank_words is None:
+                raise ValueError("`LossSums` needs `blank_words` for a run with a visual loss.")
             blank = self.blank_words.to(flat.device)
-            metrics["visual_loss"] = (totals["visual_loss"] / totals["num_visual_targets"]).item()
-            for i, loss in enumerate(totals.get("vm_head_losses", ())):
-                metrics[f"vm_head_{i}_loss"] = (loss / totals["num_visual_targets"]).item()
+            losses = (totals["visual_loss"] / totals["num_visual_targets"]).tolist()
+            metrics["visual_loss"] = losses[0]
+            if len(losses) > 1:  # several VM heads
+                metrics |= {f"vm_head_{i}_loss": loss for i, loss in enumerate(losses)}
             metrics["visual_token_entropy"] = (totals["entropy"] / num_patches).item()
             metrics["mean_visual_token_entropy"] = torch.special.entr(totals["probability"] / num_patches).sum().item()
             metrics["blank_top_words"] = (totals["top_word"][blank].sum() / num_patches).item()

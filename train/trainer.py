@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, set_seed
 from trl import SFTTrainer
 
-from modeling_vtlmm.losses_vtlmm import predicted_positions
+from modeling_vtlmm.losses_vtlmm import predicted_positions, text_labels
 from vtlmm.data.images import prepare_images
 from vtlmm.data.vision_feature_cache import VisionFeatureCache, tower_key, undecoded
 from vtlmm.evaluation.runner import task_scores
@@ -287,7 +287,9 @@ class VTLMMTrainer(SFTTrainer):
         """`[num_lm_targets, num_visual_targets]` of one micro-batch, as the model's forward will count them."""
         image_token_mask = batch["input_ids"] == self.model.config.image_token_id
         predicted = predicted_positions(image_token_mask, batch.get("attention_mask"), batch.get("position_ids"))
-        return torch.stack([(batch["labels"][:, 1:] != -100).sum(), predicted.sum()])
+        config = self.model.config
+        labels = text_labels(batch["labels"], config.image_token_id, config.text_config.vocab_size)
+        return torch.stack([(labels[:, 1:] != -100).sum(), predicted.sum()])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
@@ -321,7 +323,7 @@ class VTLMMTrainer(SFTTrainer):
         if self.stage.lm_loss_coef:
             loss = loss + self.stage.lm_loss_coef * sums["lm_loss"] / num_lm_targets.clamp(min=1)
         if self.stage.visual_loss_coef:
-            visual_loss = sums.get("vm_head_losses", sums["visual_loss"]).sum()
+            visual_loss = sums["visual_loss"].sum()  # several VM heads have one loss each
             loss = loss + self.stage.visual_loss_coef * visual_loss / num_visual_targets.clamp(min=1)
         if training:
             # data parallelism averages gradients over the processes, and the counts are already over all of them
