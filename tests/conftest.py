@@ -108,6 +108,25 @@ def build_config(text: str = "llama", vision: str = "clip_vision_model", **kwarg
     return VTLMMConfig(text_config=text_config, vision_config=vision_config, **{**defaults, **kwargs})
 
 
+def random_rows(model, images_per_row: list[int], seed: int = 0, side: int | None = None):
+    """Return input_ids, attention_mask and pixel_values of right-padded rows with the given numbers of images."""
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    id_rows = []
+    for number in images_per_row:
+        row = torch.randint(4, config.visual_vocab_size, (3,), generator=generator).tolist()
+        for _ in range(number):
+            row += [config.image_token_id] * config.image_seq_length
+            row += torch.randint(4, config.visual_vocab_size, (2,), generator=generator).tolist()
+        id_rows.append(row)
+    length = max(map(len, id_rows))
+    input_ids = torch.tensor([row + [3] * (length - len(row)) for row in id_rows])
+    attention_mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in id_rows])
+    side = side or config.vision_config.image_size
+    pixel_values = torch.randn(sum(images_per_row), 3, side, side, generator=generator)
+    return input_ids, attention_mask, pixel_values if sum(images_per_row) else None
+
+
 @pytest.fixture
 def build_model():
     """Function of `build_config`'s arguments that gives a model with random weights, seeded, in evaluation mode."""

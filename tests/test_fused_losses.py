@@ -124,7 +124,7 @@ def test_two_words_by_hand():
 @pytest.mark.parametrize(
     ("name", "learner"), [*((name, i) for name in FUNCTIONS for i in (0, 1)), ("pseudo image features", 2)]
 )
-def test_only_the_gradients_asked_for(name, learner):
+def test_only_required_gradients_are_computed(name, learner):
     function, inputs = function_and_inputs(fused, name)
     learn = [i == learner for i in range(len(inputs))]
     expected = value_and_gradients(*function_and_inputs(plain, name), learn=learn)
@@ -134,7 +134,7 @@ def test_only_the_gradients_asked_for(name, learner):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_without_rows_everything_is_zero_and_has_a_graph(name):
+def test_no_rows_give_zero_with_a_graph(name):
     function, inputs = function_and_inputs(fused, name, num_rows=0)
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     value = function(*leaves)
@@ -143,7 +143,7 @@ def test_without_rows_everything_is_zero_and_has_a_graph(name):
     assert all(leaf.grad.shape == leaf.shape and not leaf.grad.any() for leaf in leaves)
 
 
-def test_the_teacher_is_a_constant_even_with_tied_heads():
+def test_teacher_gets_no_gradient_with_tied_heads():
     _, (features, weight) = function_and_inputs(fused, "vm_head learns")
     teacher_features = features.flip(0).requires_grad_()
     expected = value_and_gradients(
@@ -157,7 +157,7 @@ def test_the_teacher_is_a_constant_even_with_tied_heads():
         assert relative_error(found_tensor, expected_tensor) < 1e-9
 
 
-def test_a_slice_of_a_wider_weight_learns_in_its_rows_only():
+def test_gradient_of_a_weight_slice_stays_in_its_rows():
     function, (features, weight) = function_and_inputs(fused, "lm_head learns")
     wider = torch.cat((weight, torch.ones(5, HIDDEN_SIZE, dtype=weight.dtype)))
     _, expected = value_and_gradients(lambda w: function(features, w), (weight,))
@@ -165,7 +165,7 @@ def test_a_slice_of_a_wider_weight_learns_in_its_rows_only():
     assert relative_error(found[:VOCAB_SIZE], expected) < 1e-12 and not found[VOCAB_SIZE:].any()
 
 
-def test_the_sides_may_differ_in_dtype():
+def test_sides_can_differ_in_dtype():
     _, (image_features, vm_weight) = function_and_inputs(fused, "vm_head learns", dtype=torch.bfloat16)
     _, student = function_and_inputs(fused, "lm_head learns", dtype=torch.float32)
     teacher_logits = (image_features @ vm_weight.t()).double()
@@ -179,7 +179,7 @@ def test_the_sides_may_differ_in_dtype():
         assert relative_error(found_tensor, expected_tensor) < 1e-5
 
 
-def test_sides_of_different_length_are_refused():
+def test_sides_of_different_size_are_rejected():
     function, (features, weight) = function_and_inputs(fused, "lm_head learns")
     with pytest.raises(ValueError, match=r"\(298, 61\).*\(299, 61\)"):
         function(features[1:], weight)
@@ -188,7 +188,7 @@ def test_sides_of_different_length_are_refused():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_can_be_weighted_and_divided_by_tensors(name):
+def test_loss_can_be_scaled_by_tensors(name):
     def weighted(module):
         function, (features, weight) = function_and_inputs(module, name)
         factor = torch.tensor(-2.5, dtype=torch.float64)
@@ -200,7 +200,7 @@ def test_a_loss_can_be_weighted_and_divided_by_tensors(name):
         assert relative_error(found, expected) < 1e-9
 
 
-def test_a_float16_weight_gradient_is_scaled_before_it_is_rounded():
+def test_float16_gradient_is_scaled_before_rounding():
     # Σ_n G_n x_n is 4096 · ½ · 60 = 122880, beyond float16; the mean is 30.
     features, weight = torch.full((4096, 1), 60.0).half(), torch.zeros(2, 1).half().requires_grad_()
     loss = fused.fused_language_loss_sum(features, weight, torch.zeros(4096, dtype=torch.long)) / 4096
@@ -209,7 +209,7 @@ def test_a_float16_weight_gradient_is_scaled_before_it_is_rounded():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_under_no_grad_no_gradient_is_computed(name, monkeypatch):
+def test_no_grad_computes_no_gradient(name, monkeypatch):
     function, inputs = function_and_inputs(fused, name)
     expected = function_and_inputs(plain, name)[0](*inputs)
     asked = []
@@ -224,7 +224,7 @@ def test_under_no_grad_no_gradient_is_computed(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_second_backward_raises(name):
+def test_second_backward_raises(name):
     function, inputs = function_and_inputs(fused, name)
     loss = function(*(tensor.clone().requires_grad_() for tensor in inputs))
     loss.backward(retain_graph=True)
@@ -310,7 +310,7 @@ def test_no_tensor_is_larger_than_the_logits_of_a_chunk(name, monkeypatch):
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, None])
-def test_the_compiled_definitions_equal_the_blocks(grad_dtype):
+def test_compiled_functions_equal_the_blocks(grad_dtype):
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 19, VOCAB_SIZE, generator=generator)
     words = torch.randint(VOCAB_SIZE, (19,), generator=generator)
@@ -327,7 +327,7 @@ def test_the_compiled_definitions_equal_the_blocks(grad_dtype):
             torch.testing.assert_close(gradient.to(grad_dtype), expected_gradient)
 
 
-def test_a_failed_compilation_warns_once_and_falls_back(monkeypatch):
+def test_failed_compilation_warns_once_and_falls_back(monkeypatch):
     def fails(*_):
         raise RuntimeError("no C compiler")
 
@@ -339,7 +339,7 @@ def test_a_failed_compilation_warns_once_and_falls_back(monkeypatch):
     assert len(caught) == 1
 
 
-def test_running_out_of_memory_is_not_taken_for_a_failed_compilation(monkeypatch):
+def test_out_of_memory_error_is_not_a_compile_failure(monkeypatch):
     def fails(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -359,7 +359,7 @@ def test_chunks_are_even_and_cover_every_row(num_rows):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("num_rows", [0, 1, NUM_ROWS])
-def test_no_gradient_keeps_what_its_memory_held(name, num_rows, monkeypatch):
+def test_gradients_do_not_contain_uninitialized_memory(name, num_rows, monkeypatch):
     monkeypatch.setattr(fused, "ROWS_PER_CHUNK_CPU", 16)
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN then
     try:
@@ -371,7 +371,7 @@ def test_no_gradient_keeps_what_its_memory_held(name, num_rows, monkeypatch):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_loss_of_many_rows_keeps_its_digits(name):
+def test_sum_of_many_rows_keeps_float32_precision(name):
     # Added chunk by chunk in float32, a sum of 40,000 losses is off by several units in the last place.
     num_rows, dtype = 40_000, torch.float32
     exact = value_and_gradients(*function_and_inputs(plain, name, num_rows, dtype, exact=True))

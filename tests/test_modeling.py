@@ -1,41 +1,23 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The model: towers, decoders, images per row, padding, generation, pseudo image features, errors."""
+"""The model: towers, decoders, images per row, padding, losses, pseudo image features, errors."""
 
 import copy
 
 import pytest
 import torch
-from conftest import TEXT_CONFIGS, VISION_CONFIGS, build_config
-from transformers import AutoModel, StaticCache
+from conftest import TEXT_CONFIGS, VISION_CONFIGS, build_config, random_rows
+from transformers import AutoModel
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
-
-
-def rows(model, images_per_row: list[int], seed: int = 0, side: int | None = None):
-    """Right-padded rows of random words with that many images each: input_ids, attention_mask, pixel_values."""
-    generator = torch.Generator().manual_seed(seed)
-    config = model.config
-    texts = []
-    for number in images_per_row:
-        row = torch.randint(4, config.visual_vocab_size, (3,), generator=generator).tolist()
-        for _ in range(number):
-            row += [config.image_token_id] * config.image_seq_length
-            row += torch.randint(4, config.visual_vocab_size, (2,), generator=generator).tolist()
-        texts.append(row)
-    length = max(map(len, texts))
-    input_ids = torch.tensor([row + [3] * (length - len(row)) for row in texts])
-    attention_mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in texts])
-    side = side or config.vision_config.image_size
-    pixel_values = torch.randn(sum(images_per_row), 3, side, side, generator=generator)
-    return input_ids, attention_mask, pixel_values if sum(images_per_row) else None
+from modeling_vtlmm.losses_vtlmm import visual_loss_sum
 
 
 @pytest.mark.parametrize("text", TEXT_CONFIGS)
-def test_a_batch_equals_its_rows_one_by_one(build_model, text):
-    """Several images, none, different numbers, right and left padding."""
+def test_batched_rows_equal_single_rows(build_model, text):
+    """The rows have different numbers of images, some have none, and the padding is on the right or the left."""
     model = build_model(text)
     counts = [1, 0, 3, 2]
-    input_ids, attention_mask, pixel_values = rows(model, counts)
+    input_ids, attention_mask, pixel_values = random_rows(model, counts)
     batched = model(input_ids, pixel_values, attention_mask).logits
     flipped = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
     left_ids = torch.stack(
@@ -52,8 +34,8 @@ def test_a_batch_equals_its_rows_one_by_one(build_model, text):
 
 
 @pytest.mark.parametrize("vision", VISION_CONFIGS)
-def test_image_features_are_the_towers_own(build_model, vision):
-    """Against the tower run whole and by itself: selected layer, CLS and registers dropped, maps in raster order."""
+def test_image_features_equal_the_full_tower(build_model, vision):
+    """The full tower gives the selected layer without CLS and register positions, and maps in raster order."""
     model = build_model(vision=vision)
     config, tower = model.config, AutoModel.from_config(model.config.vision_config).eval()
     tower.load_state_dict(model.model.vision_tower.state_dict())
@@ -89,7 +71,7 @@ def test_several_vision_layers_are_concatenated(build_model):
     assert hidden_states[1] is not None and hidden_states[3] is not None
 
 
-def test_a_config_may_be_changed_before_the_model_is_built():
+def test_config_can_change_before_the_model_is_built():
     config = build_config()
     config.vision_feature_layer = [-3, -1]
     model = VTLMMForConditionalGeneration(config)
@@ -99,7 +81,7 @@ def test_a_config_may_be_changed_before_the_model_is_built():
 
 def test_loss_is_the_mean_over_supervised_text(build_model):
     model = build_model()
-    input_ids, attention_mask, pixel_values = rows(model, [1, 2])
+    input_ids, attention_mask, pixel_values = random_rows(model, [1, 2])
     labels = torch.where((input_ids < model.config.image_token_id) & attention_mask.bool(), input_ids, -100)
     outputs = model(input_ids, pixel_values, attention_mask, labels=labels)
     logprobs = outputs.logits.log_softmax(-1)
@@ -114,11 +96,11 @@ def test_loss_is_the_mean_over_supervised_text(build_model):
 
 @pytest.mark.parametrize("student", ["vm_head", "lm_head"])
 @pytest.mark.parametrize("vm_head_type", ["linear", "mlp", "attention"])
-def test_visual_loss_is_the_kl_of_each_patch_with_its_left_neighbour(build_model, student, vm_head_type):
-    """A second implementation, patch by patch, from the public outputs; and who gets gradients."""
+def test_visual_loss_is_the_kl_with_the_left_neighbor(build_model, student, vm_head_type):
+    """Compute the KL patch by patch from the public outputs, and check which parameters get gradients."""
     model = build_model(vm_head_type=vm_head_type)
-    input_ids, attention_mask, pixel_values = rows(model, [2, 0, 1])
-    input_ids[2, :4], input_ids[2, 4:7] = model.config.image_token_id, torch.tensor([5, 6, 7])  # an image at the start
+    input_ids, attention_mask, pixel_values = random_rows(model, [2, 0, 1])
+    input_ids[2, :4], input_ids[2, 4:7] = model.config.image_token_id, torch.tensor([5, 6, 7])  # image first
     outputs = model(input_ids, pixel_values, attention_mask, output_visual_logits=True)
     p = outputs.visual_logits.log_softmax(-1)
     q = outputs.logits[..., : model.config.visual_vocab_size].log_softmax(-1)
@@ -142,9 +124,9 @@ def test_visual_loss_is_the_kl_of_each_patch_with_its_left_neighbour(build_model
     assert (decoder is None) == (student == "vm_head")
 
 
-def test_a_batch_without_images_has_visual_loss_zero_and_touches_every_module(build_model):
+def test_text_only_batch_has_zero_loss_and_all_gradients(build_model):
     model = build_model(vm_head_type="mlp").train()
-    input_ids, attention_mask, _ = rows(model, [0, 0])
+    input_ids, attention_mask, _ = random_rows(model, [0, 0])
     sums = model(
         input_ids,
         None,
@@ -163,22 +145,22 @@ def test_a_batch_without_images_has_visual_loss_zero_and_touches_every_module(bu
     assert model.model.vm_head.weight.grad.abs().max() == 0
     model.zero_grad()
     model(input_ids, None, attention_mask, labels=input_ids, return_loss_sums=True).loss_sums["lm_loss"].backward()
-    projector = model.model.multi_modal_projector.linear_1.weight  # in stage I nothing else learns
+    projector = model.model.multi_modal_projector.linear_1.weight  # the only trainable module of stage I
     assert projector.grad is not None and not projector.grad.any()
 
 
 @pytest.mark.parametrize("student", ["lm_head", None])  # stages I and II have no visual loss
-def test_a_batch_without_images_runs_the_tower_in_evaluation_too(build_model, student):
-    """Where the tower is sharded, another process may have a image and waits for this one."""
+def test_text_only_batch_runs_the_tower_in_evaluation(build_model, student):
+    """With a sharded tower, another process may have an image and waits for this process."""
     model = build_model()
     calls = []
     model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
-    input_ids, attention_mask, _ = rows(model, [0, 0])
+    input_ids, attention_mask, _ = random_rows(model, [0, 0])
     options = {"labels": input_ids, "return_loss_sums": True, "visual_student": student}
     with torch.no_grad():
         sums = model(input_ids, None, attention_mask, **options).loss_sums
         logits = model(input_ids, None, attention_mask).logits
-    assert len(calls) == 1, "once for the sums; logits alone need no image"
+    assert len(calls) == 1, "the tower runs for the sums, not for the logits"
     assert student is None or sums["visual_loss"] == sums["num_visual_targets"] == 0
     expected = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum"
@@ -186,7 +168,7 @@ def test_a_batch_without_images_runs_the_tower_in_evaluation_too(build_model, st
     torch.testing.assert_close(sums["lm_loss"], expected)
 
 
-def test_vm_head_starts(build_model):
+def test_vm_head_initialization(build_model):
     model = build_model()
     rows_ = model.config.visual_vocab_size
     for source, weight in (
@@ -197,12 +179,12 @@ def test_vm_head_starts(build_model):
         assert torch.equal(model.model.vm_head.weight, weight[:rows_])
     model.initialize_vm_head("random")
     assert 0.015 < model.model.vm_head.weight.std() < 0.025
-    with pytest.raises(ValueError, match="not from 'zeros'"):
+    with pytest.raises(ValueError, match="source is 'zeros'"):
         model.initialize_vm_head("zeros")
 
 
 @pytest.mark.parametrize("vm_head_type", ["mlp", "attention"])
-def test_a_fresh_mixer_changes_nothing_and_attention_looks_across_patches(vm_head_type):
+def test_new_residual_block_is_the_identity(vm_head_type):
     torch.manual_seed(0)
     model = VTLMMForConditionalGeneration(build_config(vm_head_type=vm_head_type)).eval()
     features = torch.randn(2, 4, 32)
@@ -210,7 +192,7 @@ def test_a_fresh_mixer_changes_nothing_and_attention_looks_across_patches(vm_hea
     assert torch.equal(residual_block(features), features)
     torch.nn.init.normal_(residual_block.output.weight)
     other = features.clone()
-    other[0, 3] = torch.randn(32)  # not a constant: the norm would take that away
+    other[0, 3] = torch.randn(32)  # random, because the layer norm removes a constant
     changed = (residual_block(other) - residual_block(features)).abs().amax(-1) > 1e-6
     assert changed[0].tolist() == ([True] * 4 if vm_head_type == "attention" else [False, False, False, True])
     assert not changed[1].any()
@@ -218,7 +200,7 @@ def test_a_fresh_mixer_changes_nothing_and_attention_looks_across_patches(vm_hea
 
 def test_pseudo_image_features_replace_the_input(build_model):
     model = build_model(use_pseudo_image_features=True)
-    input_ids, attention_mask, pixel_values = rows(model, [1, 2])
+    input_ids, attention_mask, pixel_values = random_rows(model, [1, 2])
     features = model.get_image_features(pixel_values)
     probs = model.model.vm_head(features.image_features).softmax(-1)
     pseudo = probs @ model.get_input_embeddings().weight[: model.config.visual_vocab_size]
@@ -244,79 +226,11 @@ def test_visual_tokens_are_the_top_words(build_model):
     torch.testing.assert_close(tokens.probabilities, probs.gather(-1, order))
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}])
-def test_generate_batched_equals_alone(build_model, options):
-    """Different numbers of images per row, left padding; beams repeat the images of a row as a group."""
-    model = build_model()
-    counts = [1, 2, 0]
-    right_ids, right_mask, pixel_values = rows(model, counts)
-    texts = [ids[mask.bool()] for ids, mask in zip(right_ids, right_mask, strict=True)]
-    length = right_ids.shape[1]
-    input_ids = torch.stack([torch.nn.functional.pad(text, (length - len(text), 0), value=3) for text in texts])
-    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 3, **options}
-    found = model.generate(
-        input_ids=input_ids, attention_mask=right_mask.flip(1), pixel_values=pixel_values, **settings
-    )
-    for i, images in enumerate(pixel_values.split(counts)):
-        images = {"pixel_values": images} if len(images) else {}
-        alone = model.generate(
-            input_ids=texts[i][None], attention_mask=torch.ones_like(texts[i][None]), **images, **settings
-        )
-        assert torch.equal(found[i, -5:], alone[0, -5:])
-
-
-def test_beams_from_embeddings_equal_those_from_words(build_model):
-    """`generate` then has no words to tell which images belong to a row."""
-    model = build_model()
-    right_ids, right_mask, pixel_values = rows(model, [1, 2])
-    settings = {"attention_mask": right_mask.flip(1), "pixel_values": pixel_values, "num_beams": 3, "do_sample": False}
-    settings |= {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 3}
-    ids = [row[mask.bool()] for row, mask in zip(right_ids, right_mask, strict=True)]
-    input_ids = torch.stack([torch.nn.functional.pad(row, (right_ids.shape[1] - len(row), 0), value=3) for row in ids])
-    from_words = model.generate(input_ids=input_ids, **settings)
-    from_embeddings = model.generate(inputs_embeds=model.get_input_embeddings()(input_ids), **settings)
-    assert torch.equal(from_embeddings, from_words[:, -5:])
-
-
-def test_cache_and_logits_to_keep(build_model):
-    model = build_model()
-    input_ids, _, pixel_values = rows(model, [2])
-    full = model(input_ids, pixel_values).logits
-    cache = StaticCache(config=model.config.text_config, max_cache_len=32)
-    first = model(input_ids[:, :-1], pixel_values, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    assert first.logits.shape[1] == 1
-    torch.testing.assert_close(first.logits[:, 0], full[:, -2])
-    position = torch.tensor([[input_ids.shape[1] - 1]])
-    last = model(input_ids[:, -1:], past_key_values=cache, position_ids=position, use_cache=True).logits
-    torch.testing.assert_close(last[:, 0], full[:, -1])
-
-
-@torch.no_grad()  # flex attention has no backward on CPU
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
-def test_attention_implementations_agree(build_model, implementation):
-    model = build_model()
-    input_ids, attention_mask, pixel_values = rows(model, [1, 2])
-    expected = model(input_ids, pixel_values, attention_mask).logits
-    model.model.language_model.set_attn_implementation(implementation)
-    found = model(input_ids, pixel_values, attention_mask).logits
-    used = attention_mask.bool()
-    torch.testing.assert_close(found[used], expected[used], atol=1e-4, rtol=1e-4)
-
-
-def test_compiled_forward_equals_eager(build_model):
-    model = build_model()
-    input_ids, attention_mask, pixel_values = rows(model, [1, 2])
-    compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(
-        compiled(input_ids, pixel_values, attention_mask).logits, model(input_ids, pixel_values, attention_mask).logits
-    )
-
-
 def test_gradient_checkpointing_changes_no_gradient(build_model):
     plain = build_model().train()
     checkpointed = copy.deepcopy(plain)
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
-    input_ids, attention_mask, pixel_values = rows(plain, [1, 2])
+    input_ids, attention_mask, pixel_values = random_rows(plain, [1, 2])
     for model in (plain, checkpointed):
         sums = model(
             input_ids, pixel_values, attention_mask, labels=input_ids, return_loss_sums=True, visual_student="lm_head"
@@ -327,16 +241,16 @@ def test_gradient_checkpointing_changes_no_gradient(build_model):
             torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
-def test_a_frozen_tower_stays_in_evaluation_mode(build_model):
+def test_frozen_tower_stays_in_evaluation_mode(build_model):
     model = build_model(vision="mobilenet_v2")
     assert model.train().model.vision_tower.training
     model.model.vision_tower.requires_grad_(False)
     assert not model.train().model.vision_tower.training and model.model.language_model.training
 
 
-def test_bad_calls_are_named(build_model):
+def test_invalid_arguments_raise_clear_errors(build_model):
     model = build_model()
-    input_ids, attention_mask, pixel_values = rows(model, [1, 2])
+    input_ids, attention_mask, pixel_values = random_rows(model, [1, 2])
     with pytest.raises(ValueError, match="tokens: 12, features: 8"):
         model(input_ids, pixel_values[:2], attention_mask)
     with pytest.raises(ValueError, match="tokens: 0, features: 12"):
@@ -345,28 +259,28 @@ def test_bad_calls_are_named(build_model):
         model(pixel_values=pixel_values)
     with pytest.raises(ValueError, match="must be 'vm_head' or 'lm_head'"):
         model(input_ids, pixel_values, return_loss_sums=True, visual_student="projector")
-    with pytest.raises(ValueError, match="VM head has 65 words"):
+    with pytest.raises(ValueError, match="`visual_vocab_size` is 65, which exceeds"):
         build_config(visual_vocab_size=65)
     with pytest.raises(ValueError, match="must be one of linear, mlp2x_gelu"):
         build_config(projector_type="mlp3x")
-    with pytest.raises(ValueError, match="last map"):
+    with pytest.raises(ValueError, match="last feature map"):
         build_config(vision="convnext", vision_feature_layer=-2)
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_refused(build_model, tmp_path):
+def test_checkpoint_with_missing_tensor_is_rejected(build_model, tmp_path):
     model = build_model()
     state = model.state_dict()
     del state["model.vm_head.weight"]
     model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match=r"lacks 1 tensors.*model\.vm_head\.weight"):
+    with pytest.raises(ValueError, match=r"1 tensors of .* are missing in .*model\.vm_head\.weight"):
         VTLMMForConditionalGeneration.from_pretrained(tmp_path)
-    # the library's own tools ask what lacks, or start from no checkpoint at all
+    # transformers' own tools read the loading info, or load without a checkpoint.
     _, info = VTLMMForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert info["missing_keys"] == {"model.vm_head.weight"}
     VTLMMForConditionalGeneration.from_pretrained(None, config=build_config(), state_dict={})
 
 
-def test_saved_and_loaded_is_the_same(build_model, tmp_path):
+def test_save_and_load_round_trip(build_model, tmp_path):
     for text in ("llama", "qwen2"):
         model = build_model(text, vm_head_type="attention")
         model.save_pretrained(tmp_path / text)
@@ -380,7 +294,7 @@ def test_saved_and_loaded_is_the_same(build_model, tmp_path):
 
 def test_resized_vocabulary_keeps_the_visual_tokens(build_model):
     model = build_model(visual_vocab_size=50)
-    input_ids, attention_mask, pixel_values = rows(model, [1, 1])
+    input_ids, attention_mask, pixel_values = random_rows(model, [1, 1])
     call = {"return_loss_sums": True, "visual_student": "lm_head"}
     before = model(input_ids, pixel_values, attention_mask, **call).loss_sums["visual_loss"]
     model.resize_token_embeddings(80, mean_resizing=False)
@@ -388,9 +302,9 @@ def test_resized_vocabulary_keeps_the_visual_tokens(build_model):
     torch.testing.assert_close(model(input_ids, pixel_values, attention_mask, **call).loss_sums["visual_loss"], before)
 
 
-def test_a_cut_vocabulary_cuts_the_visual_tokens(build_model, tmp_path):
+def test_smaller_vocabulary_truncates_the_vm_head(build_model, tmp_path):
     model = build_model(use_pseudo_image_features=True)
-    input_ids, attention_mask, pixel_values = rows(model, [1, 1])
+    input_ids, attention_mask, pixel_values = random_rows(model, [1, 1])
     input_ids[input_ids != model.config.image_token_id] = 5
     head = model.model.vm_head.weight[:40]
     model.resize_token_embeddings(40)
@@ -402,10 +316,10 @@ def test_a_cut_vocabulary_cuts_the_visual_tokens(build_model, tmp_path):
     torch.testing.assert_close(loaded(input_ids, pixel_values, attention_mask).logits, outputs.logits)
 
 
-def test_outputs_are_floating_point_unless_the_mask_is_asked_for(build_model):
-    """Tools compare the outputs by subtraction; and a tuple is the same in the same order."""
+def test_outputs_are_floating_point_by_default(build_model):
+    """Tools subtract outputs to compare them. A tuple has the same values in the same order."""
     model = build_model()
-    input_ids, attention_mask, pixel_values = rows(model, [1, 2])
+    input_ids, attention_mask, pixel_values = random_rows(model, [1, 2])
     outputs = model(input_ids, pixel_values, attention_mask)
     assert outputs.image_token_mask is None
     assert [tuple(x.shape) for x in outputs.to_tuple() if isinstance(x, torch.Tensor)] == [(2, 15, 64)]
@@ -418,6 +332,53 @@ def test_outputs_are_floating_point_unless_the_mask_is_asked_for(build_model):
             torch.testing.assert_close(a, b)
     asked = model(input_ids, pixel_values, attention_mask, output_visual_logits=True)
     assert torch.equal(asked.image_token_mask, input_ids == model.config.image_token_id)
+
+
+def test_image_tokens_in_labels_are_not_targets(build_model):
+    """The image token is outside the vocabulary here, so it has no logit."""
+    model = build_model(image_token_id=64)
+    input_ids, attention_mask, pixel_values = random_rows(model, [1, 2])
+    masked = input_ids.masked_fill(input_ids == 64, -100)
+    for options in ({}, {"return_loss_sums": True}):
+        found = model(input_ids, pixel_values, attention_mask, labels=input_ids, **options)
+        expected = model(input_ids, pixel_values, attention_mask, labels=masked, **options)
+        torch.testing.assert_close(found.loss, expected.loss)
+        torch.testing.assert_close(found.loss_sums, expected.loss_sums)
+
+
+@pytest.mark.parametrize("invalid_id", [65, -1])
+def test_invalid_labels_are_rejected(build_model, invalid_id):
+    model = build_model(image_token_id=64)
+    input_ids, attention_mask, pixel_values = random_rows(model, [1, 2])
+    labels = input_ids.clone()
+    labels[1, 2] = invalid_id
+    for options in ({}, {"return_loss_sums": True}):
+        with pytest.raises(ValueError, match=rf"the id {invalid_id}, which is outside the vocabulary.*64 tokens"):
+            model(input_ids, pixel_values, attention_mask, labels=labels, **options)
+
+
+def test_visual_loss_function_can_be_replaced(build_model):
+    """The function gets both sides with the student first, and the arguments of other visual losses."""
+    model = build_model()
+    input_ids, attention_mask, pixel_values = random_rows(model, [1, 2])
+    options = {"return_loss_sums": True, "visual_student": "lm_head", "detach_visual_teacher": False}
+    default = model(input_ids, pixel_values, attention_mask, **options).loss_sums["visual_loss"]
+    calls = []
+
+    def half_loss(*sides, **kwargs):
+        calls.append((sides, kwargs))
+        return 0.5 * visual_loss_sum(*sides)
+
+    model.visual_loss_function = half_loss
+    found = model(input_ids, pixel_values, attention_mask, **options).loss_sums["visual_loss"]
+    torch.testing.assert_close(found, 0.5 * default)
+    ((student, student_weight, teacher, teacher_weight), kwargs) = calls[0]
+    assert torch.equal(student_weight, model.lm_head.weight[: model.config.visual_vocab_size])
+    assert torch.equal(teacher_weight, model.model.vm_head.weight)
+    positions = kwargs["positions"]
+    assert torch.equal(student, kwargs["outputs"].last_hidden_state[:, :-1][positions[:, 1:]])
+    assert torch.equal(teacher, kwargs["outputs"].image_features.flatten(0, 1))
+    assert kwargs["model"] is model and kwargs["visual_student"] == "lm_head" and not kwargs["detach_teacher"]
 
 
 def test_tensor_parallel_plan_names_the_head_and_the_decoder(build_model):

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The processor: images per text, batches, chats, the pipeline, saving; the counts of image tokens by hand."""
+"""The processor: images per text, batches, chats, the pipeline, saving, and numbers of image tokens by hand."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def image_counts(processor, inputs) -> list[int]:
         (["hello", "yes"], [[], []], [0, 0]),
     ],
 )
-def test_each_mark_becomes_the_tokens_of_its_image(processor, text, images, counts):
+def test_each_placeholder_becomes_image_tokens(processor, text, images, counts):
     inputs = processor(text=text, images=images, padding=True, return_tensors="pt")
     assert image_counts(processor, inputs) == counts
     assert ("pixel_values" in inputs) == (sum(counts) > 0)
@@ -64,8 +64,8 @@ def test_each_mark_becomes_the_tokens_of_its_image(processor, text, images, coun
         assert inputs["pixel_values"].shape == (sum(counts), 3, 28, 28)
 
 
-def test_a_text_that_begins_with_bos_gets_no_second_one(processor):
-    """As lm-eval passes what a chat template wrote, if the template writes BOS itself."""
+def test_no_second_bos_token_is_added(processor):
+    """Some chat templates write BOS, and lm-eval passes their output to the processor."""
     text = ["<image> what is it", "hello"]
     expected = processor(text=text, images=[[RED], []], padding=True)["input_ids"]
     bos = processor.tokenizer.bos_token
@@ -73,10 +73,36 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(processor):
     assert processor(text=bos + text[1])["input_ids"] == processor(text=text[1])["input_ids"]
     settings = {"padding": True}
     assert processor(text=bos + text[1], text_kwargs=settings)["input_ids"] == processor(text=text[1])["input_ids"]
-    assert settings == {"padding": True}  # still the caller's
+    assert settings == {"padding": True}  # unchanged
 
 
-def test_images_keep_the_order_of_their_marks(processor):
+@pytest.mark.parametrize(
+    ("text", "images", "message"),
+    [
+        (
+            ["<image> what", "<image> is"],
+            [[RED, GREEN], []],
+            r"Text 0 \('<image> what'\) has 1 <image> .* but 2 images",
+        ),
+        (["hello", "<image> is"], [[RED], []], r"Text 0 \('hello'\) has 0 <image> .* but 1 images"),
+        (["<image>", "<image> is"], [RED], r"Text 1 \('<image> is'\) has 1 <image> .* but 0 images"),
+        (["<image>", "hello"], [RED, GREEN], r"Text 1 \('hello'\) has 0 <image> .* but 1 images"),
+        ("<image> what", None, r"Text 0 .* has 1 <image> .* but 0 images"),
+        (["<image>", "<image>"], [[RED], [GREEN], [BLUE]], "3 lists of images for 2 texts"),
+    ],
+)
+def test_wrong_number_of_images_names_the_text(processor, text, images, message):
+    with pytest.raises(ValueError, match=message):
+        processor(text=text, images=images)
+
+
+@pytest.mark.parametrize("name", ["videos", "audio"])
+def test_videos_and_audio_are_rejected(processor, name):
+    with pytest.raises(ValueError, match=f"does not support `{name}`"):
+        processor(text="hello", **{name: [torch.zeros(2, 3, 28, 28)]})
+
+
+def test_images_keep_the_order_of_the_placeholders(processor):
     images = [[RED], [], [GREEN, BLUE]]
     text = ["<image>", "hello", "<image> <image>"]
     found = processor(text=text, images=images, padding=True, return_tensors="pt")["pixel_values"]
@@ -86,13 +112,13 @@ def test_images_keep_the_order_of_their_marks(processor):
     assert torch.equal(found, torch.cat(alone))
 
 
-def test_no_text_is_cut_inside_a_image(processor):
+def test_truncation_inside_an_image_is_rejected(processor):
     with pytest.raises(ValueError, match="[Tt]runcat"):
         processor(text="<image> what", images=RED, truncation=True, max_length=3)
 
 
-def test_a_tokenizer_that_splits_the_image_token_is_refused(processor):
-    with pytest.raises(ValueError, match="splits '<picture>'"):
+def test_tokenizer_that_splits_the_image_token_is_rejected(processor):
+    with pytest.raises(ValueError, match="splits the image token '<picture>'"):
         VTLMMProcessor(processor.image_processor, processor.tokenizer, patch_size=14, image_token="<picture>")
 
 
@@ -102,7 +128,7 @@ def test_a_tokenizer_that_splits_the_image_token_is_refused(processor):
     ids=["CLIP", "CLIP with CLS", "SigLIP"],
 )
 def test_image_tokens_by_hand(processor, strategy, additional, expected):
-    """28 pixels in patches of 14: 2 × 2, and the CLS position when it stays."""
+    """28 pixels and patches of 14 pixels give 2 × 2 tokens, plus the CLS position if it is kept."""
     processor = VTLMMProcessor(
         processor.image_processor,
         processor.tokenizer,
@@ -115,8 +141,8 @@ def test_image_tokens_by_hand(processor, strategy, additional, expected):
     assert planned["num_image_tokens"] == [expected, expected] and planned["num_image_patches"] == [1, 1]
 
 
-def test_a_batch_of_chats_answers_like_its_chats(model):
-    """Left padding; one image, two, none."""
+def test_batched_chats_equal_single_chats(model):
+    """The chats have one, two and no images, and the padding is on the left."""
     processor = left_padding_processor()
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     inputs = processor.apply_chat_template(CHATS, padding=True, **options)
@@ -130,8 +156,7 @@ def test_a_batch_of_chats_answers_like_its_chats(model):
         assert torch.equal(model.generate(**alone, **SETTINGS)[0, -4:], answers[i])
 
 
-def test_the_pipeline_alone_and_in_batches(model):
-    """The library's pipeline cannot put a chat with images and one without into the same batch, for any model."""
+def test_pipeline_batches_equal_single_calls(model):
     ask = pipeline("image-text-to-text", model=model, processor=left_padding_processor())
 
     def answer(output):
@@ -144,7 +169,7 @@ def test_the_pipeline_alone_and_in_batches(model):
     assert plain[0]["generated_text"].split() == alone[0].split()
 
 
-def test_saved_and_loaded_is_the_same(tmp_path):
+def test_save_and_load_round_trip(tmp_path):
     image_processor = CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False)
     tokenizer = build_processor().tokenizer
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<image>"]})
@@ -163,7 +188,7 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     assert loaded(RED, "<image>")["input_ids"] == processor(RED, "<image>")["input_ids"]
 
 
-def test_visual_words_are_one_string_per_id(processor):
+def test_visual_words_returns_one_string_per_id(processor):
     ids = torch.tensor([[[4, 5], [6, 7]]])
     words = processor.tokenizer.convert_ids_to_tokens(range(4, 8))
     assert processor.visual_words(ids) == [[words[:2], words[2:]]]

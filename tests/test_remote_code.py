@@ -84,7 +84,7 @@ def folder(tmp_path_factory, processor):
     return path
 
 
-def test_every_auto_class_and_the_pipeline_load_it_and_a_copy_of_it(folder, processor, tmp_path):
+def test_auto_classes_and_pipeline_load_the_folder_and_a_copy(folder, processor, tmp_path):
     from modeling_vtlmm import VTLMMForConditionalGeneration
 
     first, second = tmp_path / "first", tmp_path / "second"
@@ -114,7 +114,7 @@ def test_every_auto_class_and_the_pipeline_load_it_and_a_copy_of_it(folder, proc
     assert in_clean_process(LOAD, first, second, cache=cache)["logits"] == found["logits"]
 
 
-def test_auto_map_names_what_is_there(folder):
+def test_auto_map_names_existing_files_and_classes(folder):
     """Every file and class of the map exists in the folder; no package of ours is imported by absolute name."""
     for target in AUTO_MAP.values():
         file, name = target.split(".")

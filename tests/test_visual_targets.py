@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Rivals of the visual loss: their numbers, their gradient in the trainer, and that nothing of them is saved."""
+"""The visual targets: values by hand, gradients in the trainer, and checkpoints that do not depend on them."""
 
 import math
 
@@ -17,36 +17,37 @@ from vtlmm.train.visual_targets import basic_loss_sum, feature_loss_sum, set_vis
 
 
 PROJECTOR_TOO = ["multi_modal_projector", "language_model", "lm_head"]
-RIVALS = {
+TARGETS = {
     "same_patch": {},
     "feature": {},
     "basic": {"trainable_modules": PROJECTOR_TOO},
 }
-HEAVY = {"visual_loss_coef": 20.0, "learning_rate": 1.0}  # or this tiny model's visual loss would hardly count
+# Without this weight, the visual loss of the tiny model would hardly change the update.
+HEAVY = {"visual_loss_coef": 20.0, "learning_rate": 1.0}
 
 
 def settings_of(target: str) -> dict:
-    return {"visual_target": target, **RIVALS[target], **HEAVY}
+    return {"visual_target": target, **TARGETS[target], **HEAVY}
 
 
 # ---- The equations, by hand ----
 
 
 def test_feature_loss_by_hand():
-    """(3, 4) and (0, 5) have the length 5, so they become √2 · (0.6, 0.8) and √2 · (0, 1); the second pair is one
-    direction; the third differs by 2 in one number, where the loss is linear."""
+    """Row 1: (3, 4) and (0, 5) have length 5 and become √2 · (0.6, 0.8) and √2 · (0, 1). Row 2: equal directions.
+    Row 3: a difference of 2 in one component, where the loss is linear."""
     hidden = torch.tensor([[3.0, 4.0], [1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
     features = torch.tensor([[0.0, 5.0], [7.0, 7.0], [1.0, -1.0]], dtype=torch.float64)
     expected = (0.5 * 2 * 0.6**2 + 0.5 * 2 * 0.2**2) / 2 + 0.0 + (2 - 0.5) / 2
-    assert feature_loss_sum(hidden, features).item() == pytest.approx(expected, abs=1e-5)  # 1e-6 under the root
+    assert feature_loss_sum(hidden, features).item() == pytest.approx(expected, abs=1e-5)  # eps is 1e-6
     unrelated = torch.randn(2, 200, 256, generator=torch.Generator().manual_seed(0))
-    assert feature_loss_sum(*unrelated).item() / 200 == pytest.approx(0.72, abs=0.01)  # as its docstring says
+    assert feature_loss_sum(*unrelated).item() / 200 == pytest.approx(0.72, abs=0.01)  # see its docstring
 
 
 def test_basic_loss_by_hand():
-    """Features at right angles; two words, whose embeddings are the axes."""
+    """Orthogonal features and two words with unit vectors as embeddings."""
     image_features, refined = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
-    p = 1 / (1 + math.exp(2))  # of the first word by the refined features
+    p = 1 / (1 + math.exp(2))  # probability of the first word with the refined features
     q = 1 / (1 + math.exp(-1))
     divergence = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
     loss = basic_loss_sum(image_features, refined, torch.eye(2))
@@ -54,7 +55,7 @@ def test_basic_loss_by_hand():
 
 
 @pytest.mark.parametrize("detach", [True, False])
-def test_basic_gradient_is_that_of_plain_autograd(detach):
+def test_basic_gradient_equals_plain_autograd(detach):
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(5, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
     embeddings = torch.randn(9, 6, generator=generator, dtype=torch.float64)
@@ -73,7 +74,7 @@ def test_basic_gradient_is_that_of_plain_autograd(detach):
     assert (found[1].grad is None) == detach
 
 
-def test_no_rows_are_zero_with_a_graph():
+def test_no_rows_give_zero_with_a_graph():
     none = torch.zeros(0, 4, requires_grad=True)
     for loss in (feature_loss_sum(none, none.detach()), basic_loss_sum(none, none, torch.eye(4))):
         loss.backward()
@@ -84,7 +85,7 @@ def test_no_rows_are_zero_with_a_graph():
 
 
 def plain_visual_loss(model, batch, target: str) -> torch.Tensor:
-    """Mean over all image tokens, patch by patch from the hidden states; written without the package's losses."""
+    """Compute the mean over all image tokens patch by patch, without the losses of the package."""
     outputs = model(**batch, output_visual_logits=True, output_hidden_states=True)
     size, losses, patch = model.config.visual_vocab_size, [], 0
     features = outputs.image_features.flatten(0, 1)
@@ -110,13 +111,13 @@ def plain_visual_loss(model, batch, target: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """One step over all eight rows, of each rival."""
-    folder = tmp_path_factory.mktemp("rivals")
-    return {target: update(build_trainer(folder / target, **settings_of(target))) for target in RIVALS}
+    """Return the update of one step over all eight rows for each visual target."""
+    folder = tmp_path_factory.mktemp("targets")
+    return {target: update(build_trainer(folder / target, **settings_of(target))) for target in TARGETS}
 
 
-@pytest.mark.parametrize("target", RIVALS)
-def test_the_update_is_the_gradient_by_plain_autograd(whole, tmp_path, target):
+@pytest.mark.parametrize("target", TARGETS)
+def test_update_equals_plain_autograd(whole, tmp_path, target):
     trainer = build_trainer(tmp_path, **settings_of(target))
     model = trainer.model
     batch = trainer.data_collator(list(trainer.train_dataset))
@@ -127,11 +128,11 @@ def test_the_update_is_the_gradient_by_plain_autograd(whole, tmp_path, target):
         name: torch.zeros_like(parameter) if parameter.grad is None else -parameter.grad
         for name, parameter in model.named_parameters()
     }
-    # 1e-6 under the root of `feature`
+    # `feature` uses an eps of 1e-6.
     assert_same_update({name: whole[target][name] for name in expected}, expected, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("target", RIVALS)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     "split",
     [
@@ -141,18 +142,18 @@ def test_the_update_is_the_gradient_by_plain_autograd(whole, tmp_path, target):
     ],
     ids=["eight micro-batches", "packed", "checkpointed"],
 )
-def test_however_the_rows_come_the_step_is_one(whole, tmp_path, target, split):
-    """Ragged images and text-only rows."""
+def test_step_does_not_depend_on_batching(whole, tmp_path, target, split):
+    """The rows have different numbers of images, and some have none."""
     assert_same_update(update(build_trainer(tmp_path, **settings_of(target), **split)), whole[target], tolerance=2e-6)
 
 
-def test_the_rivals_differ(whole, tmp_path):
+def test_visual_targets_give_different_updates(whole, tmp_path):
     updates = {**whole, "next_patch": update(build_trainer(tmp_path, **HEAVY))}
     flat = [torch.cat([tensor.flatten() for tensor in found.values()]) for found in updates.values()]
     assert all((a - b).norm() > 0.1 * a.norm() for i, a in enumerate(flat) for b in flat[:i])
 
 
-def test_the_rival_is_seen_through_an_adapter(build_model):
+def test_visual_target_works_under_an_adapter(build_model):
     """PEFT calls the model's forward without its hooks."""
     from peft import LoraConfig, get_peft_model
 
@@ -165,15 +166,15 @@ def test_the_rival_is_seen_through_an_adapter(build_model):
     torch.testing.assert_close(peft_model(**batch, **call).loss_sums["visual_loss"], expected)
 
 
-def test_what_is_saved_knows_no_rival(tmp_path):
-    """The folder has the files and keys of any other, and its loss is the paper's; so has the model afterwards."""
-    trainer = build_trainer(tmp_path / "rival", **settings_of("feature"))
+def test_saved_model_does_not_depend_on_visual_target(tmp_path):
+    """A loaded model uses the paper's loss, as does the same model after a reset."""
+    trainer = build_trainer(tmp_path / "target", **settings_of("feature"))
     rows, evaluated = list(build_rows()), trainer.evaluate(build_rows())["eval_visual_loss"]
     trainer.save_model()
     build_trainer(tmp_path / "paper").save_model()
-    names, expected = ({path.name for path in (tmp_path / name).iterdir()} for name in ("rival", "paper"))
+    names, expected = ({path.name for path in (tmp_path / name).iterdir()} for name in ("target", "paper"))
     assert names == expected
-    loaded = VTLMMForConditionalGeneration.from_pretrained(tmp_path / "rival")
+    loaded = VTLMMForConditionalGeneration.from_pretrained(tmp_path / "target")
     set_visual_target(trainer.model, "next_patch")
     batch = trainer.data_collator(rows)
     call = {"return_loss_sums": True, "visual_student": "lm_head"}
@@ -193,12 +194,12 @@ def test_what_is_saved_knows_no_rival(tmp_path):
         ({"visual_target": "feature", "visual_student": "vm_head"}, "The VM head cannot learn by"),
     ],
 )
-def test_rivals_that_could_not_learn_are_refused(changes, message):
+def test_invalid_combinations_are_rejected(changes, message):
     with pytest.raises(ValueError, match=message):
         resolve_stage("joint", **changes)
 
 
-def test_the_plan_names_the_rival(build_model):
+def test_plan_names_the_visual_target(build_model):
     model = build_model()
     assert "vm_head teaches, at the patch itself" in describe(
         model, resolve_stage("joint", visual_target="same_patch")

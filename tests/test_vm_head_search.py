@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Several VM heads in one stage III: each learns as if alone, and the best on held-out rows is the model's."""
+"""The search over VM heads in stage III: each head trains as it would alone, and the best one is kept."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ CANDIDATES = [
     {"vm_head_init": "lm_head", "learning_rate": 1e-4},
 ]
 SETTINGS = {"stage": "visual_head", "optim": "adamw_torch", "learning_rate": 2e-2, "weight_decay": 0.1}
-# the clipping takes hold: all heads' gradients together would be cut more than each of them
+# The clipping has an effect: it would be stronger on the gradients of all heads together.
 SETTINGS |= {"max_grad_norm": 0.1, "max_steps": 4, "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine"}
 
 
@@ -40,7 +40,7 @@ def build(output_dir, **settings):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A trainer that has chosen, its heads as they learnt, and as they began."""
+    """Return a trainer after the search, its trained heads and their initial weights."""
     trainer = build(tmp_path_factory.mktemp("heads"))
     heads = vm_heads(trainer.model)
     start = copy.deepcopy([head.state_dict() for head in heads])
@@ -49,14 +49,14 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", range(len(CANDIDATES)))
-def test_a_candidate_learns_as_if_it_were_alone(trained, tmp_path, number):
+def test_candidate_trains_as_it_would_alone(trained, tmp_path, number):
     """The same rows, its own learning rate, clipping and weight decay."""
     trainer, heads, start = trained
     candidate = CANDIDATES[number]
     options = {"vm_head_type": candidate.get("vm_head_type", "linear")}
     settings = {**SETTINGS, "learning_rate": candidate.get("learning_rate", SETTINGS["learning_rate"])}
     alone = build_trainer(tmp_path, model_options=options, **settings)
-    # a head of another type takes other random numbers, and then the decoder does too
+    # The random numbers for the decoder depend on the type of the head, so copy all other weights.
     others = {name: tensor for name, tensor in weights(trainer.model).items() if "vm_head" not in name}
     alone.model.load_state_dict(others, strict=False)
     alone.model.model.vm_head.load_state_dict(start[number])
@@ -68,7 +68,7 @@ def test_a_candidate_learns_as_if_it_were_alone(trained, tmp_path, number):
     assert moved > 1e-4
 
 
-def test_the_best_head_is_kept(trained, tmp_path, capsys):
+def test_best_head_is_kept(trained, tmp_path, capsys):
     trainer, heads, _ = trained
     losses = [row["eval_visual_loss"] for row in trainer.vm_head_table]
     best = losses.index(min(losses))
@@ -93,7 +93,7 @@ def test_the_best_head_is_kept(trained, tmp_path, capsys):
     }
 
 
-def test_heads_start_as_they_are_told(tmp_path):
+def test_heads_start_with_their_initialization(tmp_path):
     model = build(tmp_path).model
     heads = vm_heads(model)
     words = model.config.visual_vocab_size
@@ -105,8 +105,8 @@ def test_heads_start_as_they_are_told(tmp_path):
     assert heads[1].residual_block.input.weight.abs().max() > 0 and not torch.equal(heads[0].weight, heads[3].weight)
 
 
-def test_a_resumed_run_chooses_the_same_head(trained, tmp_path):
-    """From the checkpoint of step 2, when later ones are lost."""
+def test_resumed_run_keeps_the_same_head(trained, tmp_path):
+    """Resume from step 2 after the later checkpoint is deleted."""
     trainer, heads, _ = trained
     saving = {"save_strategy": "steps", "save_steps": 2}
     build(tmp_path, **saving).train()
@@ -124,7 +124,7 @@ WORKER = textwrap.dedent(
     """
     import sys
     from safetensors.torch import save_file
-    from test_vm_heads import build
+    from test_vm_head_search import build
     from training_setup import weights
 
     trainer = build(sys.argv[1], per_device_train_batch_size=1)
@@ -156,11 +156,11 @@ def test_two_processes_equal_one(trained, tmp_path):
     ("candidates", "message"),
     [
         ([{}], "two candidates or more"),
-        ([{}, {"vm_head_type": "cnn"}], "vm_head_type of candidate 1 is 'cnn'; it must be linear, mlp, attention"),
-        ([{"lr": 1e-3}, {}], "Candidate 0 of `vm_head_candidates` has the key 'lr'"),
+        ([{}, {"vm_head_type": "cnn"}], "`vm_head_type` of candidate 1 is 'cnn'; it must be linear, mlp, attention"),
+        ([{"lr": 1e-3}, {}], "Candidate 0 of `vm_head_candidates` has the unknown key 'lr'"),
     ],
 )
-def test_impossible_candidates_are_refused(tmp_path, candidates, message):
+def test_invalid_candidates_are_rejected(tmp_path, candidates, message):
     with pytest.raises(ValueError, match=message):
         VTLMMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, stage="visual_head", vm_head_candidates=candidates)
 
@@ -173,7 +173,7 @@ def test_candidates_need_stage_iii_and_held_out_rows(tmp_path):
 
 
 def test_settings_of_candidates(tmp_path):
-    """A rate that YAML reads as text; a start that the run names for all; a second training without candidates."""
+    """A learning rate given as a string, a default initialization, and a second training without candidates."""
     candidates = [{"learning_rate": "1e-3"}, {"vm_head_init": "input_embeddings"}]
     settings = {**SETTINGS, "max_steps": 1, "vm_head_init": "random"}
     rows = build_rows((1, 1, 0, 2), seed=1)
