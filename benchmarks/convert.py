@@ -1,13 +1,13 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Time, peak memory and disk of a conversion: llava-hf -> VT-LMM -> native twin, on random bfloat16 weights.
+"""Measure time, peak memory and disk space of the conversions llava-hf -> VT-LMM -> llava on random bfloat16 weights.
 
-    python benchmarks/convert.py                  # some 50 MB, seconds
-    python benchmarks/convert.py --shape 7b       # LLaVA-1.5-7B: 14 GB, and as much again for each of two results
+    python benchmarks/convert.py                  # about 50 MB, a few seconds
+    python benchmarks/convert.py --shape 7b       # LLaVA-1.5-7B: three checkpoints of 14 GB
 
-Everything lies in a temporary folder (`TMPDIR` says where) and is removed at the end. Each step runs in a process of
-its own, whose greatest resident memory is printed. That counts the pages of mapped files too, which the system may
-take back at any time; "before" is what Python and its libraries took before the conversion began. This process imports
-nothing large, because on Linux a child's peak begins at its parent's.
+All files are in a temporary folder (set `TMPDIR` to change it) and are deleted at the end. Each step runs in its own
+process, whose maximum resident memory is printed. It includes pages of mapped files, which the system can free at any
+time. "before" is the memory of Python and its libraries before the conversion. This process imports no large library,
+because on Linux the peak of a child process starts at the peak of its parent.
 """
 
 import argparse
@@ -35,7 +35,7 @@ NUM_ROWS, IMAGE_TOKEN_ID = 32064, 32000  # llava-hf's, padded to a multiple of 6
 
 
 def make(args, source: Path, output: Path):
-    """A checkpoint as llava-hf has them, written shard by shard."""
+    """Write a checkpoint in the format of llava-hf, shard by shard."""
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -81,18 +81,18 @@ def to_llava(args, source: Path, output: Path):
 
 
 def compare(args, source: Path, output: Path):
-    """Every tensor of the twin against the checkpoint that all began with."""
+    """Compare all tensors of the exported checkpoint with the original ones."""
     from torch import equal
 
     from vtlmm.hub.checkpoint_files import list_tensors, map_file
 
     expected, found = list_tensors(source), list_tensors(output)
     if expected.keys() != found.keys():
-        raise SystemExit(f"Other tensors: {', '.join(sorted(expected.keys() ^ found.keys()))}.")
+        raise SystemExit(f"Tensors that are in one checkpoint only: {sorted(expected.keys() ^ found.keys())}.")
     for name, tensor in expected.items():
         other = found[name]
         if not equal(tensor.take_from(map_file(tensor.file)), other.take_from(map_file(other.file))):
-            raise SystemExit(f"{name} is not what it was.")
+            raise SystemExit(f"Tensor {name} has changed.")
 
 
 STEPS = {
@@ -104,12 +104,12 @@ STEPS = {
 
 
 def peak_bytes() -> int:
-    """Greatest resident memory of this process so far."""
+    """Return the maximum resident memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def run_step(args, folder: Path) -> dict:
-    """One step in this process: seconds without the imports, and peak memory before and at the end."""
+    """Run one step in this process. Return its seconds without imports, and the peak memory before and after it."""
     import vtlmm.hub.convert
     import vtlmm.hub.export_llava  # noqa: F401 - not what is measured
 
@@ -122,10 +122,12 @@ def run_step(args, folder: Path) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="tiny", choices=SHAPES)
-    parser.add_argument("--layers", type=int, help="decoder layers, if not the shape's")
-    parser.add_argument("--shard-size", default="2GB", help="of what is written; default: as vtlmm convert, 2GB")
-    parser.add_argument("--source-shard-size", default="5GB", help="of the checkpoint that is read")
-    parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--layers", type=int, help="number of decoder layers (default: that of the shape)")
+    parser.add_argument(
+        "--shard-size", default="2GB", help="shard size of the output (default: 2GB, as in vtlmm convert)"
+    )
+    parser.add_argument("--source-shard-size", default="5GB", help="shard size of the input")
+    parser.add_argument("--json", help="file for all numbers")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()

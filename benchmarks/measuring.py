@@ -1,19 +1,22 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""What the benchmarks share: where numbers come from, and ratios that a slow minute of the machine does not change."""
+"""Helpers of the benchmarks: a description of the machine, and ratios within rounds."""
 
 import datetime
+import gc
 import os
 import platform
 import statistics
 import subprocess
+import time
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def machine(device):
-    """Where the numbers come from."""
+    """Return the date, hardware, load and versions of a run."""
     try:
         cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
         cpu = cpu.partition(":")[2].strip()
@@ -38,6 +41,44 @@ def machine(device):
 
 
 def ratio(values, reference):
-    """Median, least and greatest of the ratios within a round; one value a round."""
+    """Return the median, minimum and maximum of the ratios within a round. Both lists have one value per round."""
     ratios = [a / b for a, b in zip(values, reference, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def milliseconds(function, device):
+    """Return the duration of one call of `function` in milliseconds."""
+    gc.collect()
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    # The CPU time of a single thread excludes the time of other processes.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    function()
+    return (clock() - start) * 1e3
+
+
+def peak_bytes(function, device):
+    """Return the peak of the memory that one call of `function` allocates, in bytes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # torch does not record the peak on a CPU, but its profiler records all allocations.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak

@@ -1,19 +1,19 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""A whole optimizer step of each stage against plain LLaVA, and rows per second of packed, grouped and padded batches.
+"""Compare the optimizer steps of each stage with LLaVA, and packed, grouped and padded batches with each other.
 
     python benchmarks/step.py --data-folder ../shared/data --json step.json
 
-Steps: `VTLMMTrainer` against transformers' `LlavaForConditionalGeneration` with TRL's `SFTTrainer`, on the same rows
-in the same batches, with the same tower and decoder, modules that learn, optimizer and dtype; everything else is each
-trainer's default. Stage III has no counterpart in LLaVA: it stands against the step of stage IV, LLaVA's usual one.
-With SFTTrainer's defaults every token is a target; LLaVA with VT-LMM's targets (the answers) stands beside it.
+Steps: `VTLMMTrainer` is compared with transformers' `LlavaForConditionalGeneration` and TRL's `SFTTrainer`. Rows,
+batches, vision tower, decoder, trainable modules, optimizer and dtype are the same. All other settings are the
+trainers' defaults. LLaVA has no stage III, so that stage is compared with LLaVA's step of stage IV. With SFTTrainer's
+defaults all tokens are targets. A second LLaVA run has VT-LMM's targets, the answers.
 
-Batches: the same rows packed, grouped by length and padded as they come, each twice over at learning rate 0: the
-second pass is timed, and its losses must be equal.
+Batches: the same rows are packed, grouped by length, or padded in their order. Each variant makes two passes with
+learning rate 0. The second pass is timed, and its losses must be equal.
 
-Every measurement is a process of its own, so that its peak memory is its own (the greatest resident set, libraries
-included; on a GPU what torch allocated). Each round begins with another one, and a ratio is the median over the rounds
-of the ratio within a round (least and greatest in brackets).
+Each measurement runs in its own process, so its peak memory is separate (maximum resident set including libraries, or
+the memory allocated by torch on a GPU). Each round starts with a different implementation. A ratio is the median over
+the rounds of the ratio within a round, with minimum and maximum in brackets.
 """
 
 import argparse
@@ -40,8 +40,8 @@ def sizes(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads
     return {**dict(zip(names, values, strict=True)), **others}
 
 
-# A tower, a decoder, rows of a padded batch, and packs of so many tokens in the place of one. `small` is what a laptop
-# trains for a trial, with the tokens of CLIP-L/336's images: what padding costs depends on them. 7b: Vicuna.
+# Vision tower, decoder, rows per padded batch, and (number of packs, tokens per pack) of a packed batch. `small` is a
+# model for a test run on a laptop with the image tokens of CLIP-L/336. `7b` has the size of Vicuna.
 SHAPES = {
     "tiny": {
         "vision": sizes(32, 64, 2, 4, image_size=56),
@@ -70,7 +70,7 @@ PRELOADED = ["transformers.models.llava.modeling_llava", "trl.trainer.sft_traine
 LLAVA, SAME_TARGETS = "LLaVA, SFTTrainer", "LLaVA, SFTTrainer, answers alone are targets"
 OURS, WITHOUT, CACHED = "ours", "ours, visual loss off", "ours, vision features cached"
 PADDED, GROUPED, PACKED = "padded as they come", "grouped by length", "packed"
-# stage: what is measured beside LLaVA
+# Implementations that are compared with LLaVA in each stage.
 STEPS = {
     "projector": (OURS, CACHED),
     "decoder": (OURS,),
@@ -81,7 +81,7 @@ STEPS = {
 
 @dataclass
 class Task:
-    """One process: which implementation, and what it does."""
+    """Settings of one process: the implementation, its data and its trainer."""
 
     name: str
     arguments: argparse.Namespace
@@ -91,13 +91,15 @@ class Task:
     settings: dict = field(default_factory=dict)
 
 
-# ---- Data, processor and models, made in the process that measures ----
+# ---- Data, processor and models, created in the measured process ----
 
 
 def load_data(task):
     """
-    Rows with `messages` and `images`. llava: LLaVA's captions, and as many rows of text alone, of one to twelve
-    captions to be written in a list; easy_vqa: ten questions on one image a row.
+    Return rows with `messages` and `images`.
+
+    `llava` has LLaVA's captions and the same number of text-only rows, which list one to twelve captions. `easy_vqa`
+    has one image and ten questions per row.
     """
     from vtlmm.data.rows import load_rows
 
@@ -125,7 +127,7 @@ def load_data(task):
 
 
 def build_tokenizer(dataset):
-    """Byte-pair encoding of the rows' own texts in 2000 words: about as many tokens a caption as Llama's has."""
+    """Return a byte-pair encoding of 2000 tokens trained on the rows. Captions are about as long as in Llama's."""
     from tokenizers import ByteLevelBPETokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -222,18 +224,18 @@ def build_trainer(task, output_dir, callback):
     )
 
 
-# ---- Measuring, one process each ----
+# ---- Measurements, one process each ----
 
 
 def now(device):
     if device == "cuda":
         torch.cuda.synchronize()
-    # The time of a single thread can be counted without what other processes took from it.
+    # The CPU time of a single thread excludes the time of other processes.
     return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def measure(task):
-    """Seconds of every step and pass, the peak of the memory, and the losses of the last pass (if it logs them)."""
+    """Return the seconds per step and pass, the peak memory, and the losses of the last pass if it logs them."""
     from transformers import TrainerCallback
 
     steps, passes, device = [], [], task.arguments.device
@@ -251,7 +253,7 @@ def measure(task):
 
     torch.set_num_threads(task.arguments.threads)
     with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as output_dir:
-        # deeper, so that what is beside it (the cache, filled before the first step) is deleted too
+        # A subfolder, so that the vision feature cache next to it is deleted too.
         trainer = build_trainer(task, str(Path(output_dir, "run")), Clock())
         trainer.train()
     logged = [entry for entry in trainer.state.log_history if "lm_loss" in entry or "visual_loss" in entry]
@@ -259,7 +261,7 @@ def measure(task):
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
     return {
-        # the first step also warms up: it is left out
+        # The first step is a warm-up and not counted.
         "seconds": statistics.median(b - a for a, b in zip(steps[1:], steps[2:], strict=False)),
         "seconds_of_pass": passes[-1] - passes[-2],
         "steps_of_pass": trainer.state.global_step // (len(passes) // 2),
@@ -269,9 +271,9 @@ def measure(task):
 
 
 def run_rounds(tasks, rounds):
-    """`{name: {"seconds": [one a round], …}}`, each measurement in a fresh process."""
+    """Return `{name: {"seconds": [value per round], …}}`, with a new process for each measurement."""
     results = {task.name: {} for task in tasks}
-    # A server that has imported everything and computed nothing: a fork of it is fresh and costs no seconds.
+    # The server has imported all libraries, so a fork of it starts at once and has computed nothing.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     for i in range(rounds):
@@ -344,16 +346,22 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=SHAPES, help="cpu: small, cuda: 7b")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; 7b: bfloat16, else float32")
-    parser.add_argument("--optim", help="7b: sgd (AdamW's state of a 7B model fills a GPU), else adamw_torch_fused")
-    parser.add_argument("--stage", nargs="*", choices=STEPS, default=list(STEPS), help="none: no steps")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (7b: bfloat16, else float32)"
+    )
+    parser.add_argument(
+        "--optim", help="optimizer (7b: sgd, since AdamW's state would fill a GPU, else adamw_torch_fused)"
+    )
+    parser.add_argument(
+        "--stage", nargs="*", choices=STEPS, default=list(STEPS), help="stages to measure (empty list: none)"
+    )
     parser.add_argument("--data", nargs="*", choices=("llava", "easy_vqa"), default=["llava", "easy_vqa"])
-    parser.add_argument("--data-folder", default="../shared/data", help="where llava_pretrain_2k and easy_vqa lie")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are timed, after one that is not")
-    parser.add_argument("--rows", type=int, default=64, help="rows of a pass, for the batches; 0: no batches")
+    parser.add_argument("--data-folder", default="../shared/data", help="folder of llava_pretrain_2k and easy_vqa")
+    parser.add_argument("--steps", type=int, default=5, help="number of timed steps, after one warm-up step")
+    parser.add_argument("--rows", type=int, default=64, help="rows per pass for the batches (0: no batches)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU; with 1, times are CPU times")
-    parser.add_argument("--json", type=Path, help="also write every number to this file")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (1: measure CPU time)")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
     arguments.shape = arguments.shape or ("7b" if arguments.device == "cuda" else "small")
     arguments.dtype = arguments.dtype or ("bfloat16" if arguments.shape == "7b" else "float32")

@@ -1,13 +1,13 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Resident memory while a long stream is read and trained on; it must not grow with the rows.
+"""Measure the resident memory while a long stream is read and trained on. It must not grow with the number of rows.
 
     PYTHONPATH=tests python benchmarks/streaming.py --rows 100000 --json streaming.json
 
-Writes a JSONL file of conversations, of which four in five have one of a few tiny images, and goes through it as
-`vtlmm train` does with `streaming: true`: every row checked as it comes, images decoded, batches collated. First
-without a model, then with a tiny one of the tests that takes `--steps` optimizer steps. Linux only.
+The script writes a JSONL file of conversations, four of five with a tiny image. It reads the file as `vtlmm train`
+does with `streaming: true`: rows are checked one by one, images are decoded and batches are collated. The first pass
+has no model. The second pass trains a tiny model for `--steps` optimizer steps. Linux only.
 
-What Python's allocator takes in the beginning is no growth: memory is compared from the first tenth on.
+The growth is measured after the first tenth, because Python's allocator takes memory at the start.
 """
 
 import argparse
@@ -33,7 +33,7 @@ NUM_IMAGES, NUM_INTERVALS = 32, 10
 
 
 def write_rows(folder: Path, num_rows: int) -> Path:
-    """A JSONL file in LLaVA's form; no two rows say the same, so that no cache of strings can help."""
+    """Write a JSONL file in LLaVA's format. All rows differ, so a cache of strings has no effect."""
     generator = torch.Generator().manual_seed(0)
     for i in range(NUM_IMAGES):
         color = torch.randint(0, 256, (3,), generator=generator).tolist()
@@ -56,7 +56,7 @@ def resident_mib() -> float:
 
 
 class Memory:
-    """Resident memory at even intervals of a run."""
+    """Record the resident memory at even intervals of a run."""
 
     def __init__(self, title: str, total: int, unit: str):
         self.title, self.total, self.unit = title, total, unit
@@ -92,7 +92,7 @@ def train(rows, folder: Path, num_steps: int, batch_size: int) -> dict:
             memory.look(state.global_step)
 
     settings = {"max_steps": num_steps, "per_device_train_batch_size": batch_size, "learning_rate": 0.01}
-    settings |= {"dataloader_num_workers": 0}  # a worker would read the stream in a memory of its own
+    settings |= {"dataloader_num_workers": 0}  # a worker process would use its own memory
     trainer = build_trainer(folder / "out", rows, logging_steps=num_steps, **settings)
     trainer.add_callback(Look())
     trainer.train()
@@ -102,9 +102,9 @@ def train(rows, folder: Path, num_steps: int, batch_size: int) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--steps", type=int, default=500, help="optimizer steps of the tiny model; 0: none")
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps of the tiny model (0: no training)")
     parser.add_argument("--batch-size", type=int, default=20, help="rows")
-    parser.add_argument("--json", type=Path, help="also write every number to this file")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
     report = {"machine": platform.platform(), "rows": arguments.rows, "batch_size": arguments.batch_size}
     processor = build_processor()

@@ -1,31 +1,28 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Time, peak memory and error of the fused losses, against the ways others compute the same numbers.
+"""Measure time, peak memory and error of the fused losses, and compare them with other implementations.
 
     PYTHONPATH=. python benchmarks/visual_loss.py --json visual_loss.json
 
 Four comparisons: the visual loss where the VM head learns (stage III) and where the decoder learns (stage IV), the
 whole loss of stage IV (text + visual), and the pseudo image features. Forward and backward, on random data.
 
-Every implementation runs once a round, each round begins with another one, and a ratio is the median over the rounds
-of the ratio within a round (least and greatest in brackets): a machine that is slow for a while slows all of them.
-Peak memory is what a call allocates above its inputs, its gradients included. Errors are relative, ‖found − exact‖ /
-‖exact‖, to float64 on the same (rounded) inputs.
+Each implementation runs once per round. Each round starts with a different implementation. A ratio is the median over
+the rounds of the ratio within a round, with minimum and maximum in brackets, so slow phases of the machine cancel.
+Peak memory includes the gradients but not the inputs. Errors are relative to float64 with the same rounded inputs,
+‖value − exact‖ / ‖exact‖.
 """
 
 import argparse
-import gc
 import importlib
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measuring import machine, ratio
-from torch.profiler import ProfilerActivity, profile
+from measuring import machine, milliseconds, peak_bytes, ratio
 
 from modeling_vtlmm.fused_losses_vtlmm import (
     fused_language_loss_sum,
@@ -37,7 +34,7 @@ from modeling_vtlmm.losses_vtlmm import language_loss_sum, pseudo_image_features
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STAGES = {"visual_head": "III", "joint": "IV"}
-# One sequence: a system prompt, an image of CLIP-L/336, a question, an answer. Only the answer is a language target.
+# A sequence has a system prompt, an image of CLIP-L/336, a question and an answer. The answer is the language target.
 PROMPT_TOKENS, IMAGE_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 35, 576, 25, 100
 SEQUENCE_TOKENS = PROMPT_TOKENS + IMAGE_TOKENS + QUESTION_TOKENS + ANSWER_TOKENS
 PLAIN, OURS, PRODUCTS = "masked, plain autograd", "ours", "matrix products alone"
@@ -47,17 +44,17 @@ NAMED = "masked, plain autograd, logits named"
 
 @dataclass
 class Comparison:
-    """Implementations of one thing; each returns its value and gradients, in the order of `names`."""
+    """Implementations of one function. Each returns its value and gradients in the order of `names`."""
 
     title: str
     names: tuple[str, ...]
     implementations: dict[str, Callable[[], list[torch.Tensor]]]
     exact: Callable[[], list[torch.Tensor]]
-    results: dict[str, dict] = field(default_factory=dict)  # of each implementation, filled by `measure`
+    results: dict[str, dict] = field(default_factory=dict)  # by implementation, filled by `measure`
 
 
 class Data:
-    """Hidden states and image features of whole sequences, the rows that the losses look at, and both heads."""
+    """Hidden states and image features of sequences, the rows that the losses select, and both heads."""
 
     def __init__(self, arguments):
         if arguments.rows % IMAGE_TOKENS:
@@ -68,7 +65,7 @@ class Data:
         torch.manual_seed(0)
         self.hidden_states = self.normal(batch_size, SEQUENCE_TOKENS, hidden_size)
         self.inputs_embeds = self.normal(batch_size, SEQUENCE_TOKENS, hidden_size)
-        # Logits with a standard deviation of 2: neither flat nor certain.
+        # The logits get a standard deviation of 2.
         self.lm_weight = self.normal(self.vocab_size, hidden_size, scale=2 / hidden_size**0.5)
         self.vm_weight = self.normal(self.vocab_size, hidden_size, scale=2 / hidden_size**0.5)
         self.embeddings = self.normal(self.vocab_size, hidden_size)
@@ -89,7 +86,7 @@ class Data:
 
 
 def step(function, inputs, upstream=None, learn=None):
-    """A call without arguments: the forward and backward of `function`, giving its value and gradients."""
+    """Return a function without arguments that runs forward and backward and returns the value and gradients."""
     learn = learn or [True] * len(inputs)
 
     def run():
@@ -102,14 +99,14 @@ def step(function, inputs, upstream=None, learn=None):
 
 
 def masked_loss_sum(student, student_weight, teacher, teacher_weight):
-    """What one writes without further thought: rows of patches, a constant target, KLDivLoss of its probabilities."""
+    """Compute the loss in the simplest way: select the patches, detach the target, call kl_div."""
     with torch.no_grad():
         target = F.linear(teacher, teacher_weight).float().softmax(-1)
     return F.kl_div(F.linear(student, student_weight).float().log_softmax(-1), target, reduction="sum")
 
 
 def named_loss_sum(student, student_weight, teacher, teacher_weight):
-    """The same, line by line: both logits have a name, and so live until the forward ends."""
+    """Compute the same with both logits in variables, which stay in memory until the end of the forward."""
     student_logits = F.linear(student, student_weight).float()
     with torch.no_grad():
         teacher_logits = F.linear(teacher, teacher_weight).float()
@@ -118,9 +115,9 @@ def named_loss_sum(student, student_weight, teacher, teacher_weight):
 
 def released_loss(data, stage, with_text=False, upcast=False):
     """
-    The released formulation: the whole sequence through both heads, shifted, copied, then indexed by the image tokens;
-    log_softmax, softmax and KLDivLoss in the dtype of the logits. The target is not detached, so where the projector
-    learns (stage IV) a gradient goes through it too.
+    Return the released formulation, which computes both heads for the whole sequence, shifts and copies the logits,
+    and then selects the image tokens. The dtype of the softmax is the dtype of the logits. The target is not detached,
+    so in stage IV the image features get a gradient too.
     """
     joint = stage == "joint"
     inputs = data.hidden_states, data.inputs_embeds, data.lm_weight, data.vm_weight
@@ -163,7 +160,7 @@ def compare_visual_loss(data, stage):
     joint = stage == "joint"
 
     def weight_first(function):
-        # dW learns in both stages, dx in stage IV alone.
+        # Both stages need dW. Only stage IV needs dX.
         inputs = (weight, student) if joint else (weight,)
         return step(lambda w, x=student: function(x, w) / data.num_rows, inputs)
 
@@ -201,7 +198,7 @@ def compare_visual_loss(data, stage):
 
 
 def compare_stage_iv_loss(data):
-    """Text and visual loss through one `lm_head`; the gradient at the hidden states is that of whole sequences."""
+    """Compare the sum of text and visual loss, with gradients of `lm_head` and of the hidden states of sequences."""
     num_words = data.words.numel()
 
     def both(language_loss, visual_loss):
@@ -237,7 +234,7 @@ def compare_pseudo_image_features(data):
     inputs = data.vm_weight, data.image_features, data.embeddings
 
     def products():
-        for _ in range(2):  # the forward's two products have two gradients each
+        for _ in range(2):  # each of the two products of the forward has two gradients
             logits = torch.mm(data.image_features, data.vm_weight.t())
             torch.mm(logits, data.embeddings)
             torch.mm(logits.t(), data.image_features)
@@ -263,7 +260,7 @@ def compare_pseudo_image_features(data):
 
 
 def exact_losses(data, stage, with_text=False):
-    """Loss, dW and dX in float64 by plain autograd, some rows at a time."""
+    """Return loss, dW and dX in float64 from plain autograd, in chunks of rows."""
     heads = {"visual_head": (data.image_features, data.vm_weight), "joint": (data.patch_states, data.lm_weight)}
     features, weight = (tensor.double() for tensor in heads.pop(stage))
     ((teacher, teacher_weight),) = heads.values()
@@ -287,56 +284,20 @@ def exact_losses(data, stage, with_text=False):
 def optional(module, name):
     try:
         return importlib.import_module(module)
-    except Exception as error:  # some libraries fail in their own import, each in its own way
+    except Exception as error:  # imports of these libraries raise different errors
         print(f"Skipped: {name} ({type(error).__name__}: {error})")
         return None
 
 
-def milliseconds(function, device):
-    gc.collect()
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    # The time of a single thread can be counted without what other processes took from it.
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    function()
-    return (clock() - start) * 1e3
-
-
-def peak_bytes(function, device):
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    # torch keeps no peak for a CPU, but its profiler records each allocation and each release.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    current = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return peak
-
-
 def measure(comparison, device, rounds):
-    """Errors and peak from one call each, then the interleaved rounds."""
+    """Measure error and peak memory in one call each, and then the time in interleaved rounds."""
     exact = comparison.exact()
     for name, function in list(comparison.implementations.items()):
         result = comparison.results[name] = {"milliseconds": []}
         try:
             found = function()
             result["peak_bytes"] = peak_bytes(function, device)
-        except Exception as error:  # one that does not fit, or whose interface has changed, must not stop the others
+        except Exception as error:  # e.g. out of memory or a changed interface
             print(f"Skipped: {name} ({type(error).__name__}: {str(error)[:200]})")
             del comparison.implementations[name], comparison.results[name]
             continue
@@ -354,7 +315,7 @@ def measure(comparison, device, rounds):
 
 
 def table(comparison):
-    """A markdown table; writes the ratios into the results on its way."""
+    """Return a markdown table, and add the ratios to the results."""
     results = comparison.results
     lines = [
         f"### {comparison.title}",
@@ -389,8 +350,8 @@ def parse_arguments():
     parser.add_argument("--vocab-size", type=int, default=32000, help="words")
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="visual_head: III, joint: IV")
     parser.add_argument("--rounds", type=int, help="cpu: 5, cuda: 20")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU; with 1, times are CPU times")
-    parser.add_argument("--json", type=Path, help="also write every number to this file")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (1: measure CPU time)")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
     defaults = {"dtype": "float32", "rows": 1152, "hidden_size": 1024, "rounds": 5}
     if arguments.device == "cuda":
