@@ -122,7 +122,7 @@ def run_step(args, folder: Path) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="tiny", choices=SHAPES)
-    parser.add_argument("--layers", type=int, help="number of decoder layers (default: that of the shape)")
+    parser.add_argument("--layers", type=int, help="number of decoder layers (default: as in the shape)")
     parser.add_argument(
         "--shard-size", default="2GB", help="shard size of the output (default: 2GB, as in vtlmm convert)"
     )

@@ -52,7 +52,7 @@ class VTLMMGenerationMixin(GenerationMixin):
         return inputs
 
     def _get_logits_processor(self, *args, **kwargs):
-        """Return the base class's processors. Those that look up prompt ids get a score for the image token."""
+        """Return the base class's processors. Processors that look up prompt ids get a score for the image token."""
         processors = super()._get_logits_processor(*args, **kwargs)
         if not self._image_token_is_in_vocabulary():
             for i, processor in enumerate(processors):

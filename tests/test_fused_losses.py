@@ -1,4 +1,4 @@
-"""The fused losses against the plain ones: the same value and gradients, and what their docstrings promise."""
+"""The fused losses have the values and gradients of the plain ones, and the properties in their docstrings."""
 
 import math
 from types import SimpleNamespace
@@ -12,9 +12,9 @@ from modeling_vtlmm import fused_losses_vtlmm as fused
 from modeling_vtlmm import losses_vtlmm as plain
 
 
-# Two chunks of 150 and 149 rows on a CPU, in blocks of 8 rows here; the two sides differ in hidden size.
+# A CPU makes two chunks of 150 and 149 rows, in blocks of 8 rows. The two sides differ in hidden size.
 NUM_ROWS, VOCAB_SIZE, IMAGE_SIZE, HIDDEN_SIZE = 299, 61, 12, 20
-LOSSES = ("vm_head learns", "lm_head learns", "language")
+LOSSES = ("vm_head is student", "lm_head is student", "language")
 FUNCTIONS = (*LOSSES, "pseudo image features")
 
 
@@ -28,9 +28,9 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 def function_and_inputs(module, name, num_rows=NUM_ROWS, dtype=torch.float64, exact=False, device="cpu"):
     """
-    One function of `module` (plain or fused) with its constants bound, and the tensors that it differentiates.
+    Return a function of `module` (plain or fused) with its constants bound, and the tensors to differentiate.
 
-    With `exact` the numbers are rounded to `dtype` and then computed with in float64.
+    With `exact`, the numbers are rounded to `dtype` and converted to float64.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -48,8 +48,8 @@ def function_and_inputs(module, name, num_rows=NUM_ROWS, dtype=torch.float64, ex
         getattr(module, prefix + f) for f in ("visual_loss_sum", "language_loss_sum", "pseudo_image_features")
     )
     return {
-        "vm_head learns": (lambda features, weight: visual_loss_sum(features, weight, *text), image),
-        "lm_head learns": (lambda features, weight: visual_loss_sum(features, weight, *image), text),
+        "vm_head is student": (lambda features, weight: visual_loss_sum(features, weight, *text), image),
+        "lm_head is student": (lambda features, weight: visual_loss_sum(features, weight, *image), text),
         "language": (lambda features, weight: language_loss_sum(features, weight, words), text),
         "pseudo image features": (pseudo_image_features, (*image, embeddings)),
     }[name]
@@ -58,7 +58,7 @@ def function_and_inputs(module, name, num_rows=NUM_ROWS, dtype=torch.float64, ex
 def value_and_gradients(function, inputs, scale=1.0, learn=(True, True, True)):
     leaves = [tensor.detach().clone().requires_grad_(needed) for tensor, needed in zip(inputs, learn, strict=False)]
     value = function(*leaves)
-    # Uneven weights: a plain sum of the pseudo image features would hide a mistake in the columns.
+    # Different weights, because a plain sum of the pseudo image features would hide errors in the columns.
     weights = torch.arange(1, value.numel() + 1, device=value.device).view(value.shape) / value.numel()
     (value * weights * scale).sum().backward()
     return [value.detach(), *(leaf.grad for leaf in leaves)]
@@ -97,7 +97,7 @@ def test_two_words_by_hand():
     def leaf(*rows):
         return torch.tensor(rows, dtype=torch.float64, requires_grad=True)
 
-    # The student says (3/4, 1/4), the teacher (1/2, 1/2): KL = ½ ln(2/3) + ½ ln 2, and G = (1/4, −1/4).
+    # Student (3/4, 1/4), teacher (1/2, 1/2): KL = ½ ln(2/3) + ½ ln 2, and G = (1/4, −1/4).
     features, weight, flat = leaf([1.0]), leaf([math.log(3)], [0.0]), torch.zeros(2, 1, dtype=torch.float64)
     loss = fused.fused_visual_loss_sum(features, weight, torch.ones(1, 1, dtype=torch.float64), flat)
     loss.backward()
@@ -105,14 +105,14 @@ def test_two_words_by_hand():
     assert weight.grad.flatten().tolist() == pytest.approx([0.25, -0.25])
     assert features.grad.item() == pytest.approx(0.25 * math.log(3))
 
-    # The word is the second: −ln(1/4), and G = (3/4, −3/4).
+    # The target is the second word: −ln(1/4), and G = (3/4, −3/4).
     features, weight = leaf([1.0]), leaf([math.log(3)], [0.0])
     loss = fused.fused_language_loss_sum(features, weight, torch.tensor([1]))
     loss.backward()
     assert loss.item() == pytest.approx(math.log(4))
     assert weight.grad.flatten().tolist() == pytest.approx([0.75, -0.75])
 
-    # ¾·4 + ¼·8 = 5; at the logits p·(E − 5) = (−3/4, 3/4).
+    # ¾·4 + ¼·8 = 5. The gradient at the logits is p·(E − 5) = (−3/4, 3/4).
     features, weight, embeddings = leaf([1.0]), leaf([math.log(3)], [0.0]), leaf([4.0], [8.0])
     pseudo = fused.fused_pseudo_image_features(features, weight, embeddings)
     pseudo.sum().backward()
@@ -144,7 +144,7 @@ def test_no_rows_give_zero_with_a_graph(name):
 
 
 def test_teacher_gets_no_gradient_with_tied_heads():
-    _, (features, weight) = function_and_inputs(fused, "vm_head learns")
+    _, (features, weight) = function_and_inputs(fused, "vm_head is student")
     teacher_features = features.flip(0).requires_grad_()
     expected = value_and_gradients(
         lambda x, w: plain.visual_loss_sum(x, w, teacher_features.detach(), w.detach()), (features, weight)
@@ -158,7 +158,7 @@ def test_teacher_gets_no_gradient_with_tied_heads():
 
 
 def test_gradient_of_a_weight_slice_stays_in_its_rows():
-    function, (features, weight) = function_and_inputs(fused, "lm_head learns")
+    function, (features, weight) = function_and_inputs(fused, "lm_head is student")
     wider = torch.cat((weight, torch.ones(5, HIDDEN_SIZE, dtype=weight.dtype)))
     _, expected = value_and_gradients(lambda w: function(features, w), (weight,))
     _, found = value_and_gradients(lambda w: function(features, w[:VOCAB_SIZE]), (wider,))
@@ -166,8 +166,8 @@ def test_gradient_of_a_weight_slice_stays_in_its_rows():
 
 
 def test_sides_can_differ_in_dtype():
-    _, (image_features, vm_weight) = function_and_inputs(fused, "vm_head learns", dtype=torch.bfloat16)
-    _, student = function_and_inputs(fused, "lm_head learns", dtype=torch.float32)
+    _, (image_features, vm_weight) = function_and_inputs(fused, "vm_head is student", dtype=torch.bfloat16)
+    _, student = function_and_inputs(fused, "lm_head is student", dtype=torch.float32)
     teacher_logits = (image_features @ vm_weight.t()).double()
     expected = value_and_gradients(
         lambda x, w: plain.visual_loss_sum(x, w, teacher_logits, torch.eye(VOCAB_SIZE, dtype=torch.float64)),
@@ -180,7 +180,7 @@ def test_sides_can_differ_in_dtype():
 
 
 def test_sides_of_different_size_are_rejected():
-    function, (features, weight) = function_and_inputs(fused, "lm_head learns")
+    function, (features, weight) = function_and_inputs(fused, "lm_head is student")
     with pytest.raises(ValueError, match=r"\(298, 61\).*\(299, 61\)"):
         function(features[1:], weight)
     with pytest.raises(ValueError, match=r"\(299, 60\).*\(299, 61\)"):
@@ -201,7 +201,7 @@ def test_loss_can_be_scaled_by_tensors(name):
 
 
 def test_float16_gradient_is_scaled_before_rounding():
-    # Σ_n G_n x_n is 4096 · ½ · 60 = 122880, beyond float16; the mean is 30.
+    # Σ_n G_n x_n is 4096 · ½ · 60 = 122880, which float16 cannot represent. The mean is 30.
     features, weight = torch.full((4096, 1), 60.0).half(), torch.zeros(2, 1).half().requires_grad_()
     loss = fused.fused_language_loss_sum(features, weight, torch.zeros(4096, dtype=torch.long)) / 4096
     loss.backward()
@@ -257,7 +257,7 @@ def test_autocast(name):
     ):
         assert found.dtype == by_autograd.dtype
         assert relative_error(found, reference) < 1.1 * relative_error(by_autograd, reference) + 1e-6
-        if i == 0:  # the same bfloat16 logits; in float32 they would be another value
+        if i == 0:  # both have bfloat16 logits, which change the value
             assert relative_error(found, by_autograd) < 1e-6 < relative_error(found, reference)
 
 
@@ -284,7 +284,7 @@ def test_gradient_checkpointing(name, use_reentrant):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that an operation returns."""
+    """Record the number of elements of the largest tensor that an operation returns."""
 
     num_elements = 0
 
@@ -361,7 +361,7 @@ def test_chunks_are_even_and_cover_every_row(num_rows):
 @pytest.mark.parametrize("num_rows", [0, 1, NUM_ROWS])
 def test_gradients_do_not_contain_uninitialized_memory(name, num_rows, monkeypatch):
     monkeypatch.setattr(fused, "ROWS_PER_CHUNK_CPU", 16)
-    torch.use_deterministic_algorithms(True)  # fresh memory is NaN then
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         assert torch.empty(1).isnan()
         found = value_and_gradients(*function_and_inputs(fused, name, num_rows, torch.float32))

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The equations, by hand and against float64 autograd."""
+"""The equations of the losses, with values by hand and gradients in float64."""
 
 import torch
 
@@ -17,7 +17,7 @@ def test_losses_by_hand():
 
 
 def test_losses_against_float64_autograd():
-    """Both directions: the gradient with respect to the student's logits is softmax(student) − softmax(teacher)."""
+    """In both directions, the gradient at the student's logits is softmax(student) − softmax(teacher)."""
     generator = torch.Generator().manual_seed(0)
     x, t = (torch.randn(7, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     w, v = (torch.randn(11, 5, generator=generator, dtype=torch.float64) for _ in range(2))

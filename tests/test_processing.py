@@ -118,8 +118,8 @@ def test_truncation_inside_an_image_is_rejected(processor):
 
 
 def test_tokenizer_that_splits_the_image_token_is_rejected(processor):
-    with pytest.raises(ValueError, match="splits the image token '<picture>'"):
-        VTLMMProcessor(processor.image_processor, processor.tokenizer, patch_size=14, image_token="<picture>")
+    with pytest.raises(ValueError, match="splits the image token '<figure>'"):
+        VTLMMProcessor(processor.image_processor, processor.tokenizer, patch_size=14, image_token="<figure>")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""A saved folder in a process that cannot import this package: everything comes from the folder's own code."""
+"""Load a saved folder in a process that cannot import this package, so that all code comes from the folder."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from PIL import Image
 from modeling_vtlmm.configuration_vtlmm import AUTO_MAP
 
 
-# A class that is registered locally wins over the Hub's copy, so the package must not be importable.
+# A locally registered class takes precedence over the code in the folder, so the import of the package must fail.
 BLOCK = textwrap.dedent(
     """
     import importlib.abc, sys
@@ -107,7 +107,7 @@ def test_auto_classes_and_pipeline_load_the_folder_and_a_copy(folder, processor,
     )
     torch.testing.assert_close(model(**inputs).logits[0, -1], torch.tensor(found["logits"]), atol=1e-5, rtol=1e-5)
 
-    # saved again from remote code: still complete, and the copy loads like the original
+    # A folder saved from remote code is complete, and loads like the original.
     assert json.loads((first / "config.json").read_text())["auto_map"] == AUTO_MAP
     names = {file.name for file in folder.glob("*.py")}
     assert names == {file.name for file in first.glob("*.py")} and len(names) >= 6
@@ -115,7 +115,7 @@ def test_auto_classes_and_pipeline_load_the_folder_and_a_copy(folder, processor,
 
 
 def test_auto_map_names_existing_files_and_classes(folder):
-    """Every file and class of the map exists in the folder; no package of ours is imported by absolute name."""
+    """All files and classes of the map exist in the folder, and no file imports the package by its absolute name."""
     for target in AUTO_MAP.values():
         file, name = target.split(".")
         assert f"class {name}(" in (folder / f"{file}.py").read_text()

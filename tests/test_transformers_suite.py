@@ -1,8 +1,8 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""transformers' own common tests for vision-language models and processors, on our classes.
+"""Run transformers' common tests for vision-language models and processors on the classes of VT-LMM.
 
-They are not in its package: `TRANSFORMERS_TESTS` names a checkout of transformers at the tag of the installed version
-(CONTRIBUTING.md). What is changed of them says why.
+The tests are not in the installed package. `TRANSFORMERS_TESTS` is the path of a checkout of transformers at the tag of
+the installed version (see CONTRIBUTING.md). A comment gives the reason of each changed test.
 """
 
 import os
@@ -20,7 +20,7 @@ from vtlmm.hub.chat_templates import load_template
 
 
 if "TRANSFORMERS_TESTS" not in os.environ:
-    pytest.skip("TRANSFORMERS_TESTS names no checkout of transformers", allow_module_level=True)
+    pytest.skip("TRANSFORMERS_TESTS is not set to a checkout of transformers", allow_module_level=True)
 sys.path.insert(0, os.environ["TRANSFORMERS_TESTS"])
 
 from tests import test_processing_common, vlm_tester  # noqa: E402
@@ -36,12 +36,12 @@ class VTLMMModelTester(vlm_tester.VLMModelTester):
 
 class VTLMMModelTest(vlm_tester.VLMModelTest, unittest.TestCase):
     model_tester_class = VTLMMModelTester
-    # The language loss, the only one here, moves neither the VM head nor (as in llava) the norm behind the tower.
+    # The language loss gives no gradient to the VM head and (as in llava) to the layer norm after the tower.
     test_all_params_have_gradient = False
 
     @pytest.fixture(autouse=True)
     def list_our_classes(self, monkeypatch):
-        """Which inputs a class is given (labels, say) is looked up by its name among the library's own models."""
+        """The tests select the inputs of a class, such as labels, by its name in transformers' model mappings."""
         for names, model_class in (
             (modeling_auto.MODEL_MAPPING_NAMES, VTLMMModel),
             (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, VTLMMForConditionalGeneration),
@@ -49,8 +49,8 @@ class VTLMMModelTest(vlm_tester.VLMModelTest, unittest.TestCase):
             monkeypatch.setitem(names, VTLMMConfig.model_type, model_class.__name__)
 
     def test_can_init_all_missing_weights(self):
-        # In code that is not its own the library leaves out a module without parameters of its own, such as CLIP's
-        # attention, whose linear layers then keep the general 0.02: nothing here could mend that.
+        # For remote code, transformers skips modules without direct parameters, such as CLIP's attention. Their linear
+        # layers keep the default standard deviation of 0.02. This package cannot change that.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(VTLMMPreTrainedModel, "is_custom_code", lambda *args: False)
             super().test_can_init_all_missing_weights()
@@ -73,7 +73,7 @@ class VTLMMProcessorTest(test_processing_common.ProcessorTesterMixin, unittest.T
 
     @pytest.fixture(autouse=True)
     def own_image(self, monkeypatch, tmp_path):
-        """The images of these tests lie on the Hub."""
+        """Replace the images of these tests, which are on the Hub, by a local file."""
         path = str(tmp_path / "image.png")
         Image.new("RGB", (40, 30), "teal").save(path)
         monkeypatch.setattr(test_processing_common, "url_to_local_path", lambda url: path)
