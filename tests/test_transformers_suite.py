@@ -1,8 +1,8 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Run transformers' common tests for vision-language models and processors on the classes of VT-LMM.
 
-The tests are not in the installed package. `TRANSFORMERS_TESTS` is the path of a checkout of transformers at the tag of
-the installed version (see CONTRIBUTING.md). A comment gives the reason of each changed test.
+The tests are not in the installed package. Set `TRANSFORMERS_TESTS` to a checkout of transformers at the tag of the
+installed version (see CONTRIBUTING.md). A comment gives the reason of each changed test.
 """
 
 import os
