@@ -19,31 +19,33 @@ DECODER_PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 @dataclass
 class AdapterConfig:
-    """How the decoder is held in memory and how it learns. Fields of the recipe's YAML."""
+    """Quantization of the decoder and its adapter. Field names are those of [`trl.ModelConfig`]."""
 
-    quantization: str = field(default="none", metadata={"help": "The decoder in memory: none, nf4 or int8."})
-    adapter: str = field(default="none", metadata={"help": "none (full training), lora or dora: on the decoder."})
-    lora_r: int = field(default=128, metadata={"help": "Rank; LLaVA-1.5's LoRA recipe has 128."})
-    lora_alpha: int = field(default=256, metadata={"help": "Scale of the adapter, LLaVA-1.5's recipe has 256."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the decoder in 4 bits (nf4)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load the decoder in 8 bits (int8)."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter on the decoder."})
+    use_dora: bool = field(default=False, metadata={"help": "Train a DoRA adapter instead of LoRA."})
+    lora_r: int = field(default=128, metadata={"help": "Rank. The default is that of LLaVA-1.5's LoRA recipe."})
+    lora_alpha: int = field(default=256, metadata={"help": "Scale of the adapter; LLaVA-1.5's recipe has 256."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
     lora_target_modules: str = field(
         default=DECODER_PROJECTIONS, metadata={"help": "Regular expression on full module names."}
     )
     base_id: str | None = field(
         default=None,
-        metadata={"help": "Hub id that the adapter names as its base, where `model` is a folder of this machine."},
+        metadata={"help": "Hub id to record as the adapter's base when the model is a local folder."},
     )
 
     def __post_init__(self):
-        if self.quantization not in ("none", "nf4", "int8"):
-            raise ValueError(f"`quantization` is {self.quantization!r}; it must be none, nf4 or int8.")
-        if self.adapter not in ("none", "lora", "dora"):
-            raise ValueError(f"`adapter` is {self.adapter!r}; it must be none, lora or dora.")
-        if self.quantization != "none" and self.adapter == "none":
-            raise ValueError("A quantized decoder cannot learn in full: set `adapter` to lora or dora.")
-        if (self.quantization, self.adapter) == ("int8", "dora"):
-            # PEFT loses the scales of int8 weights on a CPU when it computes DoRA's norms; elsewhere it was not run
-            raise ValueError("DoRA does not work on an int8 base: set `adapter: lora`, or `quantization: nf4`.")
+        if self.lora_r < 1:
+            raise ValueError(f"`lora_r` is {self.lora_r}; it must be 1 or more.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`lora_dropout` is {self.lora_dropout}; it must be at least 0 and below 1.")
+
+    @property
+    def quantization(self) -> str:
+        """How the decoder is stored: `"nf4"`, `"int8"` or `"none"`."""
+        return "nf4" if self.load_in_4bit else "int8" if self.load_in_8bit else "none"
 
 
 def keep_differentiable_on_cpu(model: nn.Module) -> None:
@@ -60,7 +62,7 @@ def peft_config(config: AdapterConfig, stage: Stage) -> LoraConfig | None:
 
     In stages I and III the decoder rests: the adapter only carries the modules that are saved in full.
     """
-    if config.adapter == "none":
+    if not config.use_peft:
         return None
     in_full = [name for name in stage.trains if name != "language_model"]
     with_adapter = "language_model" in stage.trains
@@ -68,7 +70,7 @@ def peft_config(config: AdapterConfig, stage: Stage) -> LoraConfig | None:
         r=config.lora_r if with_adapter else 1,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout if with_adapter else 0.0,
-        use_dora=config.adapter == "dora" and with_adapter,
+        use_dora=config.use_dora and with_adapter,
         # PEFT refuses an empty list; this name says that it is meant
         target_modules=config.lora_target_modules if with_adapter else DUMMY_TARGET_MODULES,
         modules_to_save=in_full or None,

@@ -1,169 +1,340 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The settings of a run, or of a recipe's stages, from YAML: known, and such as go together."""
+"""Read the settings of a training run from a YAML recipe and from the command line."""
 
-import difflib
 import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
 import yaml
 from transformers import HfArgumentParser
+from trl import SFTConfig
 
-from vtlmm.data.rows import DataConfig
-from vtlmm.hub.quantize import quantization_config
+from vtlmm.data.rows import DataConfig, load_rows
 
 from .adapters import AdapterConfig
 from .config import VTLMMTrainingConfig
+from .setting_types import Setting, convert_setting, format_hint, setting_hints, suggest
 
 
 @dataclass
 class ModelConfig:
-    """What is trained: a VT-LMM folder or Hub id, and how it is loaded."""
+    """The model to train and how to load it. Field names are those of [`trl.ModelConfig`]."""
 
-    model: str = field(
+    model_name_or_path: str = field(
         metadata={"help": "Folder or Hub id of a VT-LMM (`vtlmm compose` and `vtlmm convert` make one)."}
     )
-    revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a Hub id."})
+    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a Hub id."})
     dtype: str = field(
-        default="float32", metadata={"help": "Type of the weights. AdamW loses small steps in bfloat16."}
+        default="float32", metadata={"help": "Type of the weights. AdamW loses small updates in bfloat16."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, …"})
     use_pseudo_image_features: bool | None = field(
-        default=None, metadata={"help": "Whether the decoder reads pseudo image features, if not as the model says."}
+        default=None, metadata={"help": "Whether the decoder reads pseudo image features. Default: as the model says."}
     )
     vm_head_type: str | None = field(
-        default=None, metadata={"help": "Begin with a new VM head: linear, mlp or attention; for stage III."}
+        default=None, metadata={"help": "Replace the VM head by a new one: linear, mlp or attention. For stage III."}
+    )
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"`dtype` is {self.dtype!r}; it must be float32, bfloat16 or float16.")
+
+
+@dataclass
+class DatasetConfig:
+    r"""
+    The datasets of a training run.
+
+    `dataset_name`, `dataset_config`, `dataset_train_split`, `dataset_test_split` and `dataset_streaming` mean the same
+    as in [`trl.ScriptArguments`]. One default differs: without `dataset_test_split` and `eval_dataset` there is no
+    evaluation.
+
+    Parameters:
+        dataset_name (`str`): file, folder or Hub dataset id.
+        dataset_config (`str`, *optional*): configuration of the Hub dataset.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`): split, or a slice such as `"train[:2000]"`. A
+            file has one split, `"train"`.
+        dataset_test_split (`str`, *optional*): split for evaluation, of `eval_dataset` or of `dataset_name`.
+        dataset_streaming (`bool`, *optional*, defaults to `False`): read rows during training. The evaluation data are
+            never streamed.
+        eval_dataset (`str`, *optional*): evaluation data from another file, folder or Hub dataset.
+        eval_config (`str`, *optional*): its configuration; by default that of the same Hub dataset.
+        eval_task_data (`str`, *optional*): file of questions. Each evaluation answers them and scores the answers by
+            exact match, with their images and with shuffled images (`eval_accuracy`,
+            `eval_accuracy_shuffled_images`).
+        eval_task_images (`int`, *optional*, defaults to 100): use questions about the first so many images only.
+        image_folder (`str`, *optional*): folder that image paths are relative to. Default: the folder of the file.
+        max_rows (`int`, *optional*): use the first so many rows of each split only.
+        one_question_per_row (`bool`, *optional*, defaults to `False`): split a conversation into one row for each
+            question, without the earlier turns. A small model otherwise copies earlier answers.
+        check_data (`bool`, *optional*, defaults to `True`): check all rows and images before training.
+        bad_rows (`str`, *optional*, defaults to `"raise"`): `"raise"` or `"skip"` rows that fail the check.
+    """
+
+    dataset_name: str | None = field(default=None, metadata={"help": "File, folder or Hub id of the training data."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split, or a slice of one: train[:2000]."})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Split for evaluation."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Read rows during training."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation data, if from another source."})
+    eval_config: str | None = field(default=None, metadata={"help": "Configuration of `eval_dataset`."})
+    eval_task_data: str | None = field(default=None, metadata={"help": "File of questions to answer at evaluations."})
+    eval_task_images: int = field(default=100, metadata={"help": "Only questions about the first so many images."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
+    max_rows: int | None = field(default=None, metadata={"help": "Only the first so many rows of each split."})
+    one_question_per_row: bool = field(default=False, metadata={"help": "Split conversations into their questions."})
+    check_data: bool = field(default=True, metadata={"help": "Check all rows and images before training."})
+    bad_rows: str = field(default="raise", metadata={"help": "What to do with broken rows: raise or skip."})
+
+    def __post_init__(self):
+        if not self.dataset_name:
+            raise ValueError("`dataset_name` is not set. Name a file, a folder or a Hub dataset.")
+        if self.eval_task_images < 1:
+            raise ValueError(f"`eval_task_images` is {self.eval_task_images}; it must be 1 or more.")
+        if self.bad_rows not in ("raise", "skip"):
+            raise ValueError(f"`bad_rows` is {self.bad_rows!r}; it must be raise or skip.")
+
+    def load(self, split: str):
+        """Return the rows of `"train"` or `"eval"`, or None without evaluation data. See [`load_rows`]."""
+        return load_rows(self._for_loader(), split)
+
+    def load_task_rows(self):
+        """Return the rows of `eval_task_data`."""
+        if not Path(self.eval_task_data or "").is_file():
+            raise FileNotFoundError(f"`eval_task_data`: the file {self.eval_task_data} does not exist.")
+        config = self._for_loader()
+        config.dataset, config.dataset_split, config.streaming = self.eval_task_data, "train", False
+        config.max_rows = None
+        return load_rows(config)
+
+    def _for_loader(self) -> DataConfig:
+        return DataConfig(
+            dataset=self.dataset_name,
+            dataset_config=self.dataset_config,
+            dataset_split=self.dataset_train_split,
+            eval_dataset=self.eval_dataset,
+            eval_config=self.eval_config,
+            eval_split=self.dataset_test_split,
+            image_folder=self.image_folder,
+            streaming=self.dataset_streaming,
+            max_rows=self.max_rows,
+            one_question_per_row=self.one_question_per_row,
+        )
+
+
+@dataclass
+class OutputConfig:
+    """What to do with an output folder that already holds a model."""
+
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete the model and the checkpoints in `output_dir` and train again."}
     )
 
 
-CONFIGS = (ModelConfig, DataConfig, AdapterConfig, VTLMMTrainingConfig)
+class RunSettings(NamedTuple):
+    """All settings of one stage, as dataclasses."""
+
+    model: ModelConfig
+    data: DatasetConfig
+    adapter: AdapterConfig
+    output: OutputConfig
+    args: VTLMMTrainingConfig
 
 
-def read_settings(path: str | Path, overrides: list[str] = ()) -> dict:
+CONFIGS = (ModelConfig, DatasetConfig, AdapterConfig, OutputConfig, VTLMMTrainingConfig)
+GROUPS = ("model", "data", "adapter", "output", "stage")
+HINTS = setting_hints(CONFIGS)
+STAGE_KEYS = ("model_name_or_path", "output_dir", "stage")
+
+
+def settings_table() -> list[Setting]:
+    """Return every setting of `vtlmm train` with its group, type, default and help text."""
+    table = []
+    inherited = {f.name for f in fields(SFTConfig)}
+    for group, config in zip(GROUPS, CONFIGS, strict=True):
+        for f in fields(config):
+            if not f.init:
+                continue
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
+            text = "required" if default is MISSING else "null" if default is None else str(default)
+            help_text = " ".join(str(f.metadata.get("help", "")).split())
+            own = "training" if group == "stage" and f.name in inherited else group
+            table.append(Setting(own, f.name, format_hint(HINTS[f.name]), text, help_text))
+    order = [*GROUPS, "training"]
+    return sorted(table, key=lambda setting: order.index(setting.group))
+
+
+# ---- Reading settings ----
+
+
+def parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
     """
-    The settings of a YAML recipe, with `key=value` pairs (the value in YAML) on top.
+    Return the settings of a command line in the dialect of TRL: `--config recipe.yaml --learning_rate 1e-4`.
 
-    A recipe for several stages has `stages`, for each its own settings, which go before the others;
-    `stages.joint.learning_rate=1e-4` changes one of them.
+    Options replace the settings of the recipe. `--stages.joint.learning_rate 1e-4` changes one stage. A value is YAML
+    (`--trainable_modules "[lm_head, vm_head]"`); several values are a list, and an option without a value is true.
+
+    Args:
+        argv (`Sequence[str]`): the arguments after `vtlmm train`.
 
     Raises:
-        `ValueError`: for a key that no configuration has, with the nearest one that exists.
+        `ValueError`: for an unknown setting, with the closest known name, and for a value of the wrong type.
+        `FileNotFoundError`: if the recipe does not exist.
     """
-    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    change_settings(settings, overrides)
-    return check_settings(settings, path)
+    options: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if re.match(r"--[A-Za-z]", word):
+            name, sign, value = word[2:].partition("=")
+            options.append((name, [value] if sign else []))
+        elif options:
+            options[-1][1].append(word)
+        else:
+            hint = f" Write `--{word.replace('=', ' ', 1)}`." if "=" in word else " Options begin with `--`."
+            raise ValueError(f"Unexpected argument {word!r}.{hint}")
+    recipes = [values for name, values in options if name == "config"]
+    if recipes and (len(recipes) > 1 or len(recipes[0]) != 1):
+        raise ValueError("`--config` takes one recipe.")
+    for name, values in options:
+        if len(values) > 1 and "=" in values[-1] and values[-1].partition("=")[0] in HINTS:
+            raise ValueError(f"Unexpected argument {values[-1]!r}. Write `--{values[-1].replace('=', ' ', 1)}`.")
+    settings = _read_yaml(Path(recipes[0][0])) if recipes else {}
+    for name, values in options:
+        if name != "config":
+            _put(settings, [part.replace("-", "_") for part in name.split(".")], _option_value(values), f"--{name}")
+    return check_settings(settings, recipes[0][0] if recipes else "command line")
 
 
-def change_settings(settings: dict, overrides: list[str]) -> None:
-    """Puts `key=value` pairs (the value in YAML) into nested `settings`; `a.b=value` into the `b` of `a`."""
+def read_recipe(path: str | Path, **changes: Any) -> dict[str, Any]:
+    """Return the settings of a recipe with `changes` to them. See [`parse_arguments`] for the errors."""
+    return check_settings({**_read_yaml(Path(path)), **changes}, path)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"The recipe {path} does not exist. recipes/ has examples.")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+    if settings is not None and not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold `setting: value` lines.")
+    return settings or {}
+
+
+def _option_value(values: list[str]) -> Any:
+    if not values:
+        return True
+    parsed = [_yaml_value(value) for value in values]
+    return parsed[0] if len(parsed) == 1 else parsed
+
+
+def _yaml_value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _put(settings: dict[str, Any], keys: list[str], value: Any, option: str) -> None:
+    """Set a value in nested settings."""
+    *parents, last = keys
+    place = settings
+    for parent in parents:
+        if place.get(parent) is None:
+            place[parent] = {}
+        place = place[parent]
+        if not isinstance(place, dict):
+            raise ValueError(f"{option}: {parent!r} is {place!r}, so it has no settings below it.")
+    place[last] = value
+
+
+def change_settings(settings: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Set `key=value` pairs in nested `settings`. The value is YAML, and `a.b=value` sets `b` of `a`."""
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign:
             raise ValueError(f"{override!r} is not of the form key=value.")
-        *parents, key = key.split(".")
-        place = settings
-        for parent in parents:
-            place[parent] = place = place.get(parent) or {}
-            if not isinstance(place, dict):
-                raise ValueError(f"{override!r}: {parent!r} holds {place!r}, which has no settings below it.")
-        place[key] = yaml.safe_load(value)
+        _put(settings, key.split("."), _yaml_value(value), repr(override))
 
 
-def check_settings(settings: dict, path: str | Path) -> dict:
-    """Settings of `path`, of one stage or several, with known keys only and numbers that YAML reads as text."""
-    if "stages" not in settings:
-        return _checked(settings, path)
-    stages = settings["stages"]
-    if not isinstance(stages, dict) or not all(own is None or isinstance(own, dict) for own in stages.values()):
-        raise ValueError(f"{path}: `stages` must name its stages, each with its settings below it (or nothing).")
-    stages = {stage: _checked(own or {}, path) for stage, own in stages.items()}
-    return {**_checked({key: value for key, value in settings.items() if key != "stages"}, path), "stages": stages}
-
-
-def _checked(settings: dict, path: str | Path) -> dict:
-    known = [f.name for config in CONFIGS for f in fields(config) if f.init]
-    for key, value in settings.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, [*known, "stages"], 1)
-            raise ValueError(f"{path}: there is no setting {key!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
-        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-            settings[key] = float(value)  # YAML reads 2e-5 as text
-        if value is False and key.endswith("_strategy"):
-            settings[key] = "no"  # and an unquoted no as false
-    return settings
-
-
-def split_stages(settings: dict) -> list[dict]:
+def check_settings(settings: dict[str, Any], source: str | Path) -> dict[str, Any]:
     """
-    One run for each of `stages`, in their order: from the folder that the one before it wrote, into a folder of its
-    own in `output_dir`. Settings without `stages` are one run.
+    Return the settings of a recipe, of one stage or of several, with values of the declared types.
 
     Raises:
-        `ValueError`: when a run's settings do not fit together: before the first run, not after it.
+        `ValueError`: for an unknown setting or a value of the wrong type. The error names `source`.
+    """
+    if "stages" not in settings:
+        return _check_flat(settings, source)
+    stages = settings["stages"]
+    if not isinstance(stages, dict) or not all(own is None or isinstance(own, dict) for own in stages.values()):
+        raise ValueError(f"{source}: `stages` must map each stage to its settings (or to nothing).")
+    checked = {stage: _check_flat(own or {}, source) for stage, own in stages.items()}
+    shared = {key: value for key, value in settings.items() if key != "stages"}
+    return {**_check_flat(shared, source), "stages": checked}
+
+
+def _check_flat(settings: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    checked = {}
+    for name, value in settings.items():
+        if name not in HINTS:
+            raise ValueError(f"{source}: unknown setting {name!r}.{suggest(str(name), [*HINTS, 'stages'])}")
+        try:
+            checked[name] = convert_setting(name, value, HINTS[name])
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+    return checked
+
+
+# ---- From settings to runs ----
+
+
+def parse_settings(settings: dict[str, Any]) -> RunSettings:
+    """Return the settings of one stage as dataclasses."""
+    if not settings.get("model_name_or_path"):
+        raise ValueError("`model_name_or_path` is not set. Name a folder or Hub id of a VT-LMM.")
+    return RunSettings(*HfArgumentParser(CONFIGS).parse_dict(check_settings(settings, "settings")))
+
+
+def split_stages(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """
+    Return the settings of each run of a recipe, in order.
+
+    With `stages`, each stage starts from the model of the stage before it and writes to a folder of its own in
+    `output_dir`. A stage with an adapter is merged before the next one, which then starts from its folder `merged`.
+    Without `stages`, the settings are those of one run.
+
+    Raises:
+        `ValueError`: if a setting is missing, or if it conflicts with `stages`.
     """
     if "stages" not in settings:
         return [settings]
     shared = {key: value for key, value in settings.items() if key != "stages"}
-    for key in ("model", "output_dir"):
+    for key in ("model_name_or_path", "output_dir"):
         if key not in shared:
-            raise ValueError(
-                f"A recipe with `stages` needs `{key}`: the first begins with `model`, each writes below it."
-            )
+            raise ValueError(f"A recipe with `stages` needs `{key}`.")
     for key in ("vm_head_type", "vm_head_init"):
-        if key in shared:  # each stage would begin with a new VM head, also the one that the trained head teaches
-            raise ValueError(f"`{key}` belongs below the stage that it is for, e.g. stages.visual_head.{key}.")
-    runs, model = [], shared["model"]
-    for stage, own in settings["stages"].items():
-        wrong = [f"stages.{stage}.{key}" for key in ("model", "output_dir", "stage") if key in own]
-        wrong += ["stage"] if "stage" in shared else []
-        if wrong:
-            raise ValueError(f"In a recipe with `stages` {', '.join(wrong)} follows from their order: leave it out.")
-        output_dir = str(Path(shared["output_dir"], stage))
-        runs.append({**shared, **own, "stage": stage, "model": model, "output_dir": output_dir})
-        model = output_dir
-    for number, run in enumerate(runs, 1):
-        if parse_settings(run)[2].adapter != "none" and number < len(runs):
+        if key in shared:
             raise ValueError(
-                f"Stage {run['stage']} would leave an adapter, and the next begins with a whole model: run the stages "
-                "one by one, with `vtlmm merge` between."
+                f"`{key}` would replace the VM head in every stage. Set it for one stage: stages.visual_head.{key}."
             )
+    runs: list[dict[str, Any]] = []
+    model = shared["model_name_or_path"]
+    for stage, own in settings["stages"].items():
+        given = [f"stages.{stage}.{key}" for key in STAGE_KEYS if key in own] + ["stage"] * ("stage" in shared)
+        if given:
+            raise ValueError(f"A recipe with `stages` sets {', '.join(given)} itself. Remove this setting.")
+        output_dir = str(Path(shared["output_dir"], stage))
+        run = {**shared, **own, "stage": stage, "model_name_or_path": model, "output_dir": output_dir}
+        if runs:
+            run.pop("model_revision", None)  # the revision of the first stage's model
+        runs.append(run)
+        model = str(merged_folder(run) if run.get("use_peft") else output_dir)
     return runs
 
 
-def parse_settings(settings: dict) -> tuple[ModelConfig, DataConfig, AdapterConfig, VTLMMTrainingConfig]:
-    """The four configurations of a run."""
-    return HfArgumentParser(CONFIGS).parse_dict(settings)
-
-
-def check_run(model: ModelConfig, data: DataConfig, adapter: AdapterConfig, args: VTLMMTrainingConfig) -> None:
-    """
-    Raises:
-        `ValueError`: for settings of one run that do not go together, as far as the settings alone tell, and for a
-            quantized decoder without bitsandbytes.
-    """
-    quantization_config(adapter.quantization, torch.float32)  # or bitsandbytes would be missed when the model loads
-    if adapter.adapter != "none" and model.dtype != "float32" and not (args.bf16 or args.fp16):
-        raise ValueError(
-            f"What learns beside a base in {model.dtype} is float32, and only mixed precision multiplies the two: set "
-            "`bf16: true`, or `dtype: float32`."
-        )
-    new_head = "vm_head_type" if model.vm_head_type else "vm_head_init" if args.vm_head_init != "keep" else None
-    if adapter.adapter != "none" and new_head and "vm_head" not in args.resolved_stage().trains:
-        raise ValueError(
-            f"`{new_head}` makes a new VM head, which an adapter of stage {args.stage} does not carry: leave it out, "
-            "or add vm_head to `trainable_modules`."
-        )
-    needs_evaluation = {
-        "eval_task_data": data.eval_task_data,
-        "vm_head_candidates": args.vm_head_candidates,
-        f"eval_strategy: {args.eval_strategy.value}": args.eval_strategy != "no",
-    }
-    for name, is_set in needs_evaluation.items():
-        if is_set and data.eval_dataset is None and data.eval_split is None:
-            raise ValueError(f"`{name}` needs an evaluation, and there are no data for it: set `eval_dataset`.")
-    by_length = "packing" if args.packing else args.train_sampling_strategy
-    if data.streaming and by_length in ("packing", "group_by_length"):
-        raise ValueError(f"A stream does not know its rows' lengths, which {by_length} goes by: take one of them out.")
-    if data.streaming and args.cache_image_features:
-        raise ValueError("A stream does not know its images before: take `streaming` or `cache_image_features` out.")
+def merged_folder(run: dict[str, Any]) -> Path:
+    """Return the folder for the whole model of a stage that trains an adapter."""
+    return Path(run["output_dir"], "merged")

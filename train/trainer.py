@@ -20,6 +20,7 @@ from vtlmm.evaluation.runner import task_scores
 
 from .adapters import add_adapter, require_fit
 from .card import write_card
+from .checkpoints import SafeCheckpoints
 from .collator import VTLMMCollator
 from .config import VTLMMTrainingConfig
 from .metrics import LossSums, blank_words
@@ -29,7 +30,7 @@ from .visual_targets import set_visual_target
 from .vm_head_search import add_candidates, format_table, keep_candidate, vm_heads
 
 
-class VTLMMTrainer(SFTTrainer):
+class VTLMMTrainer(SafeCheckpoints, SFTTrainer):
     r"""
     Trainer for one stage of VT-LMM ([Multi-modal Auto-regressive Modeling via Visual Tokens](https://huggingface.co/papers/2403.07720)).
 

@@ -1,0 +1,95 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Protect the output folder of a training run: one writer, and no existing model is overwritten."""
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+
+RUN_RECORD = "vtlmm_run.json"
+LOCK_FILE = ".vtlmm.lock"
+# Files by which a folder is known to hold a model or an unfinished run.
+MODEL_FILES = ("config.json", "adapter_config.json", RUN_RECORD, "*.safetensors", "*.safetensors.index.json")
+
+
+@contextmanager
+def lock_output(folder: str | Path) -> Iterator[None]:
+    """
+    Hold the lock of an output folder, so that one process (or one group of ranks) writes to it at a time.
+
+    The system releases the lock when the process ends, also after SIGKILL: the file itself means nothing.
+
+    Raises:
+        `ValueError`: if another process holds the lock.
+    """
+    if not PartialState().is_main_process:
+        yield
+        return
+    path = Path(folder, LOCK_FILE)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"`output_dir` {folder} is a file. Choose a folder.") from error
+    owner = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    lock = FileLock(path, is_singleton=True)  # the trainer and the stage runner share one lock
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"Another process is writing to {folder}{f' ({owner})' if owner else ''}. Wait until it ends, or choose "
+            "another `output_dir`."
+        ) from error
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def check_output(folder: str | Path, overwrite: bool, resume: bool | str | None) -> None:
+    """
+    Refuse an output folder that holds a model, unless the run resumes it or overwrites it.
+
+    Raises:
+        `ValueError`: if the folder holds a model or checkpoints, or if both `overwrite` and
+            `resume_from_checkpoint` are set.
+    """
+    problem = [None]
+    if PartialState().is_main_process:
+        problem = [_output_problem(Path(folder), overwrite, resume)]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise ValueError(problem[0])
+
+
+def _output_problem(folder: Path, overwrite: bool, resume: bool | str | None) -> str | None:
+    if overwrite and resume:
+        return "`overwrite` and `resume_from_checkpoint` exclude each other. Remove one."
+    if overwrite or resume or not holds_model(folder):
+        return None
+    return (
+        f"{folder} already holds a model or checkpoints. Set `resume_from_checkpoint: true` to continue that run, "
+        "`overwrite: true` to replace it, or choose another `output_dir`."
+    )
+
+
+def holds_model(folder: Path) -> bool:
+    """Return whether a folder holds a model, checkpoints or the record of a run."""
+    return any(any(folder.glob(pattern)) for pattern in (*MODEL_FILES, "checkpoint-*"))
+
+
+def clear_output(folder: Path) -> None:
+    """Delete the model, the checkpoints and the record of an earlier run. Other files stay."""
+    for pattern in (*MODEL_FILES, "trainer_state.json"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    for path in [*folder.glob("checkpoint-*"), folder / "merged"]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,98 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""The record of a training run, `vtlmm_run.json`: settings, data, losses, versions and commit of every stage."""
+
+import json
+import os
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+
+from .output_folder import RUN_RECORD
+from .stages import describe
+
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vtlmm")
+
+
+def read_record(folder: str | Path) -> list[dict[str, Any]]:
+    """Return the record in a folder, one entry for each stage; an empty list if there is none."""
+    path = Path(folder, RUN_RECORD)
+    if not path.is_file():
+        return []
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Delete it.") from error
+    return history if isinstance(history, list) else []
+
+
+def recorded(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return JSON-serializable settings without `*_token` values, which must not be published."""
+    kept = {name: value for name, value in settings.items() if not name.endswith("_token")}
+    return json.loads(json.dumps(kept, default=str))
+
+
+def write_record(trainer, settings: dict[str, Any], metrics: dict[str, float], seconds: float) -> None:
+    """
+    Write the record of a finished stage beside its weights, after the entries of earlier stages.
+
+    Args:
+        trainer ([`VTLMMTrainer`])
+        settings (`dict`): the settings of the stage.
+        metrics (`dict`): of the last evaluation.
+        seconds (`float`): duration of the training since its last start.
+    """
+    history = read_record(settings["model_name_or_path"])
+    resumed_from = getattr(trainer, "resumed_from", None)
+    history.append(
+        {
+            "stage": trainer.stage.name,
+            "plan": describe(trainer.model, trainer.stage).splitlines(),
+            "settings": recorded(settings),
+            "learning_rate": trainer.args.learning_rate,
+            "steps": trainer.state.global_step,
+            "epochs": trainer.state.epoch,
+            "rows": None if isinstance(trainer.train_dataset, IterableDataset) else len(trainer.train_dataset),
+            "processes": trainer.args.world_size,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "seconds": round(seconds, 1),
+            # `seconds` of a resumed run covers the steps after this checkpoint only
+            "resumed_from": Path(resumed_from).name if resumed_from else None,
+            "metrics": metrics,
+            "curves": loss_curves(trainer.state.log_history),
+            **({"vm_heads": trainer.vm_head_table} if trainer.vm_head_table else {}),
+            "versions": {name: version(name) for name in PACKAGES},
+            "commit": commit_of_code(),
+        }
+    )
+    path = Path(trainer.args.output_dir, RUN_RECORD)
+    draft = path.with_suffix(".saving")
+    draft.write_text(json.dumps(history, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def loss_curves(log_history: list[dict[str, float]], num_points: int = 100) -> dict[str, list]:
+    """Return the logged values of each loss as `[step, nats]`: at most `num_points`, evenly spaced, and the last."""
+    curves = {}
+    for name in ("lm_loss", "visual_loss", "eval_lm_loss", "eval_visual_loss"):
+        points = [[entry["step"], float(f"{entry[name]:.5g}")] for entry in log_history if name in entry]
+        curves[name] = points[:: -max(1, -(-len(points) // num_points))][::-1]
+    return {name: points for name, points in curves.items() if points}
+
+
+def commit_of_code() -> str | None:
+    """Return the commit of the repository of this file, with `-dirty` after changes; None for an installed copy."""
+
+    def git(*command: str) -> str | None:
+        result = subprocess.run(["git", "-C", str(Path(__file__).parent), *command], capture_output=True, text=True)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    try:
+        tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty") if tracked else None
+    except FileNotFoundError:  # git is not installed
+        return None

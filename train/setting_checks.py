@@ -1,0 +1,112 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Check combinations of settings. Each dataclass checks only what one field can tell alone."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from vtlmm.hub.quantize import quantization_config
+
+from .recipe import RunSettings
+
+
+def validate(run: RunSettings) -> None:
+    """
+    Raise an error if settings of one run conflict. Nothing is loaded or written before this check.
+
+    Raises:
+        `ValueError`: for settings that conflict, and for a quantized decoder without bitsandbytes. The error names the
+            settings and says which one to change.
+    """
+    _check_adapter(run)
+    _check_vm_head(run)
+    _check_evaluation(run)
+    _check_streaming(run)
+    _check_folders(run)
+
+
+def _check_adapter(run: RunSettings) -> None:
+    adapter, args = run.adapter, run.args
+    if adapter.load_in_4bit and adapter.load_in_8bit:
+        raise ValueError("`load_in_4bit` and `load_in_8bit` exclude each other. Remove one.")
+    if adapter.use_dora and not adapter.use_peft:
+        raise ValueError("`use_dora` needs `use_peft: true`.")
+    if adapter.base_id is not None and not adapter.use_peft:
+        raise ValueError("`base_id` is recorded in an adapter. Remove it, or set `use_peft: true`.")
+    if adapter.quantization != "none" and not adapter.use_peft:
+        raise ValueError("A quantized decoder cannot be trained in full. Set `use_peft: true`.")
+    if adapter.load_in_8bit and adapter.use_dora:
+        # On a CPU, PEFT loses the scales of int8 weights when it computes DoRA's norms. GPUs were not tested.
+        raise ValueError("DoRA does not work with `load_in_8bit`. Remove `use_dora`, or set `load_in_4bit`.")
+    quantization_config(adapter.quantization, torch.float32)  # raises an error if bitsandbytes is missing
+    mixed_precision = args.bf16 or args.fp16
+    if adapter.use_peft and run.model.dtype != "float32" and not mixed_precision:
+        raise ValueError(
+            f"Adapters are trained in float32 and the base is in {run.model.dtype}, which needs mixed precision. Set "
+            "`bf16: true`, or `dtype: float32`."
+        )
+    if not adapter.use_peft and run.model.dtype == "float16":
+        raise ValueError(
+            "Full training with `dtype: float16` loses small updates and overflows. Set `dtype: float32`, with "
+            "`bf16: true` or `fp16: true` for mixed precision."
+        )
+
+
+def _check_vm_head(run: RunSettings) -> None:
+    new_head = "vm_head_type" if run.model.vm_head_type else None
+    if new_head is None and run.args.vm_head_init not in (None, "keep"):
+        new_head = "vm_head_init"
+    if run.adapter.use_peft and new_head and "vm_head" not in run.args.resolved_stage().trains:
+        raise ValueError(
+            f"`{new_head}` makes a new VM head, which an adapter of stage {run.args.stage} does not save. Remove the "
+            "setting, or add vm_head to `trainable_modules`."
+        )
+
+
+def _check_evaluation(run: RunSettings) -> None:
+    data, args = run.data, run.args
+    strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
+    needs_evaluation = {
+        "eval_task_data": data.eval_task_data is not None,
+        "vm_head_candidates": bool(args.vm_head_candidates),
+        "eval_on_start": args.eval_on_start,
+        f"eval_strategy: {strategy}": strategy != "no",
+    }
+    for name, is_set in needs_evaluation.items():
+        if is_set and data.eval_dataset is None and data.dataset_test_split is None:
+            raise ValueError(f"`{name}` needs evaluation data. Set `eval_dataset` or `dataset_test_split`.")
+
+
+def _check_streaming(run: RunSettings) -> None:
+    data, args = run.data, run.args
+    if not data.dataset_streaming:
+        return
+    by_length = "packing" if args.packing else args.train_sampling_strategy
+    if by_length in ("packing", "group_by_length"):
+        raise ValueError(f"`{by_length}` needs the lengths of all rows. Remove it, or set `dataset_streaming: false`.")
+    if args.cache_image_features:
+        raise ValueError(
+            "`cache_image_features` needs all images before training. Remove it, or set `dataset_streaming: false`."
+        )
+    if args.max_steps <= 0:
+        raise ValueError("A streamed dataset has no length. Set `max_steps`.")
+
+
+def _check_folders(run: RunSettings) -> None:
+    """An input of the run must not be its output: training would overwrite it."""
+    output = os.path.realpath(run.args.output_dir or "trainer_output")
+    inputs = {
+        "model_name_or_path": run.model.model_name_or_path,
+        "dataset_name": run.data.dataset_name,
+        "eval_dataset": run.data.eval_dataset,
+        "eval_task_data": run.data.eval_task_data,
+        "image_folder": run.data.image_folder,
+    }
+    for name, value in inputs.items():
+        if value is None or not os.path.exists(value):
+            continue
+        path = Path(os.path.realpath(value))
+        in_checkpoint = path.parent == Path(output) and path.name.startswith("checkpoint-")
+        if str(path) == output or in_checkpoint:
+            raise ValueError(f"`output_dir` {run.args.output_dir} is also the input `{name}`. Choose another folder.")
