@@ -24,8 +24,8 @@ from PIL import Image
 from training_setup import build_trainer
 from transformers import TrainerCallback
 
-from vtlmm.data.rows import DataConfig
 from vtlmm.train.collator import VTLMMCollator
+from vtlmm.train.recipe import DatasetConfig
 from vtlmm.train.stage_runner import prepare_dataset
 
 
@@ -110,7 +110,7 @@ def main():
     processor = build_processor()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = DataConfig(dataset=str(write_rows(folder, arguments.rows)), streaming=True)
+        data = DatasetConfig(dataset_name=str(write_rows(folder, arguments.rows)), dataset_streaming=True)
         rows = prepare_dataset(data, "train", processor, max_length=None)
         report["read"] = read(rows, VTLMMCollator(processor), arguments.rows, arguments.batch_size)
         if arguments.steps:

@@ -107,7 +107,7 @@ def write_card(
 def front_matter(form, repo_id, license, base_models, runs, tables) -> ModelCardData:
     """What the Hub reads: see [`ModelCardData`]. Parts of a data set and training data give no result there, only in
     the text."""
-    datasets = dict.fromkeys(run["settings"].get("dataset") for run in runs)
+    datasets = dict.fromkeys(run["settings"].get("dataset_name") for run in runs)
     whole = [table for table in tables if _of_data_set(table)]
     return ModelCardData(
         license=license,
@@ -209,7 +209,12 @@ def describe_run(run: dict) -> dict:
     losses = [f"{key.removeprefix('eval_')} {value:.3g}" for key, value in metrics.items() if key.endswith("_loss")]
     where = f"{run['processes']} × {run['device']}"
     epochs = "–" if run.get("epochs") is None else f"{run['epochs']:.3g}"
-    row = [run["stage"], _named(settings["model"]), _named(settings.get("dataset")), run.get("rows") or "stream"]
+    row = [
+        run["stage"],
+        _named(settings["model_name_or_path"]),
+        _named(settings.get("dataset_name")),
+        run.get("rows") or "stream",
+    ]
     row += [run["steps"], epochs, f"{run['learning_rate']:g}", where, f"{run['seconds'] / 3600:.2g}"]
     versions = [f"{name} {number}" for name, number in run["versions"].items()]
     commit = [f"commit {run['commit']}"] if run.get("commit") else []

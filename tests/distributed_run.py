@@ -34,7 +34,7 @@ FSDP2 = Path(__file__).parents[1] / "recipes/accelerate/fsdp2.yaml"
 RAGGED = (1, 0, 2, 1, 0, 3, 1, 1)
 TEXT_ON_ONE = (1, 2, 1, 1, 0, 0, 0, 0)  # batches of four: the second process has no image
 HALF, QUARTER = {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2}
-LORA = AdapterConfig(adapter="lora", lora_r=2, lora_dropout=0.0)
+LORA = AdapterConfig(use_peft=True, lora_r=2, lora_dropout=0.0)
 PROJECTOR_TOO = ["multi_modal_projector", "language_model", "lm_head"]
 PSEUDO = {"use_pseudo_image_features": True}
 

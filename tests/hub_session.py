@@ -137,7 +137,7 @@ def push_from_trainers(settings: dict) -> None:
 
     adapter = WORK / "adapter"
     options = {
-        "adapter": "lora",
+        "use_peft": True,
         "lora_r": 2,
         "stage": "decoder",
         "base_id": f"{USER}/base",
@@ -145,16 +145,18 @@ def push_from_trainers(settings: dict) -> None:
     }
     trainer = run_training({**settings, **options, "push_to_hub": True, "hub_model_id": f"{USER}/adapter"})
     FACTS["files of adapter"] = sorted(files("adapter"))
-    base = VTLMMForConditionalGeneration.from_pretrained(settings["model"])
+    base = VTLMMForConditionalGeneration.from_pretrained(settings["model_name_or_path"])
     loaded = PeftModel.from_pretrained(base, f"{USER}/adapter")
     answers = [probe(model, build_processor())["logits"] for model in (loaded, trainer.model)]
     FACTS["logits of adapter"] = answers
     FACTS["adapter"] = vtlmm("push", adapter, f"{USER}/adapter", "--form", "adapter", "--license", "mit")
     FACTS["card of adapter"] = files("adapter")["README.md"].decode()
     config = adapter / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": settings["model"]}))
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": settings["model_name_or_path"]})
+    )
     FACTS["adapter of local"] = vtlmm("push", adapter, f"{USER}/other", "--license", "mit")
-    FACTS["merge"] = vtlmm("merge", adapter, "--base", settings["model"], "--output", WORK / "merged")
+    FACTS["merge"] = vtlmm("merge", adapter, "--base", settings["model_name_or_path"], "--output", WORK / "merged")
 
 
 def push_twin(merged: Path) -> None:

@@ -27,7 +27,8 @@ from vtlmm.ablations.paired_tests import compare_arms, format_table, over_images
 from vtlmm.cli.main import main
 from vtlmm.evaluation.questions import image_loader
 from vtlmm.inference.generation import answer, with_shuffled_images
-from vtlmm.train.stage_runner import RUN_RECORD, build_trainer
+from vtlmm.train.output_folder import RUN_RECORD
+from vtlmm.train.stage_runner import build_trainer
 
 
 GRIDS = Path(__file__).parents[1] / "recipes" / "ablations"
@@ -115,8 +116,8 @@ def write_grid(work, tmp_path, **changes):
         "seeds": [0, 1],
         "reference": "off",
         "base": {
-            "model": str(work / "start"),
-            "dataset": str(work / "train.json"),
+            "model_name_or_path": str(work / "start"),
+            "dataset_name": str(work / "train.json"),
             "check_data": False,
             "max_steps": 1,
             "per_device_train_batch_size": 4,
@@ -168,7 +169,10 @@ def test_a_shared_beginning_is_trained_once(finished):
     # and it is the folder that stage IV of both began with
     for row in rows_of(output):
         [head, joint] = json.loads(Path(row["model"], RUN_RECORD).read_text())
-        assert joint["settings"]["model"].endswith(heads[row["arm"], row["seed"]]) and head["stage"] == "visual_head"
+        assert (
+            joint["settings"]["model_name_or_path"].endswith(heads[row["arm"], row["seed"]])
+            and head["stage"] == "visual_head"
+        )
         assert joint["settings"]["seed"] == row["seed"] and joint["steps"] == 2 and head["steps"] == 1
         assert joint["settings"].get("visual_loss_coef") == (0 if row["arm"] == "off" else None)
 
@@ -302,11 +306,11 @@ def test_a_start_of_its_own_for_each_seed(work, tmp_path):
     path = write_grid(work, tmp_path)
     for seed in (0, 1):
         shutil.copytree(work / "start", tmp_path / f"start_{seed}")
-    grid = read_grid(path, [f"model={tmp_path}/start_{{seed}}"])
-    assert grid.chain("on", 1)[0]["model"].endswith("start_1")
+    grid = read_grid(path, [f"model_name_or_path={tmp_path}/start_{{seed}}"])
+    assert grid.chain("on", 1)[0]["model_name_or_path"].endswith("start_1")
     assert grid.chain("on", 1)[0]["key"] == read_grid(path).chain("on", 1)[0]["key"]  # the same weights elsewhere
     (tmp_path / "start_1/model.safetensors").write_bytes(b"others")
-    again = read_grid(path, [f"model={tmp_path}/start_{{seed}}", "seeds=[0]"])
+    again = read_grid(path, [f"model_name_or_path={tmp_path}/start_{{seed}}", "seeds=[0]"])
     assert again.chain("on", 0)[0]["key"] == grid.chain("on", 0)[0]["key"]
 
 
@@ -335,8 +339,17 @@ def test_visual_losses_are_those_of_the_trainer_s_evaluation(work, tmp_path):
     measures = EvaluateConfig(dataset=str(work / "test.json"), figures=["visual"])
     figures, *_ = measure(work / "start", measures, read_held_out(measures), tmp_path / "features")
     for stage, name in (("visual_head", "III, KL(q‖p)"), ("joint", "IV, KL(p‖q)")):
-        data = {"model": str(work / "start"), "dataset": str(tmp_path / "rows.json"), "image_folder": str(work)}
-        data |= {"eval_dataset": data["dataset"], "stage": stage, "vm_head_init": "keep", "output_dir": str(tmp_path)}
+        data = {
+            "model_name_or_path": str(work / "start"),
+            "dataset_name": str(tmp_path / "rows.json"),
+            "image_folder": str(work),
+        }
+        data |= {
+            "eval_dataset": data["dataset_name"],
+            "stage": stage,
+            "vm_head_init": "keep",
+            "output_dir": str(tmp_path),
+        }
         found = build_trainer({**data, "use_cpu": True, "report_to": "none", "disable_tqdm": True}).evaluate()
         assert figures[f"visual loss of stage {name}"] == pytest.approx(found["eval_visual_loss"], rel=1e-5)
         assert figures["entropy of visual tokens"] == pytest.approx(found["eval_visual_token_entropy"], rel=1e-5)
@@ -385,7 +398,12 @@ def test_pseudo_image_features_at_test_and_in_training(work, tmp_path):
 @pytest.mark.parametrize("base", ["easy_vqa", "vqa_rad"])
 @pytest.mark.parametrize("path", sorted(GRIDS.glob("[0-9]*.yaml")), ids=lambda path: path.stem)
 def test_grids_of_the_repository_fit(path, base):
-    settings = [f"base={base}.yaml", "model=start", "dataset=train.parquet", "evaluate.dataset=test.parquet"]
+    settings = [
+        f"base={base}.yaml",
+        "model_name_or_path=start",
+        "dataset_name=train.parquet",
+        "evaluate.dataset=test.parquet",
+    ]
     if path.stem.startswith("5"):
         settings.append("evaluate.text=texts.txt")
     if path.stem.startswith("7"):

@@ -23,8 +23,10 @@ from vtlmm.train.stages import describe
 
 pytest.importorskip("bitsandbytes")
 
-LORA = {"adapter": "lora", "lora_r": 2, "learning_rate": 1e-2}
-QLORA = {**LORA, "quantization": "nf4"}
+ADAPTERS = {"none": {}, "lora": {"use_peft": True}, "dora": {"use_peft": True, "use_dora": True}}
+QUANTIZED = {"none": {}, "nf4": {"load_in_4bit": True}, "int8": {"load_in_8bit": True}}
+LORA = {"use_peft": True, "lora_r": 2, "learning_rate": 1e-2}
+QLORA = {**LORA, "load_in_4bit": True}
 PROJECTIONS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 DECODER_LINEARS = {f"model.language_model.layers.{i}.{name}" for i in range(2) for name in PROJECTIONS}
 
@@ -46,7 +48,7 @@ def learning(trainer) -> set[str]:
 )
 def test_layer_by_layer(settings, tmp_path, quantization, layer, storage):
     """Exactly the decoder's projections are quantized; the rest keeps `dtype`, and what learns is float32."""
-    chosen = {"quantization": quantization, "adapter": "lora", "dtype": "bfloat16", "bf16": True}
+    chosen = {**QUANTIZED[quantization], "use_peft": True, "dtype": "bfloat16", "bf16": True}
     trainer = build_trainer({**settings, **chosen, "output_dir": str(tmp_path)})
     model = trainer.model.get_base_model()
     quantized = set()
@@ -62,7 +64,7 @@ def test_layer_by_layer(settings, tmp_path, quantization, layer, storage):
         elif isinstance(module, torch.nn.Linear) and ".base_layer" not in name and ".lora_" not in name:
             assert type(module).__module__.split(".")[0] in ("torch", "modeling_vtlmm"), name
     assert quantized == DECODER_LINEARS
-    plain = VTLMMForConditionalGeneration.from_pretrained(settings["model"]).model.language_model
+    plain = VTLMMForConditionalGeneration.from_pretrained(settings["model_name_or_path"]).model.language_model
     adapter = sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" in name)
     count = sum(parameter.numel() for parameter in plain.parameters()) + adapter
     assert f" {count:,} parameters" in describe(trainer.model, trainer.stage)
@@ -88,13 +90,13 @@ def test_layer_by_layer(settings, tmp_path, quantization, layer, storage):
 )
 def test_exactly_this_learns(settings, tmp_path, stage, in_full, adapter, quantization):
     """By name, for each stage and kind of adapter; and all of it is in the saved folder."""
-    options = {"stage": stage, "adapter": adapter, "quantization": quantization, "output_dir": str(tmp_path)}
+    options = {"stage": stage, **ADAPTERS[adapter], **QUANTIZED[quantization], "output_dir": str(tmp_path)}
     trainer = build_trainer({**settings, **options})
     parts = ["lora_A", "lora_B"] + ["lora_magnitude_vector"] * (adapter == "dora")
     expected = set()
     if stage in ("decoder", "joint"):
         expected |= {f"{layer}.{part}.default.weight" for layer in DECODER_LINEARS for part in parts}
-    start = load_file(Path(settings["model"], "model.safetensors"))
+    start = load_file(Path(settings["model_name_or_path"], "model.safetensors"))
     for module in in_full:
         inside = [name.removeprefix(module) for name in start if name.startswith(module + ".")]
         expected |= {f"{module}.modules_to_save.default{name}" for name in inside}
@@ -151,9 +153,12 @@ def test_lora_must_not_leave_the_decoder(settings, leaking, reached):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantization": "nf4", "adapter": "none"}, "set `adapter` to lora or dora"),
-        ({"quantization": "int8", "adapter": "dora"}, "DoRA does not work on an int8 base"),
-        ({"dtype": "bfloat16", "bf16": False}, "set `bf16: true`"),
+        ({"load_in_4bit": True, "use_peft": False}, "Set `use_peft: true`"),
+        ({"load_in_8bit": True, "use_dora": True}, "DoRA does not work with `load_in_8bit`"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "exclude each other"),
+        ({"use_peft": False, "use_dora": True}, "`use_dora` needs `use_peft: true`"),
+        ({"use_peft": False, "dtype": "float16"}, "loses small updates"),
+        ({"dtype": "bfloat16", "bf16": False}, "Set `bf16: true`"),
         ({"vm_head_init": "random"}, "add vm_head to `trainable_modules`"),
         ({"vm_head_type": "mlp"}, "add vm_head to `trainable_modules`"),
     ],
@@ -165,7 +170,7 @@ def test_settings_that_do_not_go_together(settings, changes, message):
 
 def test_learning_rates(settings):
     """LoRA's own beside that of what learns in full."""
-    trainer = build_trainer({**settings, "adapter": "lora", "adapter_learning_rate": 2e-4})
+    trainer = build_trainer({**settings, "use_peft": True, "adapter_learning_rate": 2e-4})
     rates = {p: group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
     for name, parameter in trainer.model.named_parameters():
         assert rates.get(parameter) == ((2e-4 if "lora_" in name else 2e-5) if parameter.requires_grad else None)
@@ -174,7 +179,7 @@ def test_learning_rates(settings):
 @pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"load_in_8bit": True}])
 def test_bitsandbytes_quantizes_the_decoder_only_by_default(settings, options):
     config = BitsAndBytesConfig(**options)
-    model = VTLMMForConditionalGeneration.from_pretrained(settings["model"], quantization_config=config)
+    model = VTLMMForConditionalGeneration.from_pretrained(settings["model_name_or_path"], quantization_config=config)
     quantized = {name for name, module in model.named_modules() if type(module).__name__.startswith("Linear")}
     quantized = {name for name in quantized if model.get_submodule(name).weight.dtype in (torch.uint8, torch.int8)}
     assert quantized == DECODER_LINEARS
@@ -201,7 +206,7 @@ def gradients(trainer) -> dict[str, torch.Tensor]:
 def test_gradient_checkpointing_changes_nothing(settings, tmp_path, quantization):
     """Neither what two steps of SGD learn, nor that a frozen tower is not run backward."""
     options = {"lora_dropout": 0.0, "optim": "sgd", "learning_rate": 0.1, "warmup_steps": 0, "max_grad_norm": 0.0}
-    options = {**settings, **LORA, **options, "quantization": quantization, "output_dir": str(tmp_path)}
+    options = {**settings, **LORA, **options, **QUANTIZED[quantization], "output_dir": str(tmp_path)}
     learnt = {}
     for checkpointing in (False, True):
         trainer = build_trainer({**options, "gradient_checkpointing": checkpointing})
@@ -220,7 +225,7 @@ def test_gradient_checkpointing_changes_nothing(settings, tmp_path, quantization
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_a_resting_decoder_keeps_nothing_for_a_backward(settings, tmp_path, adapter):
     """Stage III under gradient checkpointing, which makes transformers ask for gradients at the embeddings."""
-    options = {"stage": "visual_head", "adapter": adapter, "gradient_checkpointing": True}
+    options = {"stage": "visual_head", **ADAPTERS[adapter], "gradient_checkpointing": True}
     trainer = build_trainer({**settings, **options, "output_dir": str(tmp_path)})
     trainer.train()
     batch = trainer.data_collator([trainer.train_dataset[0]])

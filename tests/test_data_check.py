@@ -253,7 +253,8 @@ def test_command(folder, tmp_path, capsys):
     assert code == 1 and "row 1: missing image" in text and "max_length 60" in text
     write(folder, [GOOD])
     recipe = tmp_path / "recipe.yaml"
-    settings = {"dataset": str(folder / "rows.json"), "eval_split": "train", "model": str(model), "output_dir": "x"}
+    settings = {"dataset_name": str(folder / "rows.json"), "dataset_test_split": "train"}
+    settings |= {"model_name_or_path": str(model), "output_dir": "x"}
     recipe.write_text(json.dumps(settings))
     code, text = run("--config", recipe)
     assert code == 0 and text.startswith("train\n") and "\neval\n" in text and "max_length 2,048" in text

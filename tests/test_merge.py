@@ -10,14 +10,14 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_adapters import DECODER_LINEARS, LORA, QLORA
+from test_adapters import ADAPTERS, DECODER_LINEARS, LORA, QLORA, QUANTIZED
 from test_remote_code import LOAD, in_clean_process
 from training_setup import write_start
 from transformers import LlavaForConditionalGeneration
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
-from vtlmm.train.merge import merge, round_weights
+from vtlmm.train.merge import merge_adapter, round_weights
 from vtlmm.train.stage_runner import build_trainer, run_training
 
 
@@ -76,7 +76,7 @@ def test_the_adapter_folder_and_the_merged_one_load_without_this_package(setting
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/vt-lmm-base"
     assert "base_model: someone/vt-lmm-base" in (adapter / "README.md").read_text()
-    assert main(["merge", str(adapter), "--output", str(merged), "--base", settings["model"]]) == 0
+    assert main(["merge", str(adapter), "--output", str(merged), "--base", settings["model_name_or_path"]]) == 0
     assert_equal_outputs(trainer, VTLMMForConditionalGeneration.from_pretrained(merged))
     assert main(["export", str(merged), "--to", "llava", "--output", str(tmp_path / "twin")]) == 0
     twin = LlavaForConditionalGeneration.from_pretrained(tmp_path / "twin").eval()
@@ -85,7 +85,7 @@ def test_the_adapter_folder_and_the_merged_one_load_without_this_package(setting
         expected, found = (model(**batch).logits for model in (trainer.model, twin))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
-    code = LOAD.replace('print("FOUND"', EXTRA.replace("BASE", repr(settings["model"])) + 'print("FOUND"')
+    code = LOAD.replace('print("FOUND"', EXTRA.replace("BASE", repr(settings["model_name_or_path"])) + 'print("FOUND"')
     cache = tmp_path / "cache"
     cache.mkdir()
     found = in_clean_process(code.replace("ADAPTER", repr(str(adapter))), merged, again, cache=cache)
@@ -102,7 +102,7 @@ def test_an_adapter_of_a_local_base_names_no_folder_in_its_card(settings, tmp_pa
     """The Hub refuses a card whose base model is a path."""
     build_trainer({**settings, **LORA, "output_dir": str(tmp_path)}).save_model()
     card = (tmp_path / "README.md").read_text()
-    assert "library_name: peft" in card and settings["model"] not in card and "base_model" not in card
+    assert "library_name: peft" in card and settings["model_name_or_path"] not in card and "base_model" not in card
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_an_adapter_of_a_local_base_names_no_folder_in_its_card(settings, tmp_pa
 def test_merging_keeps_what_the_run_changed_of_the_model(settings, tmp_path, changes):
     """An adapter's folder has no configuration of the model: it stands in the record of the run."""
     trainer = run_training({**settings, **LORA, **changes, "output_dir": str(tmp_path / "adapter")})
-    merge(tmp_path / "adapter", tmp_path / "merged")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert_equal_outputs(trainer, VTLMMForConditionalGeneration.from_pretrained(tmp_path / "merged"))
 
 
@@ -120,14 +120,16 @@ def test_stage_four_after_stage_three_on_a_quantized_base(settings, tmp_path, ca
     three, merged, four = tmp_path / "three", tmp_path / "merged", tmp_path / "four"
     run_training({**settings, **QLORA, "stage": "visual_head", "output_dir": str(three)})
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps({**settings, **QLORA, "model": str(three), "output_dir": str(four)}))
+    recipe.write_text(json.dumps({**settings, **QLORA, "model_name_or_path": str(three), "output_dir": str(four)}))
     assert main(["train", "--config", str(recipe)]) == 1
-    assert f"`vtlmm merge {three} --output FOLDER`, then set `model: FOLDER`" in capsys.readouterr().err
+    assert f"`vtlmm merge {three} --output FOLDER`, then set `model_name_or_path: FOLDER`" in capsys.readouterr().err
     assert main(["merge", str(three), "--output", str(merged)]) == 0
-    whole, start = (load_file(Path(folder, "model.safetensors")) for folder in (merged, settings["model"]))
+    whole, start = (
+        load_file(Path(folder, "model.safetensors")) for folder in (merged, settings["model_name_or_path"])
+    )
     changed = {name for name in whole if not torch.equal(whole[name], start[name])}
     assert changed and all(name.startswith("model.vm_head.") for name in changed)
-    assert main(["train", "--config", str(recipe), f"model={merged}"]) == 0
+    assert main(["train", "--config", str(recipe), "--model_name_or_path", str(merged)]) == 0
     history = json.loads((four / "vtlmm_run.json").read_text())
     assert [entry["stage"] for entry in history] == ["visual_head", "joint"]
 
@@ -135,7 +137,7 @@ def test_stage_four_after_stage_three_on_a_quantized_base(settings, tmp_path, ca
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_merging_into_the_base_as_it_was_quantized(settings, tmp_path, adapter):
     """Equal outputs on the dequantized base; on the base in full precision they are others, which is said."""
-    options = {**QLORA, "adapter": adapter, "output_dir": str(tmp_path / "adapter")}
+    options = {**QLORA, **ADAPTERS[adapter], "output_dir": str(tmp_path / "adapter")}
     trainer = run_training({**settings, **options})
     for name, flags in {"exact": ["--dequantize"], "near": []}.items():
         assert main(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / name), *flags]) == 0
@@ -147,10 +149,10 @@ def test_merging_into_the_base_as_it_was_quantized(settings, tmp_path, adapter):
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_the_base_is_rounded_as_it_was_in_training(settings, quantization):
     """Weights in bfloat16 give other 4-bit weights than those in float32."""
-    chosen = {**LORA, "quantization": quantization, "dtype": "bfloat16", "bf16": True}
+    chosen = {**LORA, **QUANTIZED[quantization], "dtype": "bfloat16", "bf16": True}
     model = build_trainer({**settings, **chosen}).model.get_base_model()
-    merged = VTLMMForConditionalGeneration.from_pretrained(settings["model"], dtype=torch.float32)
-    round_weights(merged, settings["model"], None, quantization, "bfloat16")
+    merged = VTLMMForConditionalGeneration.from_pretrained(settings["model_name_or_path"], dtype=torch.float32)
+    round_weights(merged, settings["model_name_or_path"], None, quantization, "bfloat16")
     for name in DECODER_LINEARS:
         expected = dequantize_module_weight(model.get_submodule(name).base_layer)
         assert torch.equal(merged.get_submodule(name).weight, expected.float()), name
@@ -162,11 +164,11 @@ def test_a_merge_that_merges_nothing_is_refused(settings, tmp_path, capsys):
     trainer.save_model()  # before a step was made
     command = ["merge", str(adapter), "--output", str(tmp_path / "merged")]
     assert main(command) == 1
-    assert "15 leave the base" in capsys.readouterr().err
+    assert "15 parts of the adapter" in capsys.readouterr().err
     assert main([*command, "--dequantize"]) == 1
-    assert "says that the base was quantized" in capsys.readouterr().err
+    assert "does not say that the base was quantized" in capsys.readouterr().err
     assert main([*command, "--base", str(tmp_path / "gone")]) == 1
-    assert "say where it is with `--base`" in capsys.readouterr().err
+    assert "Set its place with `--base`" in capsys.readouterr().err
     # names of another decoder: PEFT alone would warn, and merge nothing
     path = adapter / "adapter_model.safetensors"
     save_file({name.replace("layers.1.", "layers.7."): t for name, t in load_file(path).items()}, path)

@@ -22,8 +22,8 @@ RUN = {
     "stage": "joint",
     "plan": ["Stage joint: loss = 1 · L_lm + 1 · L_vm", "  vm_head  1,000 parameters  0 learn"],
     "settings": {
-        "model": "/home/me/start",
-        "dataset": "someone/images",
+        "model_name_or_path": "/home/me/start",
+        "dataset_name": "someone/images",
         "image_folder": "/home/me/p",
         "seed": 3,
         "hub_token": "hf_SECRET",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_setup import write_start
 
-from vtlmm.train.recipe import read_settings, split_stages
+from vtlmm.train.recipe import parse_arguments, split_stages
 from vtlmm.train.stage_runner import build_trainer
 from vtlmm.train.stages import module_of
 
@@ -25,8 +25,8 @@ def training_runs(command: str) -> list[dict]:
     words = shlex.split(command)
     if "train" not in words:
         return []
-    config = words.index("--config")
-    return split_stages(read_settings(FOLDER.parent / words[config + 1], words[config + 2 :]))
+    arguments = [str(FOLDER.parent / word) if word.startswith("recipes/") else word for word in words]
+    return split_stages(parse_arguments(arguments[words.index("train") + 1 :]))
 
 
 def recipe_of(command: str) -> str:
@@ -54,7 +54,7 @@ def test_commands_follow_each_other_through_their_folders(block):
     made = set()
     for command in block:
         words = shlex.split(command)
-        steps = [(run["model"], run["output_dir"]) for run in training_runs(command)]
+        steps = [(run["model_name_or_path"], run["output_dir"]) for run in training_runs(command)]
         steps = steps or [(words[2] if words[1] == "merge" else None, words[words.index("--output") + 1])]
         for start, output in steps:
             assert start is None or start in made, command
@@ -72,10 +72,10 @@ def tiny(tmp_path_factory):
 @pytest.mark.parametrize(("recipe", "settings"), RUNS, ids=[f"{recipe}-{run['stage']}" for recipe, run in RUNS])
 def test_two_steps(tiny, tmp_path, recipe, settings):
     """Exactly the modules of the stage move, in float32."""
-    if settings.get("quantization"):
+    if settings.get("load_in_4bit"):
         pytest.importorskip("bitsandbytes")
     start = tiny["small" if recipe == "small_decoder" else "large"]
-    data = {name: start[name] for name in ("model", "dataset", "image_folder")}
+    data = {name: start[name] for name in ("model_name_or_path", "dataset_name", "image_folder")}
     quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no"}
     changes = {**data, **quiet, "output_dir": str(tmp_path), "max_steps": 2, "warmup_steps": 0}
     trainer = build_trainer({**on_a_cpu(settings), **changes})

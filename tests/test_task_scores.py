@@ -16,7 +16,7 @@ from vtlmm.cli.main import main
 from vtlmm.data.rows import load_rows
 from vtlmm.evaluation.runner import task_scores
 from vtlmm.inference.generation import answer_batch, with_shuffled_images
-from vtlmm.train.stage_runner import RUN_RECORD
+from vtlmm.train.output_folder import RUN_RECORD
 from vtlmm.train.stage_runner import build_trainer as build_trainer_of_run
 
 
@@ -129,7 +129,7 @@ def test_a_recipe_scores_its_questions_and_keeps_the_best(tmp_path, capsys):
     settings = write_start(tmp_path)
     rows = [{"image": "red.png", "question": "what is it", "answer": "red boat"}]
     (tmp_path / "questions.json").write_text(json.dumps(rows))
-    settings |= {"eval_dataset": settings["dataset"], "eval_task_data": str(tmp_path / "questions.json")}
+    settings |= {"eval_dataset": settings["dataset_name"], "eval_task_data": str(tmp_path / "questions.json")}
     settings |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_steps": 12, "eval_strategy": "steps"}
     settings |= {"eval_steps": 6, "save_strategy": "steps", "save_steps": 6, "load_best_model_at_end": True}
     settings |= {"metric_for_best_model": "eval_accuracy", "stage": "decoder"}
@@ -142,8 +142,9 @@ def test_a_recipe_scores_its_questions_and_keeps_the_best(tmp_path, capsys):
     assert state["best_metric"] == max(logged) == record["metrics"]["eval_accuracy"] == 1.0
     assert "eval_accuracy_shuffled_images" not in record["metrics"]  # one image has no other
     # an adapter's weights and a head in float32 on a bfloat16 base, which only autocast multiplies
-    lora = ["adapter=lora", "lora_r=2", "dtype=bfloat16", "bf16=true", "stage=joint", f"output_dir={tmp_path}/lora"]
+    lora = "--use_peft --lora_r 2 --dtype bfloat16 --bf16 true --stage joint --output_dir".split()
+    lora.append(str(tmp_path / "lora"))
     assert main(["train", "--config", str(recipe), *lora]) == 0
-    assert main(["train", "--config", str(recipe), "eval_task_images=0"]) == 1
+    assert main(["train", "--config", str(recipe), "--eval_task_images", "0"]) == 1
     assert "eval_task_images" in capsys.readouterr().err
     assert build_trainer_of_run(settings).evaluate()["eval_accuracy"] >= 0

@@ -17,7 +17,7 @@ from training_setup import build_rows, build_trainer, weights
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.train.config import VTLMMTrainingConfig
-from vtlmm.train.stage_runner import RUN_RECORD, write_record
+from vtlmm.train.run_record import RUN_RECORD, write_record
 from vtlmm.train.stages import describe
 from vtlmm.train.vm_head_search import vm_heads
 
@@ -81,7 +81,7 @@ def test_best_head_is_kept(trained, tmp_path, capsys):
     assert loaded.config.vm_head_type == trainer.vm_head_table[best]["vm_head_type"]
     for (name, a), b in zip(weights(trainer.model).items(), weights(loaded).values(), strict=True):
         assert torch.equal(a, b), name
-    write_record(trainer, {"model": "none"}, evaluated, 1.0)
+    write_record(trainer, {"model_name_or_path": "none"}, evaluated, 1.0)
     (record,) = json.loads(Path(trainer.args.output_dir, RUN_RECORD).read_text())
     assert record["vm_heads"] == trainer.vm_head_table
     assert trainer.vm_head_table[2] == {

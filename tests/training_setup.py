@@ -107,7 +107,11 @@ def write_start(folder: Path, text: str = "llama", vision: str = "clip_vision_mo
     silent = [{"from": "human", "value": "say hello"}, {"from": "gpt", "value": "hello . hello"}]
     rows = [{"image": "red.png", "conversations": talk}, {"conversations": silent}] * 3
     (folder / "rows.json").write_text(json.dumps(rows))
-    data = {"model": str(folder / "start"), "dataset": str(folder / "rows.json"), "image_folder": str(folder)}
+    data = {
+        "model_name_or_path": str(folder / "start"),
+        "dataset_name": str(folder / "rows.json"),
+        "image_folder": str(folder),
+    }
     quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no"}
     steps = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "check_data": False}
     return {**data, **quiet, **steps, "output_dir": str(folder / "out")}

@@ -72,7 +72,9 @@ def _plain(value: Any) -> Any:
         return sorted(map(str, value))
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool) or value is None else str(getattr(value, "value", value))
+    return (
+        value if isinstance(value, str | int | float | bool) or value is None else str(getattr(value, "value", value))
+    )
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""An adapter and its base as one whole model, which can be pushed, served, or trained in the next stage."""
+"""Merge an adapter into its base: a whole model that can be pushed, served, or trained in the next stage."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -10,70 +9,79 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.utils.integrations import dequantize_module_weight
 from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 from vtlmm.hub.quantize import quantization_config
 
 from .adapters import require_fit
-from .stage_runner import RUN_RECORD, change_model
+from .output_folder import RUN_RECORD, clear_output, holds_model
+from .run_record import read_record
+from .stage_runner import change_model
 from .stages import module_of
 
 
 logger = logging.getLogger("vtlmm.train.merge")
 
 
-def merge(
+def merge_adapter(
     adapter: str | Path,
     output: str | Path | None = None,
     *,
     base: str | Path | None = None,
     dequantize: bool = False,
     dtype: str | torch.dtype = "float32",
+    overwrite: bool = False,
 ) -> VTLMMForConditionalGeneration:
     r"""
-    The model that `vtlmm train` made with an adapter, as one whole model; computed in float32.
+    Return the model that `vtlmm train` made with an adapter as one whole model. The merge is computed in float32.
 
-    An adapter on a quantized base learnt beside the rounding of that base: on the base in full precision the outputs
-    are near those of the training, on the dequantized base (`dequantize`) they are the same. (Not quite with int8,
-    which outside training on a CPU rounds activations too.)
+    A QLoRA adapter was trained against the quantized weights, so merging into full precision shifts the outputs
+    slightly. With `dequantize` the base is rounded as in training and the outputs are equal. (They differ slightly
+    with int8, which also rounds activations on a GPU.)
 
     Args:
         adapter (`str` or `Path`): folder that `vtlmm train` wrote.
-        output (`str` or `Path`, *optional*): folder for everything that a Hub repository has.
-        base (`str` or `Path`, *optional*): folder or Hub id of the base; by default what the adapter names.
-        dequantize (`bool`, *optional*, defaults to `False`): round the base as it was in training.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): of the result. bfloat16 halves the folder
-            and rounds away small steps of the training.
+        output (`str` or `Path`, *optional*): folder for a complete Hub repository.
+        base (`str` or `Path`, *optional*): folder or Hub id of the base; by default the one that the adapter names.
+        dequantize (`bool`, *optional*, defaults to `False`): round the base as in training.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): type of the result. bfloat16 halves the
+            size of the folder and rounds small updates away.
+        overwrite (`bool`, *optional*, defaults to `False`): replace the model in `output`.
 
     Raises:
-        `ValueError`: when the adapter does not fit the base, or leaves a weight that it should change as it was, and
-        when the base was not quantized in training or is not found.
+        `ValueError`: if the adapter does not fit the base, if it does not change a weight that it should change, if
+            the base was not quantized in training (with `dequantize`), and if `output` holds a model or is an input.
+        `FileNotFoundError`: if there is no adapter in `adapter`, or the base does not exist.
     """
-    record = Path(adapter, RUN_RECORD)
-    if not record.is_file():  # of a checkpoint: the finished run's, if it was finished
-        record = Path(adapter).resolve().parent / RUN_RECORD
-    history = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else [{"settings": {}}]
-    settings = history[-1]["settings"]
-    quantization = settings.get("quantization", "none")
-    if dequantize and quantization == "none":
-        raise ValueError(
-            f"No {RUN_RECORD} of {adapter} says that the base was quantized in training: leave out `--dequantize`, or "
-            "merge the folder that the finished run wrote."
-        )
-    if quantization != "none" and not dequantize:
-        logger.info("The adapter was trained on a base in %s: outputs shift a little; --dequantize.", quantization)
-
+    adapter = Path(adapter)
+    if not adapter.is_dir() or find_adapter_config_file(str(adapter)) is None:
+        raise FileNotFoundError(f"{adapter} does not hold an adapter (adapter_config.json). Name its folder.")
     config = PeftConfig.from_pretrained(str(adapter))
     revision = config.revision if base is None else None
     base = str(base or config.base_model_name_or_path)
+    if output is not None:
+        _check_output(Path(output), adapter, base, overwrite)
+
+    history = read_record(adapter) or read_record(adapter.resolve().parent)  # the parent of a checkpoint
+    settings = history[-1]["settings"] if history else {}
+    quantization = "nf4" if settings.get("load_in_4bit") else "int8" if settings.get("load_in_8bit") else "none"
+    if dequantize and quantization == "none":
+        raise ValueError(
+            f"The run record of {adapter} does not say that the base was quantized in training. Remove "
+            "`--dequantize`, or merge the folder that the finished run wrote."
+        )
+    if quantization != "none" and not dequantize:
+        logger.info("The adapter was trained on a %s base. Without --dequantize outputs shift slightly.", quantization)
     try:
         model = VTLMMForConditionalGeneration.from_pretrained(base, revision=revision, dtype=torch.float32)
     except OSError as error:
-        raise ValueError(f"The base {base} of {adapter} is not found: say where it is with `--base`.") from error
-    if not record.is_file():
+        raise FileNotFoundError(
+            f"The base {base} of {adapter} does not exist. Set its place with `--base`."
+        ) from error
+    if not history:
         logger.warning(
-            "No %s of %s says what its run changed of the model: the VM head's type and what the decoder reads are "
-            "taken from the base.",
+            "There is no %s in %s. The type of the VM head and `use_pseudo_image_features` are those of the base.",
             RUN_RECORD,
             adapter,
         )
@@ -82,17 +90,37 @@ def merge(
         round_weights(model, base, revision, quantization, settings.get("dtype", "float32"))
     model = merge_into(model, adapter).to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     if output is not None:
-        model.save_pretrained(output)
-        VTLMMProcessor.from_pretrained(adapter).save_pretrained(output)
-        if record.is_file():
-            shutil.copy(record, output)
+        _save(model, Path(output), adapter)
         logger.info("Merged %s into %s; saved to %s.", adapter, base, output)
     return model
 
 
+def _check_output(output: Path, adapter: Path, base: str, overwrite: bool) -> None:
+    """Refuse an output that is an input, before anything is written, or that holds a model."""
+    for name, path in (("adapter", adapter), ("base", Path(base))):
+        if path.exists() and path.resolve() == output.resolve():
+            raise ValueError(f"The output {output} is the folder of the {name}. Choose another `--output`.")
+    if output.is_file():
+        raise ValueError(f"The output {output} is a file. Choose a folder.")
+    if output.is_dir() and holds_model(output) and not overwrite:
+        raise ValueError(f"{output} already holds a model. Choose another `--output`, or set `--overwrite`.")
+
+
+def _save(model: PreTrainedModel, output: Path, adapter: Path) -> None:
+    """Write a complete Hub repository: weights, code, processor and the record of the run."""
+    processor = VTLMMProcessor.from_pretrained(adapter)
+    clear_output(output)
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    for folder in (adapter, adapter.resolve().parent):
+        if (folder / RUN_RECORD).is_file():
+            shutil.copy(folder / RUN_RECORD, output)
+            break
+
+
 @torch.no_grad()
 def round_weights(model: PreTrainedModel, base: str, revision: str | None, quantization: str, dtype: str) -> None:
-    """The decoder's weights of `model` as they are when `base` is loaded in `dtype` and `quantization`."""
+    """Round the decoder's weights of `model` as loading `base` in `dtype` with `quantization` does."""
     config = quantization_config(quantization, torch.float32)
     quantized = type(model).from_pretrained(base, revision=revision, dtype=dtype, quantization_config=config)
     for name, module in quantized.named_modules():
@@ -104,10 +132,10 @@ def round_weights(model: PreTrainedModel, base: str, revision: str | None, quant
 @torch.no_grad()
 def merge_into(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
     """
-    `model` with the adapter in its weights.
+    Return `model` with the adapter in its weights.
 
     Raises:
-        `ValueError`: naming the weights that should have moved and did not.
+        `ValueError`: naming the weights that should have changed and did not.
     """
 
     def sums():
@@ -120,8 +148,8 @@ def merge_into(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
     after = sums()
     moved = {}
     for name in names:
-        # base_model.model.….q_proj.lora_A.weight belongs to ….q_proj.weight; what is saved in full has its own name
-        # and moves as a module: the first layer of a VM head's residual_block rests until the last one has left zero
+        # base_model.model.….q_proj.lora_A.weight belongs to ….q_proj.weight. A module that is saved in full is
+        # compared as a whole: the first layer of a VM head's residual_block has no gradient while the last is zero.
         weight, *lora = name.removeprefix("base_model.model.").split(".lora_")
         weight = f"{weight}.weight" if lora else weight
         part = weight if lora else module_of(weight)
@@ -129,12 +157,12 @@ def merge_into(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
     still = sorted(part for part in moved if not moved[part])
     if still:
         raise ValueError(
-            f"Of {len(moved)} parts of the adapter {adapter} {len(still)} leave the base {base} as it is, e.g. "
-            f"{', '.join(still[:3])}: the adapter was not trained, or this base has it already."
+            f"{len(still)} of {len(moved)} parts of the adapter {adapter} do not change the base {base}, e.g. "
+            f"{', '.join(still[:3])}. The adapter was not trained, or it is merged into this base already."
         )
     return model
 
 
 def row_sums(weight: torch.Tensor) -> torch.Tensor:
-    """Whether a matrix has changed, without a copy of it: float64 shows one weight that moves by one float32 step."""
+    """Return a small checksum of a matrix. In float64 it shows one weight that changes by one float32 step."""
     return weight.double().sum(-1)

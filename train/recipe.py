@@ -11,7 +11,7 @@ import yaml
 from transformers import HfArgumentParser
 from trl import SFTConfig
 
-from vtlmm.data.rows import DataConfig, load_rows
+from vtlmm.data.rows import load_rows
 
 from .adapters import AdapterConfig
 from .config import VTLMMTrainingConfig
@@ -98,30 +98,27 @@ class DatasetConfig:
 
     def load(self, split: str):
         """Return the rows of `"train"` or `"eval"`, or None without evaluation data. See [`load_rows`]."""
-        return load_rows(self._for_loader(), split)
+        name, config_name, part = self.dataset_name, self.dataset_config, self.dataset_train_split
+        if split == "eval":
+            if self.eval_dataset is None and self.dataset_test_split is None:
+                return None
+            name, part = self.eval_dataset or name, self.dataset_test_split or "train"
+            config_name = self.eval_config or (config_name if name == self.dataset_name else None)
+        return load_rows(
+            str(name),
+            image_folder=self.image_folder,
+            split=part,
+            config_name=config_name,
+            streaming=self.dataset_streaming and split == "train",
+            max_rows=self.max_rows,
+            one_question_per_row=self.one_question_per_row,
+        )
 
     def load_task_rows(self):
         """Return the rows of `eval_task_data`."""
         if not Path(self.eval_task_data or "").is_file():
             raise FileNotFoundError(f"`eval_task_data`: the file {self.eval_task_data} does not exist.")
-        config = self._for_loader()
-        config.dataset, config.dataset_split, config.streaming = self.eval_task_data, "train", False
-        config.max_rows = None
-        return load_rows(config)
-
-    def _for_loader(self) -> DataConfig:
-        return DataConfig(
-            dataset=self.dataset_name,
-            dataset_config=self.dataset_config,
-            dataset_split=self.dataset_train_split,
-            eval_dataset=self.eval_dataset,
-            eval_config=self.eval_config,
-            eval_split=self.dataset_test_split,
-            image_folder=self.image_folder,
-            streaming=self.dataset_streaming,
-            max_rows=self.max_rows,
-            one_question_per_row=self.one_question_per_row,
-        )
+        return load_rows(str(self.eval_task_data), image_folder=self.image_folder)
 
 
 @dataclass
@@ -196,7 +193,7 @@ def parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
     recipes = [values for name, values in options if name == "config"]
     if recipes and (len(recipes) > 1 or len(recipes[0]) != 1):
         raise ValueError("`--config` takes one recipe.")
-    for name, values in options:
+    for _, values in options:
         if len(values) > 1 and "=" in values[-1] and values[-1].partition("=")[0] in HINTS:
             raise ValueError(f"Unexpected argument {values[-1]!r}. Write `--{values[-1].replace('=', ' ', 1)}`.")
     settings = _read_yaml(Path(recipes[0][0])) if recipes else {}

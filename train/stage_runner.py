@@ -1,117 +1,107 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""One training run from its settings: load, check the data, train, save, and write down what was done."""
+"""Run training stages from their settings: check, load, train, save, and record what was done."""
 
 import gc
-import json
 import os
-import subprocess
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import astuple
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import IterableDataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import find_adapter_config_file
 
-from vtlmm.data.rows import ROW_FEATURES, DataConfig, load_rows
+from vtlmm.data.rows import ROW_FEATURES
 from vtlmm.data.validation import check_rows, checked_stream
 from vtlmm.hub.quantize import quantization_config
 
 from .adapters import keep_differentiable_on_cpu, peft_config
+from .checkpoints import checkpoint_folders
 from .config import VTLMMTrainingConfig
-from .recipe import ModelConfig, check_run, parse_settings, split_stages
-from .stages import describe
+from .fingerprint import is_harmless
+from .output_folder import RUN_RECORD, check_output, clear_output, lock_output
+from .recipe import DatasetConfig, RunSettings, merged_folder, parse_settings, split_stages
+from .run_record import read_record, recorded, write_record
+from .setting_checks import validate
+from .start_model import check_start, first_stage
 from .trainer import VTLMMTrainer
 from .vm_head_search import replace_vm_head
 
 
-RUN_RECORD = "vtlmm_run.json"
+# ---- Data ----
 
 
-def refuse_adapter(model_config: ModelConfig) -> None:
-    """
-    Raises:
-        `ValueError`: where a run would begin with an adapter.
-    """
-    if find_adapter_config_file(model_config.model, revision=model_config.revision) is not None:
-        raise ValueError(
-            f"{model_config.model} is an adapter, and a stage begins with a whole model: `vtlmm merge "
-            f"{model_config.model} --output FOLDER`, then set `model: FOLDER`."
-        )
-
-
-def prepare_dataset(data: DataConfig, split: str, processor, max_length: int | None):
-    """Rows of one split, checked before anything is trained; a stream is checked row by row as it comes."""
-    dataset = data.load_rows(split)
+def prepare_dataset(data: DatasetConfig, split: str, processor, max_length: int | None):
+    """Return the checked rows of one split, or None if there are none. A stream is checked row by row."""
+    dataset = data.load(split)
     if dataset is None or not data.check_data:
         return dataset
     if isinstance(dataset, IterableDataset):
         return checked_stream(dataset, processor, max_length, data.bad_rows)
     report, is_main_process = check_rows(dataset, processor, max_length), PartialState().is_main_process
-    if is_main_process:
-        print(report.format())
     good_rows = report.good_rows
     if data.bad_rows == "raise":
         report.raise_for_problems()
+    if is_main_process:
+        print(report.format())
     if not good_rows:
-        raise ValueError("No row is left to train on: every one of them is broken (see the report above).")
+        raise ValueError(f"No row of the {split} split passed the check. Fix the rows listed above.")
     if len(good_rows) < len(dataset) and is_main_process:
         warnings.warn(f"{len(dataset) - len(good_rows)} of {len(dataset)} rows are left out.", stacklevel=2)
-    # the column `length` is what packing and grouping by length go by
+    # packing and grouping by length read the column `length`
     return dataset.add_column("length", report.lengths).select(good_rows)
 
 
-def prepare_datasets(data: DataConfig, processor, args: VTLMMTrainingConfig) -> list:
-    """Rows to train on and rows to evaluate on, by [`prepare_dataset`]; a stream is shuffled by `shuffle_dataset`."""
+def prepare_datasets(data: DatasetConfig, processor, args: VTLMMTrainingConfig) -> list:
+    """Return the rows to train on and to evaluate on, or None. `shuffle_dataset` shuffles a stream."""
     train, evaluation = (prepare_dataset(data, split, processor, args.max_length) for split in ("train", "eval"))
-    if args.shuffle_dataset and isinstance(train, IterableDataset):  # other rows are shuffled by the sampler
-        # a buffer of files, not of decoded images
+    if args.shuffle_dataset and isinstance(train, IterableDataset):  # the sampler shuffles other rows
+        # the buffer holds files, not decoded images
         train = train.decode(False).shuffle(seed=args.seed).cast(ROW_FEATURES)
     return [train, evaluation]
 
 
-def load_task_rows(data: DataConfig):
-    """The rows of `eval_task_data`."""
-    if not Path(data.eval_task_data).exists():
-        raise FileNotFoundError(f"{data.eval_task_data}: there is no such file (eval_task_data).")
-    return load_rows(data.eval_task_data, image_folder=data.image_folder)
+# ---- One stage ----
 
 
-def build_trainer(settings: dict, datasets: list | None = None, **kwargs) -> VTLMMTrainer:
+def build_trainer(settings: dict[str, Any], datasets: list | None = None, **kwargs) -> VTLMMTrainer:
     r"""
-    The trainer of a run; `kwargs` go to [`VTLMMTrainer`].
+    Load the model and the data of one stage and return its trainer.
 
     Args:
-        datasets (`list`, *optional*): what [`prepare_datasets`] gave for these settings, if it has run before.
+        settings (`dict`): settings of one stage; see `settings_table`.
+        datasets (`list`, *optional*): the result of [`prepare_datasets`] for these settings.
+        kwargs: further arguments of [`VTLMMTrainer`].
     """
-    model_config, data, adapter, args = parse_settings(settings)
-    refuse_adapter(model_config)
-    check_run(model_config, data, adapter, args)
-    load = {"revision": model_config.revision, "trust_remote_code": args.trust_remote_code}
-    processor = AutoProcessor.from_pretrained(model_config.model, **load)
-    train_dataset, eval_dataset = datasets or prepare_datasets(data, processor, args)
+    run = parse_settings(settings)
+    validate(run)
+    check_start(run.model)
+    args, name = run.args, run.model.model_name_or_path
+    load = {"revision": run.model.model_revision, "trust_remote_code": args.trust_remote_code}
+    processor = AutoProcessor.from_pretrained(name, **load)
+    train_dataset, eval_dataset = datasets or prepare_datasets(run.data, processor, args)
+    compute_dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = AutoModelForImageTextToText.from_pretrained(
-        model_config.model,
-        dtype=model_config.dtype,
-        attn_implementation=model_config.attn_implementation,
-        quantization_config=quantization_config(adapter.quantization, torch.bfloat16 if args.bf16 else torch.float32),
+        name,
+        dtype=run.model.dtype,
+        attn_implementation=run.model.attn_implementation,
+        quantization_config=quantization_config(run.adapter.quantization, compute_dtype),
         **load,
     )
-    change_model(model, model_config.use_pseudo_image_features, model_config.vm_head_type, args.seed)
+    change_model(model, run.model.use_pseudo_image_features, run.model.vm_head_type, args.seed)
     keep_differentiable_on_cpu(model)
-    if data.eval_task_data is not None:
-        kwargs |= {"eval_task_data": load_task_rows(data), "eval_task_images": data.eval_task_images}
-    lora = peft_config(adapter, args.resolved_stage())
-    # the base as PEFT writes it into the adapter's folder
-    if adapter.base_id is not None:
-        model.name_or_path = adapter.base_id
+    if run.data.eval_task_data is not None:
+        kwargs |= {"eval_task_data": run.data.load_task_rows(), "eval_task_images": run.data.eval_task_images}
+    lora = peft_config(run.adapter, args.resolved_stage())
+    # PEFT writes the name of the base into the adapter's configuration
+    if run.adapter.base_id is not None:
+        model.name_or_path = run.adapter.base_id
     elif lora is not None:
-        lora.revision = model_config.revision
+        lora.revision = run.model.model_revision
     return VTLMMTrainer(
         model=model,
         args=args,
@@ -124,166 +114,196 @@ def build_trainer(settings: dict, datasets: list | None = None, **kwargs) -> VTL
 
 
 def change_model(model, use_pseudo_image_features: bool | None, vm_head_type: str | None, seed: int) -> None:
-    """What a run changes of the model that it begins with; an adapter's folder does not say it, its record does."""
+    """Apply the settings that change the model itself. An adapter's folder does not hold them; its run record does."""
     if use_pseudo_image_features is not None:
         model.config.use_pseudo_image_features = use_pseudo_image_features
     if vm_head_type is not None:
         replace_vm_head(model, vm_head_type, seed)
 
 
-def run_training(settings: dict, **kwargs) -> VTLMMTrainer:
+def run_training(settings: dict[str, Any], **kwargs) -> VTLMMTrainer:
     """
-    Trains one stage and saves a complete Hub-format folder in `output_dir`.
+    Train one stage, save the model in `output_dir` and return the trainer.
 
-    `resume_from_checkpoint: true` goes on from the last checkpoint in `output_dir`, or begins if there is none, so the
-    same command restarts a run that was killed.
+    With `resume_from_checkpoint: true`, training continues from the newest complete checkpoint in `output_dir`, or
+    starts from the beginning if there is none. So the same command restarts a run that was stopped.
+
+    Raises:
+        `ValueError`: for settings that conflict, an output folder that holds a model, and a checkpoint of a run with
+            other settings, data or start weights.
+        [`Interrupted`]: after SIGINT or SIGTERM, when a checkpoint is saved.
     """
+    output_dir = Path(settings.get("output_dir") or "trainer_output")
+    overwrite, resume = bool(settings.get("overwrite")), settings.get("resume_from_checkpoint")
+    check_output(output_dir, overwrite, resume)
     trainer = build_trainer(settings, **kwargs)
-    checkpoint = settings.get("resume_from_checkpoint")
-    output_dir = Path(trainer.args.output_dir)
-    if checkpoint is True:
-        checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-        print(f"Resuming from {checkpoint}" if checkpoint else "No checkpoint yet: starting from the beginning")
-    if trainer.is_world_process_zero():  # of an earlier run: this one is not finished
-        (output_dir / RUN_RECORD).unlink(missing_ok=True)
     started = time.time()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()  # before the evaluation, whose faults must not cost the training
-    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        write_record(trainer, settings, metrics, time.time() - started)
-    trainer.accelerator.wait_for_everyone()  # a next stage reads what the main process writes
+    with lock_output(output_dir):
+        if trainer.is_world_process_zero():
+            if overwrite:
+                clear_output(output_dir)
+            (output_dir / RUN_RECORD).unlink(missing_ok=True)  # a record means that the stage is finished
+        trainer.accelerator.wait_for_everyone()
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError(
+                f"A data loading process ended unexpectedly ({str(error).splitlines()[0]}). Checkpoints are intact. "
+                "It is often out of memory: use fewer `dataloader_num_workers`, then resume."
+            ) from error
+        trainer.save_model()  # save first: an evaluation failure must not lose the weights
+        metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            write_record(trainer, settings, metrics, time.time() - started)
+        trainer.accelerator.wait_for_everyone()  # the next stage reads what the main process writes
     return trainer
 
 
-def run_stages(settings: dict, **kwargs) -> None:
-    """
-    [`run_training`] for each of [`split_stages`]; with `resume_from_checkpoint` finished stages are passed over.
+# ---- Several stages ----
 
-    The data of all stages are checked before the first learns, and once, where several stages have the same.
+
+def train_stages(settings: dict[str, Any]) -> Path:
+    """
+    Train the stage or the stages of a recipe and return the folder of the final model.
+
+    All stages are checked before the first one trains: settings, output folders, rows and images. With
+    `resume_from_checkpoint`, finished stages are skipped.
+
+    Args:
+        settings (`dict`): what [`parse_arguments`] or [`read_recipe`] returns.
 
     Raises:
-        `ValueError`: for a stage that was finished with other settings or before an earlier one, and for broken data
-            of any stage.
+        `ValueError`: for settings that conflict, broken data, and outputs that exist.
     """
+    if "stages" not in settings and settings.get("stage") is None:
+        raise ValueError(first_stage(settings))
     runs = split_stages(settings)
-    if "stages" in settings:
-        runs = unfinished(runs)
-    if not runs:
-        return
     parsed = [parse_settings(run) for run in runs]
-    first, _, _, args = parsed[0]
-    refuse_adapter(first)
-    for configs in parsed:
-        check_run(*configs)
-    # a later stage's model is not there yet; its processor is the first one's
-    load = {"revision": first.revision, "trust_remote_code": args.trust_remote_code}
-    processor, prepared, keys = AutoProcessor.from_pretrained(first.model, **load), {}, []
-    for _, data, _, args in parsed:
-        if data.eval_task_data is not None:
-            load_task_rows(data)
-        keys.append((astuple(data), args.max_length, args.shuffle_dataset, args.seed))
-        if keys[-1] not in prepared:
-            prepared[keys[-1]] = prepare_datasets(data, processor, args)
-    for run, key in zip(runs, keys, strict=True):
-        run_training(run, datasets=prepared[key], **kwargs)
-        gc.collect()  # a trainer is full of cycles, and its model need not stay beside the next one's
-        torch.cuda.empty_cache()
+    for run in parsed:
+        validate(run)
+    folders = [Path(run.args.output_dir or "trainer_output") for run in parsed]
+    for run, folder in zip(parsed, folders, strict=True):
+        check_output(folder, run.output.overwrite, run.args.resume_from_checkpoint)
+    number = first_unfinished(runs)
+    if number == len(runs):
+        print(f"Every stage is finished. The model is in {folders[-1]}.")
+        return folders[-1]
+    if number and runs[number - 1].get("use_peft"):
+        merge_stage(runs[number - 1])
+    check_start(parsed[number].model)
+    with ExitStack() as locks:
+        for folder in folders[number:]:
+            locks.enter_context(lock_output(folder))
+        prepared = prepare_stages(parsed[number:])
+        for i in range(number, len(runs)):
+            _print_once(f"\nStage {i + 1} of {len(runs)}: {runs[i].get('stage')}")
+            trainer = run_training(runs[i], datasets=prepared[i - number])
+            steps = trainer.state.global_step
+            del trainer
+            gc.collect()  # trainers hold reference cycles; free this model before the next one is loaded
+            torch.cuda.empty_cache()
+            _print_once(f"Stage {runs[i].get('stage')} is finished after {steps} steps: {folders[i]}")
+            if runs[i].get("use_peft") and i + 1 < len(runs):
+                merge_stage(runs[i])
+    _print_once(next_steps(parsed[-1], folders[-1]))
+    return folders[-1]
 
 
-def unfinished(runs: list[dict]) -> list[dict]:
+def prepare_stages(runs: list[RunSettings]) -> list[list]:
+    """Return the datasets of each stage. Stages with the same data settings share them, and they are checked once."""
+    first = runs[0]
+    load = {"revision": first.model.model_revision, "trust_remote_code": first.args.trust_remote_code}
+    # later stages have no model yet; their processor is that of the first stage
+    processor = AutoProcessor.from_pretrained(first.model.model_name_or_path, **load)
+    prepared: dict[Any, list] = {}
+    keys = []
+    for run in runs:
+        if run.data.eval_task_data is not None:
+            run.data.load_task_rows()
+        key = (astuple(run.data), run.args.max_length, run.args.shuffle_dataset, run.args.seed)
+        if key not in prepared:
+            prepared[key] = prepare_datasets(run.data, processor, run.args)
+        keys.append(key)
+    return [prepared[key] for key in keys]
+
+
+def merge_stage(run: dict[str, Any]) -> None:
+    """Merge the adapter of a finished stage into a whole model, from which the next stage starts."""
+    from .merge import merge_adapter  # imports this module
+
+    output = merged_folder(run)
+    if PartialState().is_main_process and not output.is_dir():
+        draft = output.with_name(".merging")
+        base = run["model_name_or_path"] if os.path.isdir(run["model_name_or_path"]) else None
+        merge_adapter(run["output_dir"], draft, base=base, dtype=run.get("dtype", "float32"), overwrite=True)
+        os.replace(draft, output)
+        print(f"Merged the adapter of stage {run['stage']}: {output}")
+    PartialState().wait_for_everyone()
+
+
+def next_steps(run: RunSettings, folder: Path) -> str:
+    """Return where the model is and what to do next."""
+    stages = ("projector", "decoder", "visual_head", "joint")
+    lines = [f"\nThe model is in {folder}."]
+    if run.adapter.use_peft:
+        lines.append(f"  merge the adapter:  vtlmm merge {folder} --output {folder}-merged")
+    elif run.args.stage in stages[:-1]:
+        following = stages[stages.index(run.args.stage) + 1]
+        lines.append(f"  train the next stage:  vtlmm train --model_name_or_path {folder} --stage {following} …")
+    lines.append(f"  ask it a question:  vtlmm ask {folder} IMAGE QUESTION")
+    return "\n".join(lines)
+
+
+def _print_once(text: str) -> None:
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+# ---- What is finished ----
+
+
+def first_unfinished(runs: list[dict[str, Any]]) -> int:
     """
-    Those of a recipe's runs that are still to do.
+    Return the index of the first run that is not finished.
 
     Raises:
-        `ValueError`: when one of them stands before one that is finished, or has checkpoints to go on from.
+        `ValueError`: if a later run is finished or has checkpoints. It started from another model.
     """
     finished = [is_finished(run) for run in runs]
     number = finished.index(False) if False in finished else len(runs)
     later = [run for run in runs[number + 1 :] if run.get("resume_from_checkpoint")]
-    begun = [run for run in later if os.path.isdir(run["output_dir"]) and get_last_checkpoint(run["output_dir"])]
+    begun = [run for run in later if checkpoint_folders(Path(run["output_dir"]))]
     if any(finished[number:]) or begun:
         raise ValueError(
-            f"{runs[number]['output_dir']} is not finished, but a later stage was begun: with another model. Delete "
-            "the folders of the stages after it."
+            f"{runs[number]['output_dir']} is not finished, but a later stage has started from another model. Delete "
+            "the folders of the later stages."
         )
-    return runs[number:]
+    return number
 
 
-def is_finished(run: dict) -> bool:
+def is_finished(run: dict[str, Any]) -> bool:
     """
-    Whether a run that may resume has left its record.
+    Return whether a run that may resume has its record and the same total number of steps.
 
     Raises:
-        `ValueError`: when it was finished with other settings.
+        `ValueError`: if the run was finished with other settings.
     """
-    record = Path(run["output_dir"], RUN_RECORD)
-    if not run.get("resume_from_checkpoint") or not record.is_file():
+    history = read_record(run.get("output_dir") or "trainer_output")
+    if not run.get("resume_from_checkpoint") or not history:
         return False
-    done, wanted = json.loads(record.read_text(encoding="utf-8"))[-1]["settings"], recorded(run)
-    names = {*done, *wanted} - {"resume_from_checkpoint"}
-    differing = sorted(name for name in names if done.get(name) != wanted.get(name))
+    done, wanted = history[-1]["settings"], recorded(run)
+    differing = sorted(name for name in {*done, *wanted} if done.get(name) != wanted.get(name))
+    if any(name in ("max_steps", "num_train_epochs") for name in differing):
+        return False
+    differing = [name for name in differing if not is_harmless(name)]
     if differing:
+        changes = "; ".join(f"{name}: {done.get(name)} → {wanted.get(name)}" for name in differing)
         raise ValueError(
-            f"{run['output_dir']} was finished with other settings ({', '.join(differing)}): choose another "
-            "`output_dir`, delete that folder and those of the stages after it, or set them back."
+            f"{run['output_dir']} was finished with other settings ({changes}). Restore them, choose another "
+            "`output_dir`, or delete this folder and those of the later stages."
         )
-    print(f"Stage {run['stage']} is finished: {record}")
+    print(f"Stage {run['stage']} is finished: {run['output_dir']}")
     return True
-
-
-def recorded(settings: dict) -> dict:
-    """Settings as JSON says them, without tokens: a record is published."""
-    kept = {name: value for name, value in settings.items() if not name.endswith("_token")}
-    return json.loads(json.dumps(kept, default=str))
-
-
-def write_record(trainer: VTLMMTrainer, settings: dict, metrics: dict, seconds: float) -> None:
-    """Beside the weights: what this run did, after what earlier runs did to the same weights."""
-    earlier = Path(settings["model"], RUN_RECORD)
-    history = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else []
-    packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vtlmm")
-    history.append(
-        {
-            "stage": trainer.stage.name,
-            "plan": describe(trainer.model, trainer.stage).splitlines(),
-            "settings": recorded(settings),
-            "learning_rate": trainer.args.learning_rate,
-            "steps": trainer.state.global_step,
-            "epochs": trainer.state.epoch,
-            "rows": None if isinstance(trainer.train_dataset, IterableDataset) else len(trainer.train_dataset),
-            "processes": trainer.args.world_size,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "seconds": round(seconds, 1),
-            "metrics": metrics,
-            "curves": loss_curves(trainer.state.log_history),
-            **({"vm_heads": trainer.vm_head_table} if trainer.vm_head_table else {}),
-            "versions": {name: version(name) for name in packages},
-            "commit": commit_of_code(),
-        }
-    )
-    path = Path(trainer.args.output_dir, RUN_RECORD)
-    path.write_text(json.dumps(history, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def loss_curves(log_history: list[dict], num_points: int = 100) -> dict[str, list]:
-    """What was logged of each loss, `[step, nats]`; of more than `num_points` some, evenly, and the last."""
-    curves = {}
-    for name in ("lm_loss", "visual_loss", "eval_lm_loss", "eval_visual_loss"):
-        points = [[entry["step"], float(f"{entry[name]:.5g}")] for entry in log_history if name in entry]
-        curves[name] = points[:: -max(1, -(-len(points) // num_points))][::-1]
-    return {name: points for name, points in curves.items() if points}
-
-
-def commit_of_code() -> str | None:
-    """The commit of the repository that this file is tracked in, `-dirty` with changes; None for an installed copy."""
-
-    def git(*command):
-        found = subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True)
-        return found.stdout.strip() if found.returncode == 0 else None
-
-    try:
-        return git("describe", "--always", "--dirty") if git("ls-files", "--error-unmatch", "run.py") else None
-    except FileNotFoundError:  # no git here
-        return None

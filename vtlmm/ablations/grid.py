@@ -98,10 +98,10 @@ class Grid:
         own = settings.pop("stages", {})
         stages = {s: {**own.get(s, {}), **changes} for s, changes in self.arms[arm].items() if s != "evaluate"}
         chain = split_stages({**settings, "seed": seed, "output_dir": "", "stages": stages})
-        key = digest(_content(chain[0]["model"]))
+        key = digest(_content(chain[0]["model_name_or_path"]))
         for run in chain:
-            named = {name: value for name, value in run.items() if name not in ("model", "output_dir")}
-            for name in ("dataset", "eval_dataset"):
+            named = {name: value for name, value in run.items() if name not in ("model_name_or_path", "output_dir")}
+            for name in ("dataset_name", "eval_dataset"):
                 if named.get(name):
                     named[name] = _content(named[name])
             if named.get("cache_image_features"):

@@ -21,7 +21,8 @@ import torch
 from filelock import FileLock
 
 from vtlmm.evaluation.report import score_answers
-from vtlmm.train.stage_runner import commit_of_code, run_training
+from vtlmm.train.run_record import commit_of_code
+from vtlmm.train.stage_runner import run_training
 
 from .grid import Grid, read_grid
 from .metrics import HeldOut, check_answers_fit, measure, read_held_out, save_details
@@ -72,7 +73,7 @@ def run_grid(
     if measures.text and not Path(measures.text).is_file():
         raise ValueError(f"evaluate.text: there is no file {measures.text}.")
     for seed in grid.seeds:  # the start of each, before the first is trained
-        start = grid.chain(grid.reference, seed)[0]["model"]
+        start = grid.chain(grid.reference, seed)[0]["model_name_or_path"]
         check_answers_fit(held_out.questions, start, measures.max_new_tokens)
     versions = {package: version(package) for package in PACKAGES}
     about = {"machine": machine(), "versions": versions, "commit": commit_of_code()}  # now: files may change below
@@ -122,7 +123,7 @@ def run_once(grid: Grid, arm: str, seed: int, output: Path, folder: Path, held_o
 
 def train_chain(chain: list[dict], stages: Path) -> Path | str:
     """Trains the stages of a chain that are not there yet, and gives the folder of the last."""
-    model = chain[0]["model"]
+    model = chain[0]["model_name_or_path"]
     for run in chain:
         folder = stages / f"{run['stage']}-{run['key']}"
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +132,11 @@ def train_chain(chain: list[dict], stages: Path) -> Path | str:
                 print(f"Stage {run['stage']} was trained before: {folder}")
             else:
                 settings = {name: value for name, value in run.items() if name != "key"}
-                settings |= {"model": str(model), "output_dir": str(folder), "resume_from_checkpoint": True}
+                settings |= {
+                    "model_name_or_path": str(model),
+                    "output_dir": str(folder),
+                    "resume_from_checkpoint": True,
+                }
                 started = time.time()
                 run_training(settings)
                 gc.collect()  # a trainer is full of cycles

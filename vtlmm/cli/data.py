@@ -28,35 +28,34 @@ def check(
     from transformers import AutoProcessor
 
     import modeling_vtlmm  # noqa: F401 - registers the processor
-    from vtlmm.data.rows import DataConfig
     from vtlmm.data.validation import check_rows
     from vtlmm.train.config import VTLMMTrainingConfig
-    from vtlmm.train.recipe import read_settings, split_stages
+    from vtlmm.train.recipe import DatasetConfig, read_recipe, split_stages
 
-    settings = read_settings(config) if config else {}
+    settings = read_recipe(config) if config else {}
     given = {
-        "dataset": dataset,
-        "model": model,
+        "dataset_name": dataset,
+        "model_name_or_path": model,
         "image_folder": None if image_folder is None else str(image_folder),
         "max_length": max_length,
     }
     settings.update({key: value for key, value in given.items() if value is not None})
-    if "model" not in settings:
+    if "model_name_or_path" not in settings:
         raise ValueError("The model is missing: its processor counts the tokens. Pass --model or a recipe.")
     processor = AutoProcessor.from_pretrained(
-        settings["model"],
-        revision=settings.get("revision"),
+        settings["model_name_or_path"],
+        revision=settings.get("model_revision"),
         trust_remote_code=settings.get("trust_remote_code", False),
     )
     num_problems, checked = 0, []
     for run in split_stages(settings):  # stages may have data of their own
-        data_config = DataConfig(**{f.name: run[f.name] for f in fields(DataConfig) if f.name in run})
+        data_config = DatasetConfig(**{f.name: run[f.name] for f in fields(DatasetConfig) if f.name in run})
         length = run.get("max_length", VTLMMTrainingConfig.max_length)
         if (data_config, length) in checked:
             continue
         checked.append((data_config, length))
         for split in ("train", "eval"):
-            rows = data_config.load_rows(split)
+            rows = data_config.load(split)
             if rows is not None:
                 report = check_rows(rows, processor, length)
                 num_problems += len(report.problems)

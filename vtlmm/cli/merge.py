@@ -28,6 +28,6 @@ def merge(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Merge an adapter into its base model."""
-    from vtlmm.train.merge import merge as merge_adapter
+    from vtlmm.train.merge import merge_adapter
 
-    merge_adapter(adapter, output, base=base, dequantize=dequantize, dtype=dtype)
+    merge_adapter(adapter, output, base=base, dequantize=dequantize, dtype=dtype, overwrite=overwrite)

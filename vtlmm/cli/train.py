@@ -1,26 +1,29 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""`vtlmm train --config recipe.yaml [key=value …]`"""
+"""`vtlmm train [--config recipe.yaml] [--setting value …]`"""
 
-from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Context, Option
 
 
+# Every option is a setting, in the dialect of TRL; `parse_arguments` reads them.
+CONTEXT_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 EXAMPLES = (
-    "vtlmm train --config recipes/qlora_24gb.yaml model=outputs/start dataset=rows.json image_folder=images",
-    "vtlmm train --config recipes/easy_vqa_cpu.yaml resume_from_checkpoint=true",
+    "vtlmm train --model_name_or_path outputs/start --dataset_name rows.json --stage projector --output_dir outputs/1",
+    "vtlmm train --config recipes/easy_vqa_cpu.yaml --stages.joint.learning_rate 1e-4 --resume_from_checkpoint",
 )
 
 
 def train(
-    config: Annotated[Path, Option(help="Recipe in YAML.")],
-    settings: Annotated[
-        list[str] | None, Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's.")
-    ] = None,
+    context: Context,
+    list_settings: Annotated[bool, Option("--list-settings", help="Print all settings and exit.")] = False,
 ) -> None:
-    """Train one stage, or several, from a recipe."""
-    from vtlmm.train.recipe import read_settings
-    from vtlmm.train.stage_runner import run_stages
+    """Train one stage, or several, from a recipe (--config) and settings (--learning_rate 1e-4)."""
+    from vtlmm.train.recipe import parse_arguments, settings_table
+    from vtlmm.train.stage_runner import train_stages
 
-    run_stages(read_settings(config, settings or []))
+    if list_settings:
+        for setting in settings_table():
+            print(f"{setting.group:9} {setting.name:38} {setting.type:15} {setting.default:24} {setting.help}")
+        return
+    train_stages(parse_arguments(context.args))
