@@ -120,7 +120,8 @@ def test_stage_four_after_stage_three_on_a_quantized_base(settings, tmp_path, ca
     three, merged, four = tmp_path / "three", tmp_path / "merged", tmp_path / "four"
     run_training({**settings, **QLORA, "stage": "visual_head", "output_dir": str(three)})
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps({**settings, **QLORA, "model_name_or_path": str(three), "output_dir": str(four)}))
+    start = {"model_name_or_path": str(three), "output_dir": str(four), "stage": "joint"}
+    recipe.write_text(json.dumps({**settings, **QLORA, **start}))
     assert main(["train", "--config", str(recipe)]) == 1
     assert f"`vtlmm merge {three} --output FOLDER`, then set `model_name_or_path: FOLDER`" in capsys.readouterr().err
     assert main(["merge", str(three), "--output", str(merged)]) == 0

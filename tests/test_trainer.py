@@ -256,12 +256,12 @@ def test_resuming_from_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     del tensors["model.multi_modal_projector.linear_1.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"missing \['model.multi_modal_projector.linear_1.weight'\]"):
-        build_trainer(tmp_path, **RESUMED).train(resume_from_checkpoint=True)
+        build_trainer(tmp_path, **RESUMED)._load_from_checkpoint(str(path.parent))
     tensors = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
     tensors["model.multi_modal_projector.linear_1.weight"] = trainer.model.model.multi_modal_projector.linear_1.weight
     save_file({**tensors, "model.another": torch.zeros(1)}, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"unexpected \['model.another'\]"):
-        build_trainer(tmp_path, **RESUMED).train(resume_from_checkpoint=True)
+        build_trainer(tmp_path, **RESUMED)._load_from_checkpoint(str(path.parent))
 
 
 def test_a_longer_row_than_max_length_is_refused(tmp_path):
