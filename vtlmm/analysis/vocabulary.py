@@ -122,3 +122,18 @@ def label_ids(words: list[str], wanted: set[str]) -> dict[str, list[int]]:
     for i, word in enumerate(words):
         tokens.setdefault(word.lower(), []).append(i)
     return {word: sorted(i for form in _forms(word) for i in tokens.get(form, [])) for word in sorted(wanted)}
+
+
+def whole_words(tokenizer, vocab_size: int) -> dict[str, int]:
+    r"""
+    Return the words of at least three lower-case letters that the tokenizer writes as one token, with their token ids.
+
+    With a sub-word vocabulary these are the tokens that begin with a space ("Ġdog", "▁dog").
+
+    Args:
+        vocab_size (`int`): only the first `vocab_size` tokens count.
+    """
+    tokens = {token: i for token, i in tokenizer.get_vocab().items() if i < vocab_size}
+    spaced = {token[1:]: i for token, i in tokens.items() if token[0] in "Ġ▁"}
+    candidates = spaced or tokens
+    return {word: i for word, i in sorted(candidates.items()) if re.fullmatch("[a-z]{3,}", word)}
