@@ -1,0 +1,111 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Closed-form caption alignment, and the metric of caption words."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from vtlmm.analysis.caption_words import measure_caption_words
+from vtlmm.data.rows import ROW_FEATURES
+from vtlmm.train.caption_alignment import _RegressionSums, align_captions
+
+
+COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30), "white": (235, 235, 235)}
+
+
+def captioned_images(number: int, seed: int) -> Dataset:
+    """Return rows with an image of one noisy color each, and a caption that names the color."""
+    generator, rows = np.random.default_rng(seed), []
+    for index in range(number):
+        word = list(COLORS)[generator.integers(len(COLORS))]
+        pixels = np.array(COLORS[word]) + generator.normal(0, 25, size=(28, 28, 3))
+        file = io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "PNG")
+        question = [{"type": "image", "text": None}, {"type": "text", "text": "what is it ?"}]
+        answer = [{"type": "text", "text": f"a {word} square"}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        image = {"path": f"{index}.png", "bytes": file.getvalue()}
+        rows.append({"messages": messages, "images": [image], "num_context_messages": 0})
+    return Dataset.from_list(rows, features=ROW_FEATURES)
+
+
+@pytest.mark.parametrize("projector_type", ["linear", "mlp2x_gelu"])
+@pytest.mark.parametrize("vision", ["clip_vision_model", "mobilenet_v2"])
+def test_alignment_names_unseen_images(build_model, processor, projector_type, vision):
+    model = build_model(vision=vision, projector_type=projector_type)
+    if vision == "mobilenet_v2":
+        processor.image_processor.size = processor.image_processor.crop_size = {"height": 64, "width": 64}
+    before = measure_caption_words(model, processor, captioned_images(24, seed=1))
+    decoder = {name: tensor.clone() for name, tensor in model.model.language_model.state_dict().items()}
+    result = align_captions(model, processor, captioned_images(96, seed=0), frequency_exponent=1.0, penalty=0.1)
+    after = measure_caption_words(model, processor, captioned_images(24, seed=1))
+    assert result.num_images == 96 and result.num_words == 5
+    assert after.top_word.value > 0.8 > 0.5 > before.top_word.value
+    assert after.top_word_lift.low > 0.2 and after.patch_word_lift.low > 0.1
+    assert after.num_patch_words <= result.num_candidates
+    for name, tensor in model.model.language_model.state_dict().items():
+        assert torch.equal(tensor, decoder[name])
+    assert "| most likely word of the image |" in after.format()
+
+
+def test_a_trained_projector_is_kept(build_model, processor):
+    model = build_model()
+    projector = {name: tensor.clone() for name, tensor in model.model.multi_modal_projector.state_dict().items()}
+    align_captions(
+        model, processor, captioned_images(96, seed=0), keep_projector=True, frequency_exponent=1.0, penalty=0.1
+    )
+    assert measure_caption_words(model, processor, captioned_images(24, seed=1)).top_word.value > 0.9
+    for name, tensor in model.model.multi_modal_projector.state_dict().items():
+        assert torch.equal(tensor, projector[name])
+
+
+def test_other_tokens_get_no_probability(build_model, processor):
+    model = build_model()
+    result = align_captions(model, processor, captioned_images(64, seed=0))
+    image = Image.new("RGB", (28, 28), "red")
+    pixel_values = processor.image_processor([image], return_tensors="pt")["pixel_values"]
+    tokens = model.get_visual_tokens(pixel_values, top_k=result.num_candidates)
+    words = {word for patch in processor.visual_words(tokens.token_ids)[0] for word in patch}
+    assert words == {"red", "blue", "green", "white", "square"}
+    assert tokens.probabilities.sum(-1).min() > 0.999
+
+
+def test_two_layers_compute_the_regression(build_model, processor):
+    """act(x) - act(-x) = x, so a projector with two layers equals the linear one up to its rank."""
+    features = torch.randn(2, 4, 16)
+    outputs = []
+    for projector_type in ("linear", "mlp2x_gelu"):
+        model = build_model(projector_type=projector_type)
+        align_captions(model, processor, captioned_images(64, seed=0))
+        outputs.append(model.model.multi_modal_projector(features))
+    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+
+
+def test_sums_solve_the_ridge_regression():
+    """Against least squares on standardized inputs with added rows."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(50, 6, generator=generator).double() * torch.arange(1, 7) + 3
+    targets = inputs @ torch.randn(6, 4, generator=generator).double() + torch.randn(50, 4, generator=generator)
+    sums = _RegressionSums(6, 4)
+    for start in range(0, 50, 7):
+        sums.add(inputs[start : start + 7], targets[start : start + 7])
+    weight, bias = sums.solve(0.5)
+    spread = inputs.std(0, correction=0)
+    standardized = (inputs - inputs.mean(0)) / spread
+    rows = torch.cat([standardized, (0.5 * 50) ** 0.5 * torch.eye(6).double()])
+    expected = torch.linalg.lstsq(rows, torch.cat([targets - targets.mean(0), torch.zeros(6, 4)])).solution
+    torch.testing.assert_close(weight, expected / spread[:, None], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(inputs.mean(0) @ weight + bias, targets.mean(0).double())
+
+
+def test_unusable_input_is_rejected(build_model, processor):
+    with pytest.raises(ValueError, match="vm_head_type is 'mlp'"):
+        align_captions(build_model(vm_head_type="mlp"), processor, captioned_images(4, seed=0))
+    with pytest.raises(ValueError, match="4 of 4 rows .* at least 32"):
+        align_captions(build_model(), processor, captioned_images(4, seed=0))
+    with pytest.raises(ValueError, match="1 of 1 rows"):
+        measure_caption_words(build_model(), processor, captioned_images(1, seed=0))
