@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from conftest import build_processor
 from datasets import Dataset
 from PIL import Image
 
@@ -35,8 +36,8 @@ def captioned_images(number: int, seed: int) -> Dataset:
 
 @pytest.mark.parametrize("projector_type", ["linear", "mlp2x_gelu"])
 @pytest.mark.parametrize("vision", ["clip_vision_model", "mobilenet_v2"])
-def test_alignment_names_unseen_images(build_model, processor, projector_type, vision):
-    model = build_model(vision=vision, projector_type=projector_type)
+def test_alignment_names_unseen_images(build_model, projector_type, vision):
+    model, processor = build_model(vision=vision, projector_type=projector_type), build_processor()
     if vision == "mobilenet_v2":
         processor.image_processor.size = processor.image_processor.crop_size = {"height": 64, "width": 64}
     before = measure_caption_words(model, processor, captioned_images(24, seed=1))
@@ -77,11 +78,12 @@ def test_other_tokens_get_no_probability(build_model, processor):
 def test_two_layers_compute_the_regression(build_model, processor):
     """act(x) - act(-x) = x, so a projector with two layers equals the linear one up to its rank."""
     features = torch.randn(2, 4, 16)
-    outputs = []
-    for projector_type in ("linear", "mlp2x_gelu"):
-        model = build_model(projector_type=projector_type)
+    models = [build_model(projector_type=projector_type) for projector_type in ("linear", "mlp2x_gelu")]
+    for name in ("vision_tower", "language_model"):
+        getattr(models[1].model, name).load_state_dict(getattr(models[0].model, name).state_dict())
+    for model in models:
         align_captions(model, processor, captioned_images(64, seed=0))
-        outputs.append(model.model.multi_modal_projector(features))
+    outputs = [model.model.multi_modal_projector(features) for model in models]
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
 
 
