@@ -251,8 +251,8 @@ def broken(kind):
         ("more images", "1 image marks and 2 images"),
         ("no marks", "0 image marks and 1 images"),
         ("no target", "has no target"),
-        ("BOS", "'<s>' stands in it more than once"),
-        ("role", "the chat template refuses it: unknown role tool"),
+        ("BOS", "the BOS token '<s>' occurs in the text"),
+        ("role", "the chat template raised an error: unknown role tool"),
     ],
 )
 def test_errors_name_the_row(processor, tmp_path, kind, message):
@@ -286,7 +286,7 @@ def test_templates_that_cannot_supervise():
     own.chat_template = marked.replace("{% generation %}", "{% if loop.last %}{% generation %}").replace(
         "{% endgeneration %}", "{% endgeneration %}{% endif %}"
     )
-    with pytest.raises(ValueError, match="marks 1 answers where there are 3"):
+    with pytest.raises(ValueError, match="marks 1 answers of 3"):
         VTLMMCollator(own)([ROWS[1]])
 
 

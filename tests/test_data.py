@@ -10,7 +10,8 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
 
-from vtlmm.data.rows import CAPTION_QUESTION, ROW_FEATURES, DataConfig, load_rows
+from vtlmm.data.formats import CAPTION_QUESTION
+from vtlmm.data.rows import ROW_FEATURES, DataConfig, load_rows
 
 
 @pytest.fixture(autouse=True)
@@ -272,6 +273,7 @@ def test_an_edited_file_is_read_again(tmp_path):
 def test_paths_of_images(tmp_path):
     """Relative to `image_folder`, else to the file; one that leaves the folder keeps its `..`."""
     path = write(tmp_path / "rows.jsonl", [llava("q", image=i) for i in ("x/./a.png", "../a.png", "/a/../b.png")])
+    (tmp_path / "other").mkdir()
     for folder in (None, str(tmp_path / "other")):
         rows = load_rows(path, image_folder=folder)
         rows = rows.cast_column("images", List(Image(decode=False)))
@@ -294,11 +296,11 @@ def test_errors_name_file_and_row(tmp_path, streaming):
     def load(path):
         return list(load_rows(path, streaming=streaming))
 
-    with pytest.raises(ValueError, match=r"rows.jsonl, row 1 has only \['foo', 'image'\].*`conversations`"):
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 1 has columns \['foo', 'image'\].*`conversations`"):
         load(write(tmp_path / "rows.jsonl", [llava("q"), {"foo": 1, "image": "a.png"}]))
     table = str(tmp_path / "rows.parquet")
     Dataset.from_list([{"foo": 1}]).to_parquet(table)
-    with pytest.raises(ValueError, match=r"rows.parquet, row 0 has only \['foo'\]"):
+    with pytest.raises(ValueError, match=r"rows.parquet, row 0 has columns \['foo'\]"):
         load(table)
     (tmp_path / "bad.jsonl").write_text(f"{json.dumps(llava('q'))}\n\n{{oops\n")
     with pytest.raises(ValueError, match="bad.jsonl, line 3 is not JSON"):

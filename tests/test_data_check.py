@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The check finds every kind of broken row, names it and says how to mend it, and counts as the collator does."""
+"""The data check reports every kind of invalid row, how to fix it, and the token counts of the collator."""
 
 import json
 from types import SimpleNamespace
@@ -13,8 +13,9 @@ from PIL import ImageFile
 from transformers import CLIPImageProcessorPil
 
 from vtlmm.cli.main import main
+from vtlmm.data.data_report import FIXES
 from vtlmm.data.rows import load_rows
-from vtlmm.data.validation import FIXES, check_rows, checked_stream, image_problems
+from vtlmm.data.validation import check_rows, checked_stream, image_problems
 from vtlmm.train.collator import VTLMMCollator
 
 
@@ -30,7 +31,7 @@ def chat(*values, image="good.jpg", roles=("human", "gpt")):
 
 TURNS = [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "yes"}]
 GOOD = chat("<image>\nwhat is in the image ?", "a red square")
-# row: kinds of problems, and what the report must name
+# Row: kinds of problems, and a text that the report must contain
 BROKEN = [
     (GOOD, {}),
     (chat("<image> what ?", "yes", image="gone.jpg"), {"missing image": "gone.jpg"}),
@@ -58,6 +59,7 @@ BROKEN = [
         {"text": "neither text nor image", "empty question": "message 0"},
     ),
     (chat("what ?", "yes", image=None), {}),
+    (chat("photos/a.JPG", "yes", image=None), {"image path as text": "photos/a.JPG"}),
 ]
 
 
@@ -108,17 +110,16 @@ def test_all_kinds_are_tested():
     assert found == set(FIXES) - {"chat template", "nothing supervised"}
 
 
-def test_one_error_lists_rows_and_mends(report):
+def test_one_error_lists_rows_and_fixes(report):
     with pytest.raises(ValueError) as error:
         report.raise_for_problems(limit=3)
     text = str(error.value)
-    assert "row 1: missing image" in text and "gone.jpg" in text and "row 3" in text and "row 4" not in text
-    assert f"… and {len(report.problems) - 3} more" in text
-    assert all(f"{problem.kind}: {problem.fix}" in text for problem in report.problems)
+    assert "row 1: missing image" in text and "gone.jpg" in text and text.count("missing image: restore") == 1
+    assert all(problem.fix in text for problem in report.problems)
     assert "bad_rows: skip" in text
 
 
-def test_what_is_left_can_be_trained_on(folder, report, processor):
+def test_good_rows_can_be_trained_on(folder, report, processor):
     rows = load(folder).select(report.good_rows)
     batch = VTLMMCollator(processor, max_length=60)(list(rows))
     lengths = [report.lengths[i] for i in report.good_rows]
@@ -148,7 +149,7 @@ def test_report_shows_a_row_and_its_supervised_part(folder, processor):
     write(folder, [chat("<image> what ?", "</s>"), chat("<image> what ?", "yes", "who ?", "no one")])
     text = check_rows(load(folder), processor, max_length=99).format()
     assert "<s> USER : <image> what ? ASSISTANT :⟦yes </s>⟧USER : <unk> ? ASSISTANT :⟦no one </s>⟧" in text
-    assert "rows        2, 0 of them without a image" in text and "max_length 99" in text
+    assert "rows        2, 0 of them without an image" in text and "max_length 99" in text
     assert "problems    1 in 1 of 2 rows" in text and "row 0: control token" in text
 
 
@@ -174,7 +175,7 @@ def test_several_processes(folder, processor, report):
 
 
 def test_more_processes_than_rows(folder, processor, monkeypatch):
-    """Every process reaches the collective in which they tell each other what they found."""
+    """Every process takes part in the collective operation that gathers the results."""
     write(folder, [GOOD] * 3)
     found = []
     for rank in range(5):
@@ -189,14 +190,14 @@ def test_more_processes_than_rows(folder, processor, monkeypatch):
     assert found == [1, 1, 1, 0, 0]
 
 
-def test_a_changed_image_is_looked_at_again(folder, processor):
+def test_a_changed_image_is_checked_again(folder, processor):
     write(folder, [GOOD])
     assert not check_rows(load(folder), processor).problems
     (folder / "good.jpg").unlink()
     assert [problem.kind for problem in check_rows(load(folder), processor).problems] == ["missing image"]
 
 
-def test_truncated_even_where_pillow_was_told_to_fill(folder, monkeypatch):
+def test_truncated_images_if_pillow_fills_them(folder, monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     [problem] = image_problems({"path": str(folder / "cut.jpg"), "bytes": None})
     assert problem[0] == "broken image"
@@ -209,24 +210,24 @@ def test_no_rows(folder, processor):
         check_rows(load(folder, max_rows=0), processor)
 
 
-@pytest.mark.filterwarnings("ignore:Skipped a broken row")
+@pytest.mark.filterwarnings("ignore:Skipped an invalid row")
 def test_stream(folder, processor, report):
     stream = load(folder, streaming=True)
     assert check_rows(stream, processor, max_length=60) == report
-    with pytest.warns(UserWarning, match="Skipped a broken row.*row 1: missing image.*gone.jpg.*restore the file"):
+    with pytest.warns(UserWarning, match="Skipped an invalid row.*row 1: missing image.*gone.jpg.*restore the file"):
         rows = list(checked_stream(stream, processor, max_length=60, bad_rows="skip"))
     assert len(rows) == len(report.good_rows)
     assert rows[0]["images"][0].size == (64, 64)
     with pytest.raises(ValueError, match="row 1: missing image"):
         list(checked_stream(stream, processor, max_length=60))
     both = datasets.concatenate_datasets([stream, stream])
-    with pytest.raises(ValueError, match="row 1: missing image.*counted as they come"):
+    with pytest.raises(ValueError, match="row 1: missing image.*each worker counts"):
         list(checked_stream(both, processor, max_length=60))
 
 
-@pytest.mark.filterwarnings("ignore:Skipped a broken row")
+@pytest.mark.filterwarnings("ignore:Skipped an invalid row")
 def test_stream_of_a_table(folder, processor):
-    """The images of a stream that was mapped and checked are decoded in the end."""
+    """The images of a stream are decoded after it was mapped and checked."""
     content = (folder / "good.jpg").read_bytes()
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     cuts = (content[:400], content[:-400], content)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from vtlmm.data.encoding import starts_with_bos
 from vtlmm.data.images import prepare_images
 from vtlmm.data.rows import load_rows
 from vtlmm.data.vision_feature_cache import VisionFeatureCache, tower_key, undecoded
@@ -162,10 +163,9 @@ def _prompts(processor, questions: list[dict], num_patches: int, device):
         add_generation_prompt=True,
         tokenize=False,
     )
-    bos = processor.tokenizer.bos_token
     inputs = processor.tokenizer(
         [text.replace(processor.image_token, processor.image_token * num_patches) for text in texts],
-        add_special_tokens=not (bos and texts[0].startswith(bos)),
+        add_special_tokens=not starts_with_bos(processor.tokenizer, texts[0]),
         padding=True,
         padding_side="left",
         return_tensors="pt",

@@ -2,38 +2,75 @@
 """Encode a conversation: apply the chat template, tokenize it, and mark the supervised tokens."""
 
 import re
+from typing import Any
 
 import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
 
+# Tokens such as <|eot_id|> and <|im_start|>, which some checkpoints add without marking them as special
+CONTROL_TOKEN = re.compile(r"<\|.+\|>")
+
+
 def answer_template(processor) -> str:
     """
-    The chat template of `processor`, which must mark the answers: they are what is supervised.
+    Return the chat template of `processor`, which must mark the answers. The marked answers are supervised.
 
     Raises:
-        `ValueError`: for a template without generation marks, or a tokenizer that does not give offsets.
+        `ValueError`: if the template has no generation marks, or the tokenizer does not return character offsets.
     """
     template = processor.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     if not template or not re.search(r"\{%-?\s*generation\s*-?%\}", template):
         raise ValueError(
-            "The processor's chat template does not mark the answers, so nothing says what is supervised: put {% "
+            "The processor's chat template does not mark the answers, so the supervised tokens are unknown. Put {% "
             "generation %} … {% endgeneration %} around an answer and its end-of-turn token in chat_template.jinja, "
             "or make the model with `vtlmm compose --chat-template vicuna_v1` (or mistral)."
         )
     if not processor.tokenizer.is_fast:
-        raise ValueError("The answers are found by character offsets: load a fast tokenizer (tokenizer.json).")
+        raise ValueError("Answers are located by character offsets. Load a fast tokenizer (tokenizer.json).")
     return template
+
+
+def special_token_ids(tokenizer) -> set[int]:
+    """Return the ids of all tokens that the tokenizer treats as special, without the unknown token."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {*tokenizer.all_special_ids, *added} - {tokenizer.unk_token_id}
+
+
+def control_tokens(processor) -> list[str]:
+    """
+    Return the tokens that must not occur in the text of a message, sorted.
+
+    These are the image token, the tokens that the tokenizer treats as special, and added tokens that the chat template
+    writes or that have the form `<|…|>`. Text with such a token would start or end a turn.
+    """
+    tokenizer, template = processor.tokenizer, processor.chat_template or ""
+    texts = {processor.image_token, *tokenizer.all_special_tokens}
+    for token in tokenizer.added_tokens_decoder.values():
+        text = token.content
+        if token.special or CONTROL_TOKEN.fullmatch(text) or (len(text.strip()) > 2 and text in str(template)):
+            texts.add(text)
+    return sorted(text for text in texts if text and text.strip())
+
+
+def starts_with_bos(tokenizer, text: str) -> bool:
+    """
+    Return whether the chat template wrote the BOS token, so that the tokenizer must not add a second one.
+
+    Some decoders, such as SmolLM2, have one token for BOS and for the start of each turn. Later BOS tokens of the
+    chat template are kept.
+    """
+    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
 
 
 def require_end_of_turn(processor) -> None:
     """
-    Trained on answers without an end, a model never stops.
+    Check that each answer ends with an end-of-turn token. Otherwise the model never learns to stop.
 
     Raises:
-        `ValueError`: when no special token ends a marked answer, and as [`answer_template`].
+        `ValueError`: if no special token ends a marked answer, and see [`answer_template`].
     """
     answer_template(processor)
     texts = {"user": "question", "assistant": "answer"}
@@ -41,68 +78,79 @@ def require_end_of_turn(processor) -> None:
     try:
         input_ids, supervised = encode_messages(processor, probe)
     except ValueError:
-        return  # a template may want other conversations than this one; the rows will tell
-    tokens = processor.tokenizer.added_tokens_decoder
-    special = {*processor.tokenizer.all_special_ids, *(i for i, token in tokens.items() if token.special)}
-    special -= {processor.tokenizer.unk_token_id}  # the probe's words, to a tokenizer that does not know them
-    if not special & set(input_ids[supervised].tolist()):
+        return  # the template may need other conversations; the data check reports its errors row by row
+    if not special_token_ids(processor.tokenizer) & set(input_ids[supervised].tolist()):
         raise ValueError(
             "The processor's chat template marks answers that have no end-of-turn token, so a model trained on them "
-            "never stops: put {{ eos_token }} before {% endgeneration %} in chat_template.jinja, or make the model "
+            "never stops. Put {{ eos_token }} before {% endgeneration %} in chat_template.jinja, or make the model "
             "with `vtlmm convert` or `vtlmm compose` and `--chat-template vicuna_v1` (or mistral)."
         )
 
 
-def encode_messages(processor, messages: list[dict], num_context_messages: int = 0):
+def encode_messages(
+    processor, messages: list[dict], num_context_messages: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    Token ids of one conversation, and which of them are supervised.
+    Return the token ids of one conversation, and a mask of the supervised tokens.
 
-    Every image is ONE image token here. To repeat it gives the same ids as to repeat its text before tokenizing,
-    since it is a token by itself, and costs no time.
+    Every image is ONE image token here. Repeating the token id gives the same ids as repeating its text before
+    tokenization, because the image token is a token of its own.
 
     Args:
         processor ([`VTLMMProcessor`])
-        messages (`list[dict]`): `role` and `content`, a string or a list of `{"type", "text"}`. Is not changed.
-        num_context_messages (`int`, *optional*, defaults to 0): answers among the first so many are not supervised.
+        messages (`list[dict]`): `role` and `content`, a string or a list of `{"type", "text"}`. Not changed.
+        num_context_messages (`int`): answers among the first `num_context_messages` messages are not supervised.
 
     Returns:
-        `tuple[torch.LongTensor, torch.BoolTensor]`, both of shape `(sequence_length,)`.
+        A `torch.LongTensor` and a `torch.BoolTensor` of shape `(sequence_length,)`.
 
     Raises:
-        `ValueError`: when the template refuses the conversation, leaves an answer unmarked, or BOS stands twice.
+        `ValueError`: if the template raises an error or leaves an answer unmarked, or a text contains the BOS token.
     """
     tokenizer, template = processor.tokenizer, answer_template(processor)
-    # A loaded dataset fills the keys that a part does not have with None, and templates ask for the keys
-    messages = [{**m, "content": _without_empty_keys(m["content"])} for m in messages]
+    # A loaded dataset fills missing keys of a part with None, and templates test whether a key exists
+    messages = [{**message, "content": _without_empty_keys(message["content"])} for message in messages]
     try:
-        texts, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(
             [messages],
             chat_template=template,
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
-    except Exception as error:  # a template raises what it likes
-        raise ValueError(f"the chat template refuses it: {error}") from error
-    text, spans = texts[0], spans[0]
+    except Exception as error:  # templates raise any type of error
+        raise ValueError(f"the chat template raised an error: {error}") from error
+    text, spans = rendered[0][0], rendered[1][0]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if len(spans) != len(answers):
-        raise ValueError(f"the chat template marks {len(spans)} answers where there are {len(answers)}")
-    # As the processor does it for generation: a template may write BOS itself
-    bos = tokenizer.bos_token
+        raise ValueError(f"the chat template marks {len(spans)} answers of {len(answers)}")
+    _check_bos(tokenizer, text, messages)
     encoding = tokenizer(
-        text, add_special_tokens=not (bos and text.startswith(bos)), return_offsets_mapping=True, verbose=False
+        text,
+        add_special_tokens=not starts_with_bos(tokenizer, text),
+        return_offsets_mapping=True,
+        verbose=False,
     )
     input_ids = torch.tensor(encoding["input_ids"])
-    if bos and bos != tokenizer.eos_token and (input_ids == tokenizer.bos_token_id).sum() > 1:
-        raise ValueError(f"{bos!r} stands in it more than once: it is in a text, or inside the chat template")
     token_starts, token_ends = torch.tensor(encoding["offset_mapping"]).unbind(-1)
     supervised = torch.zeros_like(input_ids, dtype=torch.bool)
     for index, (start, end) in zip(answers, spans, strict=True):
         if index >= num_context_messages:
-            # A token may have a space before the mark or behind it; one that ends after that is of the next turn
+            # A token may include the space before or after the mark. A token that ends later is of the next turn.
             stop = len(text) - len(text[end:].lstrip())
             supervised |= (token_starts < end) & (token_ends > start) & (token_ends <= stop)
     return input_ids, supervised & (input_ids != processor.image_token_id)
+
+
+def _check_bos(tokenizer, text: str, messages: list[dict]) -> None:
+    bos = tokenizer.bos_token
+    if not bos or bos == tokenizer.eos_token:
+        return
+    contents = [message["content"] for message in messages]
+    texts = [part.get("text") or "" for parts in contents if isinstance(parts, list) for part in parts]
+    if any(bos in one for one in [*texts, *(content for content in contents if isinstance(content, str))]):
+        raise ValueError(f"the BOS token {bos!r} occurs in the text of a message. Remove it")
+    if text.startswith(bos + bos):
+        raise ValueError(f"the chat template writes the BOS token {bos!r} twice. Remove one of them")
 
 
 def _without_empty_keys(content):
@@ -112,13 +160,14 @@ def _without_empty_keys(content):
 
 
 def describe_row(row: dict) -> str:
-    """How an error names a row that has lost its index: by its first words and its images' files."""
-    texts = [m["content"] if isinstance(m["content"], str) else _first_text(m["content"]) for m in row["messages"]]
+    """Return a name for a row without an index in an error: its first words and the files of its images."""
+    contents = [message["content"] for message in row["messages"]]
+    texts = [content if isinstance(content, str) else _first_text(content) for content in contents]
     words = next((text for text in texts if text), "")
-    # A image that is not decoded yet is a dict; one from bytes has no file
+    # An undecoded image is a dict. An image from bytes has no file.
     files = [i.get("path") if isinstance(i, dict) else getattr(i, "filename", None) for i in row["images"]]
-    files = ", ".join(file for file in files if file)
-    return f"the row that begins {words[:60]!r}" + (f" (image {files})" if files else "")
+    names = ", ".join(file for file in files if file)
+    return f"the row that begins {words[:60]!r}" + (f" (image {names})" if names else "")
 
 
 def _first_text(parts: list[dict]) -> str | None:

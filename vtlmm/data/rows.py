@@ -1,19 +1,19 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Training data of several forms, as rows of one form: `messages`, `images`, `num_context_messages`."""
+"""Load rows for training, evaluation and questions from files, folders, the Hub and datasets in memory."""
 
-import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, Features, Image, IterableDataset, List, ReadInstruction, Value, load_dataset
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
+from .formats import convert_row
 from .questions import split_row
+from .sources import file_format, folder_files, generator_dataset, load_table, read_file, require_source, text_pairs
 
 
 ROW_FEATURES = Features(
@@ -25,67 +25,65 @@ ROW_FEATURES = Features(
         "num_context_messages": Value("int64"),
     }
 )
-FORMS = (
-    "`messages` (role/content), `prompt` and `completion`, LLaVA's `conversations` (from/value), `questions` and "
-    "`answers`, `question` and `answer`, or a image with a `caption` or `text`; images in `images` or `image`"
-)
-ROLES = {"human": "user", "gpt": "assistant"}
-# A caption answers something: without a question the chat template would have an empty turn
-CAPTION_QUESTION = "Describe the image."
-IMAGE_MARK = re.compile(r"\s*<image>\s*")
 
 
 @dataclass
 class DataConfig:
     r"""
-    The data of a training run.
+    Data settings of a training run.
 
     Parameters:
-        dataset (`str`): a `.json`, `.jsonl` or `.parquet` file, a folder, or a Hub dataset id.
-        dataset_config (`str`, *optional*): name of the configuration, where the Hub dataset has several.
-        dataset_split (`str`, *optional*, defaults to `"train"`): split, or a slice of one as in `"train[:2000]"`. A
-            file is one split, `"train"`.
-        eval_dataset (`str`, *optional*): data for evaluation, if from elsewhere.
-        eval_config (`str`, *optional*): the configuration for evaluation; by default that of the same Hub dataset.
-        eval_split (`str`, *optional*): its split (by default `"train"`); alone, a split of `dataset`.
-        eval_task_data (`str`, *optional*): a file of rows whose questions are answered at every evaluation and scored
-            by exact match, with their images and with shuffled ones: `eval_accuracy`, `eval_accuracy_shuffled_images`.
-        eval_task_images (`int`, *optional*, defaults to 100): only questions about the first so many images.
-        image_folder (`str`, *optional*): where the images' paths start, by default beside the file that names them.
-        streaming (`bool`, *optional*, defaults to `False`): read while training, keep nothing on the disk. Data for
-            evaluation are never streamed: on several processes nobody could tell which rows fill up the last batch.
-        max_rows (`int`, *optional*): only the first so many rows of each split.
-        one_question_per_row (`bool`, *optional*, defaults to `False`): make a row of each question of a conversation,
-            without those before it. In one row a small model finds answers in earlier ones instead of the image.
-        check_data (`bool`, *optional*, defaults to `True`): look at every row and image before training.
-        bad_rows (`str`, *optional*, defaults to `"raise"`): what the check does with broken rows, or `"skip"`.
+        dataset (`str`): a file, a folder, or a Hub dataset id: see [`load_rows`].
+        dataset_config (`str`, *optional*): configuration of a Hub dataset with several.
+        dataset_split (`str`, *optional*, defaults to `"train"`): split, or a slice such as `"train[:2000]"`. A file
+            has the split `train` only.
+        eval_dataset (`str`, *optional*): dataset for evaluation. Default: `dataset`.
+        eval_config (`str`, *optional*): configuration for evaluation. Default: `dataset_config`, if the datasets are
+            the same.
+        eval_split (`str`, *optional*): split for evaluation. Default: `"train"` of `eval_dataset`.
+        eval_task_data (`str`, *optional*): rows whose questions are answered at every evaluation and scored by exact
+            match, with their images and with shuffled images: `eval_accuracy`, `eval_accuracy_shuffled_images`.
+        eval_task_images (`int`, *optional*, defaults to 100): only questions about this number of images.
+        image_folder (`str`, *optional*): folder that relative image paths start from. Default: the folder of the file.
+        columns (`dict`, *optional*): new names of columns, `{image: photo, question: ask, answer: reply}`.
+        streaming (`bool`, *optional*, defaults to `False`): read rows during training, without a copy on disk.
+            Evaluation rows are never streamed: with several processes, padding rows could not be identified.
+        max_rows (`int`, *optional*): read at most this number of rows of each split.
+        one_question_per_row (`bool`, *optional*, defaults to `False`): make one row of each question of a
+            conversation. A small model can copy answers from earlier turns instead of looking at the image.
+        check_data (`bool`, *optional*, defaults to `True`): check all rows and images before training.
+        bad_rows (`str`, *optional*, defaults to `"raise"`): `"raise"` an error for invalid rows, or `"skip"` them.
 
     Raises:
-        `ValueError`: without a dataset, for another value of `bad_rows`, or without a image in `eval_task_images`.
+        `ValueError`: if `dataset` is missing, or `bad_rows`, `eval_task_images` or `columns` is invalid.
     """
 
-    dataset: str | None = field(default=None, metadata={"help": "File (.json, .jsonl, .parquet), folder or Hub id."})
+    dataset: str | None = field(default=None, metadata={"help": "File, folder or Hub id of the training rows."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split, or a slice of one: train[:2000]."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Data for evaluation, if from elsewhere."})
-    eval_config: str | None = field(default=None, metadata={"help": "Configuration for evaluation, if another."})
+    dataset_split: str = field(default="train", metadata={"help": "Split, or a slice of a split: train[:2000]."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Dataset for evaluation. Default: dataset."})
+    eval_config: str | None = field(default=None, metadata={"help": "Configuration for evaluation."})
     eval_split: str | None = field(default=None, metadata={"help": "Split for evaluation."})
-    eval_task_data: str | None = field(default=None, metadata={"help": "File of questions to answer at evaluations."})
-    eval_task_images: int = field(default=100, metadata={"help": "Only questions about the first so many images."})
-    image_folder: str | None = field(default=None, metadata={"help": "Folder where the images' paths start."})
-    streaming: bool = field(default=False, metadata={"help": "Read while training, keep nothing on the disk."})
-    max_rows: int | None = field(default=None, metadata={"help": "Only the first so many rows of each split."})
-    one_question_per_row: bool = field(default=False, metadata={"help": "Split conversations into their questions."})
-    check_data: bool = field(default=True, metadata={"help": "Look at all rows and images before training."})
-    bad_rows: str = field(default="raise", metadata={"help": "What to do with broken rows: raise or skip."})
+    eval_task_data: str | None = field(default=None, metadata={"help": "Rows with questions for each evaluation."})
+    eval_task_images: int = field(default=100, metadata={"help": "Number of images in the task evaluation."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder that relative image paths start from."})
+    columns: dict | None = field(
+        default=None, metadata={"help": "New names of columns: {image: photo, answer: reply}."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read rows during training, without a copy on disk."})
+    max_rows: int | None = field(default=None, metadata={"help": "Maximum number of rows of each split."})
+    one_question_per_row: bool = field(default=False, metadata={"help": "Split conversations into questions."})
+    check_data: bool = field(default=True, metadata={"help": "Check all rows and images before training."})
+    bad_rows: str = field(default="raise", metadata={"help": "raise an error for invalid rows, or skip them."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.dataset:
-            raise ValueError("`dataset` is not set: name a .json, .jsonl or .parquet file, a folder or a Hub dataset.")
+            raise ValueError("`dataset` is not set. Set a file, a folder or a Hub dataset id.")
         if self.eval_task_images < 1:
             raise ValueError("`eval_task_images` must be 1 or more.")
         if self.bad_rows not in ("raise", "skip"):
-            raise ValueError(f"`bad_rows` is {self.bad_rows!r}; it must be raise or skip.")
+            raise ValueError(f"`bad_rows` is {self.bad_rows!r}. It must be raise or skip.")
+        check_columns(self.columns)
 
     def load_rows(self, split: str = "train", keep_columns: Sequence[str] = ()) -> Dataset | IterableDataset | None:
         """
@@ -106,6 +104,7 @@ class DataConfig:
             split=part,
             config_name=configuration,
             streaming=self.streaming and split == "train",
+            columns=self.columns,
             keep_columns=keep_columns,
             max_rows=self.max_rows,
             one_question_per_row=self.one_question_per_row,
@@ -113,12 +112,13 @@ class DataConfig:
 
 
 def load_rows(
-    dataset: str | os.PathLike,
+    dataset: str | os.PathLike | Dataset | IterableDataset | list[dict],
     *,
     image_folder: str | os.PathLike | None = None,
     split: str = "train",
     config_name: str | None = None,
     streaming: bool = False,
+    columns: Mapping[str, Any] | None = None,
     keep_columns: Sequence[str] = (),
     max_rows: int | None = None,
     one_question_per_row: bool = False,
@@ -134,132 +134,185 @@ def load_rows(
     - `num_context_messages`: answers among the first `num_context_messages` messages are not supervised.
 
     Args:
-        dataset (`str`): a `.json`, `.jsonl` or `.parquet` file, a folder, or a Hub dataset id.
-        image_folder (`str`): folder that relative image paths start from. Default: the folder of the file.
+        dataset: a file (JSON, JSON lines, parquet, CSV, TSV, WebDataset tar; JSON and CSV also compressed), a folder
+            (of images with metadata or `.txt` captions, of tar files, or from `save_to_disk`), a Hub dataset id, a
+            dataset from `datasets`, or a list of rows. See [`convert_row`] for the formats of rows.
+        image_folder: folder that relative image paths start from. Default: the folder of the file.
         split (`str`): split, or a slice of a split such as `"train[:2000]"`. A file has the split `train` only.
         config_name (`str`): configuration of a Hub dataset.
         streaming (`bool`): return an [`~datasets.IterableDataset`] that reads rows when they are used.
-        keep_columns: columns of the source to keep, as JSON texts (`null` if a row does not have the column).
+        columns (`dict`): name of a supported column to name in the dataset, `{"image": "photo", "question": "ask"}`.
+            `images` also accepts a list of names. `{"photo": None}` ignores a column.
+        keep_columns: columns of the dataset to keep, as JSON texts (`null` if a row does not have the column).
         max_rows (`int`): read at most this number of rows.
-        one_question_per_row (`bool`): split conversations with [`split_questions`].
+        one_question_per_row (`bool`): split conversations as [`split_questions`] does.
         require_answers (`bool`): False also accepts questions without answers. Such a row ends with the user's
             message.
 
     Raises:
-        `ValueError`: if a row matches no format, a file is not JSON, or `image_folder` is needed and missing.
-        `FileNotFoundError`: if the file does not exist.
+        `ValueError`: if a row matches no format, has images or texts that would be ignored, or a file cannot be read.
+        `FileNotFoundError`: if the file, or `image_folder`, does not exist.
     """
-    name, keep_columns = os.fspath(dataset), tuple(keep_columns)
-    path = Path(name)
-    is_file = path.suffix in (".json", ".jsonl", ".parquet")
-    if is_file and not path.is_file():
-        raise FileNotFoundError(f"{name}: the file does not exist.")
-    folder = image_folder or (path.parent if is_file else path if path.is_dir() else None)
-    folder = None if folder is None else os.path.abspath(folder)
-    options = (keep_columns, require_answers)
-    if path.suffix in (".json", ".jsonl"):
-        rows = _first_rows(_load_json(path, split, folder, streaming, *options), max_rows)
+    check_columns(columns)
+    if image_folder is not None and not os.path.isdir(image_folder):
+        raise FileNotFoundError(f"image_folder {os.fspath(image_folder)!r} is not an existing folder.")
+    options: dict[str, Any] = {
+        "columns": dict(columns or {}),
+        "keep_columns": tuple(keep_columns),
+        "require_answers": require_answers,
+    }
+    rows: Dataset | IterableDataset
+    if isinstance(dataset, str | os.PathLike):
+        rows = _load_source(os.fspath(dataset), image_folder, split, config_name, streaming, options, max_rows)
     else:
-        source = {"path": "parquet", "data_files": name} if is_file else {"path": name, "name": config_name}
-        table = load_dataset(**source, split=split, streaming=streaming)
-        rows = convert_dataset(_first_rows(table, max_rows), name, folder, *options)
+        folder = os.path.abspath(image_folder or os.curdir)
+        if isinstance(dataset, list):
+            converted = _list_rows(dataset, "The list of rows", folder, options)
+            rows = Dataset.from_list(list(converted), features=row_features(options["keep_columns"]))
+            rows = first_rows(rows, max_rows)
+        else:
+            rows = convert_dataset(first_rows(dataset, max_rows), "The dataset", folder, **options)
     return _one_question_per_row(rows) if one_question_per_row else rows
 
 
-def _row_features(columns: tuple[str, ...]) -> Features:
-    return Features({**ROW_FEATURES, **{name: Value("string") for name in columns}})
+def check_columns(columns: Any) -> None:
+    """
+    Raises:
+        `ValueError`: if `columns` is not a dict of column names, lists of names or None.
+    """
+    if columns is None:
+        return
+    if not isinstance(columns, Mapping):
+        raise ValueError(f"`columns` is {columns!r}. It must be a mapping such as {{image: photo, question: ask}}.")
+    for target, source in columns.items():
+        is_list = isinstance(source, list) and all(isinstance(name, str) for name in source)
+        if not (source is None or isinstance(source, str) or (is_list and target == "images")):
+            raise ValueError(f"`columns` maps {target!r} to {source!r}. It must be the name of a column, or null.")
 
 
-def _first_rows(dataset, max_rows: int | None):
+def row_features(keep_columns: Sequence[str] = ()) -> Features:
+    """Return `ROW_FEATURES` with text columns for `keep_columns`."""
+    return Features({**ROW_FEATURES, **{name: Value("string") for name in keep_columns}})
+
+
+def first_rows(dataset, max_rows: int | None):
+    """Return the first `max_rows` rows of a dataset or stream, all rows for None."""
     if max_rows is None:
         return dataset
     return dataset.take(max_rows if isinstance(dataset, IterableDataset) else min(max_rows, len(dataset)))
 
 
-# ---- JSON files. Read by Python: Arrow wants one type per column, and LLaVA's files mix them ----
+def _load_source(name: str, image_folder, split: str, config_name, streaming: bool, options: dict, max_rows):
+    """Load the rows of a file, a folder or a Hub dataset."""
+    is_local, path = require_source(name), Path(name)
+    folder = image_folder or (path if path.is_dir() else path.parent if is_local else None)
+    folder = None if folder is None else os.path.abspath(folder)
+    files = folder_files(path) if path.is_dir() else [path] if is_local else None
+    if files is not None and file_format(files[0])[0] != ".parquet":
+        arguments = {"files": [str(file) for file in files], "folder": folder, "options": options}
+        state = [(file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        fingerprint = None if streaming else _fingerprint(state, folder, options)
+        try:
+            features = row_features(options["keep_columns"])
+            rows = generator_dataset(_file_rows, features, arguments, split, name, fingerprint)
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, ValueError | OSError):
+                raise error.__cause__ from None
+            raise
+        return first_rows(rows, max_rows)
+    pairs = text_pairs(path) if path.is_dir() and not any(path.glob("metadata.*")) else None
+    if pairs is not None:
+        converted = list(_list_rows(pairs[:max_rows], name, folder, options))
+        return Dataset.from_list(converted, features=row_features(options["keep_columns"]))
+    table = load_table(name, is_local, split, config_name, streaming)
+    return convert_dataset(first_rows(table, max_rows), name, folder, **options)
 
 
-def _read_json(path: Path):
-    """The records of a `.json` list or of the lines of a `.jsonl` file."""
-    with open(path, encoding="utf-8") as file:
-        if path.suffix == ".json":
-            try:
-                records = json.load(file)
-            except ValueError as error:
-                raise ValueError(f"{path} is not JSON: {error}. With one record a line, name it .jsonl.") from error
-            if not isinstance(records, list):
-                raise ValueError(f"{path} must hold a list of records, not a {type(records).__name__}.")
-            yield from records
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+def _file_rows(files: list[str], folder: str, options: dict) -> Iterator[dict]:
+    for file in files:
+        yield from _list_rows(read_file(file, folder), file, folder, options)
 
 
-def _json_rows(path: str, folder: str, columns: tuple[str, ...], require_answers: bool):
-    for index, record in enumerate(_read_json(Path(path))):
-        yield convert_row(record, index, path, folder, columns, require_answers)
+def _list_rows(rows, source: str, folder: str | None, options: dict) -> Iterator[dict]:
+    for index, row in enumerate(rows):
+        yield from convert_row(row, index, source, folder, **options)
 
 
-def _load_json(path: Path, split: str, folder: str, streaming: bool, columns: tuple[str, ...], require_answers: bool):
-    arguments = {"path": str(path), "folder": folder, "columns": columns, "require_answers": require_answers}
-    features = _row_features(columns)
-    if streaming:
-        if split != "train":
-            raise ValueError(f"{path}: a stream of a JSON file has the split train only, not {split!r}.")
-        return IterableDataset.from_generator(_json_rows, features=features, gen_kwargs=arguments)
-    state = path.stat()
-    fingerprint = _fingerprint(path.resolve(), state.st_size, state.st_mtime_ns, folder, columns, require_answers)
-    try:
-        rows = Dataset.from_generator(_json_rows, features=features, gen_kwargs=arguments, fingerprint=fingerprint)
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):
-            raise error.__cause__ from None
-        raise
-    [part] = ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
-    return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
+def _fingerprint(*state: Any) -> str:
+    """Return the name of the cache of converted rows. It changes with the code in this folder: `datasets` identifies
+    functions by their name only, and would reuse rows of an older version."""
+    code = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return Hasher.hash([*code, *map(str, state)])
 
 
-def _fingerprint(*state) -> str:
-    """Names the cache of converted rows. `datasets` knows functions by their name only: after a change of this file it
-    would go on with old rows."""
-    return Hasher.hash([Path(__file__).read_text(encoding="utf-8"), *map(str, state)])
-
-
-# ---- Tables: parquet files, folders, the Hub ----
+# ---- Tables ----
 
 
 def convert_dataset(
-    dataset, source: str, folder: str | None = None, columns: tuple[str, ...] = (), require_answers: bool = True
+    dataset,
+    source: str,
+    folder: str | None = None,
+    columns: Mapping[str, Any] | None = None,
+    keep_columns: Sequence[str] = (),
+    require_answers: bool = True,
 ):
     """
     Return the rows of a `Dataset` or `IterableDataset` with the columns of `ROW_FEATURES`; see [`convert_row`].
+
+    Raises:
+        `ValueError`: if `columns` names a column that the dataset does not have, and see [`convert_row`].
     """
-    arguments = {"source": source, "folder": folder, "columns": columns, "require_answers": require_answers}
-    features = _row_features(columns)
+    names = dataset.column_names or list(next(iter(dataset.take(1)), {}))
+    values = (columns or {}).values()
+    missing = {name for value in values for name in ([value] if isinstance(value, str) else value or ())} - set(names)
+    if missing:
+        raise ValueError(f"{source} has no column {sorted(missing)}, which `columns` names. It has {names}.")
+    options = {"columns": dict(columns or {}), "keep_columns": tuple(keep_columns), "require_answers": require_answers}
+    features = row_features(keep_columns)
+    arguments: dict[str, Any] = {
+        "with_indices": True,
+        "batched": True,
+        "batch_size": 100,
+        "fn_kwargs": {"source": source, "folder": folder, "options": options},
+        "remove_columns": names,
+    }
     if isinstance(dataset, IterableDataset):
         dataset = dataset if dataset.features is None else dataset.decode(False)
-        # A stream decodes images where its features are applied, which is once: so not in `map`
-        rows = dataset.map(convert_row, with_indices=True, fn_kwargs=arguments, remove_columns=dataset.column_names)
-        return rows.select_columns(list(features)).cast(features)
-    for column in ("image", "images"):
-        feature = dataset.features.get(column)
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), Image):
-            dataset = dataset.cast_column(column, List(Image(decode=False)))
-    return dataset.map(
-        convert_row,
-        with_indices=True,
-        fn_kwargs=arguments,
-        remove_columns=dataset.column_names,
+        # A stream decodes images in the first operation that knows its features, which must not be `map`
+        return dataset.map(_convert_batch, **arguments).select_columns(list(features)).cast(features)
+    return undecoded_images(dataset).map(
+        _convert_batch,
         features=features,
-        new_fingerprint=_fingerprint(dataset._fingerprint, source, folder, columns, require_answers),
+        new_fingerprint=_fingerprint(dataset._fingerprint, source, folder, options),
         desc=f"Reading {source}",
+        **arguments,
     )
+
+
+def _convert_batch(batch: dict, indices: list[int], source: str, folder: str | None, options: dict) -> dict:
+    rows = []
+    for position, index in enumerate(indices):
+        row = {name: values[position] for name, values in batch.items()}
+        rows += convert_row(row, index, source, folder, **options)
+    return {name: [row[name] for row in rows] for name in row_features(options["keep_columns"])}
+
+
+def undecoded_images(dataset: Dataset) -> Dataset:
+    """Return a dataset whose images are `{"path", "bytes"}`, in nested columns too."""
+
+    def undecoded(feature: Any) -> Any:
+        if isinstance(feature, Image):
+            return Image(decode=False)
+        if isinstance(feature, List):
+            return List(undecoded(feature.feature), length=feature.length)
+        if isinstance(feature, dict):
+            return {name: undecoded(value) for name, value in feature.items()}
+        return feature
+
+    for name, feature in dataset.features.items():
+        if undecoded(feature) != feature:
+            dataset = dataset.cast_column(name, undecoded(feature))
+    return dataset
 
 
 # ---- Conversations as questions ----
@@ -268,7 +321,7 @@ def convert_dataset(
 def _one_question_per_row(dataset):
     if isinstance(dataset, IterableDataset):
         return dataset.decode(False).map(_split_batch, batched=True).cast(dataset.features)
-    return dataset.cast_column("images", List(Image(decode=False))).map(
+    return undecoded_images(dataset).map(
         _split_batch,
         batched=True,
         features=dataset.features,
@@ -281,126 +334,3 @@ def _split_batch(batch: dict) -> dict:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     rows = [new for row in rows for new in split_row(row)]
     return {name: [row[name] for row in rows] for name in batch}
-
-
-# ---- One row ----
-
-
-def convert_row(
-    row: dict,
-    index: int,
-    source: str,
-    folder: str | None,
-    columns: tuple[str, ...] = (),
-    require_answers: bool = True,
-) -> dict:
-    r"""
-    One row of any known form as `messages`, `images`, `num_context_messages`.
-
-    What is broken inside a known form stays broken, for the check to find and name.
-
-    Args:
-        row (`dict`), index (`int`), source (`str`): the row, and how an error names it.
-        folder (`str`, *optional*): where relative paths of images start; absolute.
-        columns (`tuple[str]`, *optional*): what to keep beside these, as JSON texts.
-
-    Raises:
-        `ValueError`: for a row of no known form, or a relative path without a folder.
-    """
-    where = f"{source}, row {index}"
-    row = dict(row) if isinstance(row, Mapping) else {}
-    # Every row of a table has all columns: an empty one does not decide the form
-    given = {key for key, value in row.items() if value is not None}
-    images = _as_list(row["images"] if "images" in given else row.get("image"))
-    num_context_messages = 0
-    if "messages" in given or "conversations" in given:
-        messages = _messages(row["messages"] if "messages" in given else row["conversations"])
-    elif "prompt" in given and "completion" in row:
-        context = _messages(row["prompt"], "user")
-        num_context_messages = len(context)
-        messages = context + _messages(row["completion"], "assistant")
-    elif "questions" in given and "answers" in row:
-        messages = _turns(row["questions"], row["answers"])
-    elif "question" in given and "answer" in row:
-        messages = _turns(row["question"], row["answer"])
-    elif "question" in given and not require_answers:
-        messages = [_message("user", row["question"])]
-    elif images and given & {"caption", "text"}:
-        messages = _turns(CAPTION_QUESTION, row["caption"] if "caption" in given else row["text"])
-    else:
-        raise ValueError(f"{where} has only {sorted(given)}, which is no known form. A row needs {FORMS}.")
-    if images and not any(part["type"] == "image" for message in messages for part in message["content"]):
-        first = next((message for message in messages if message["role"] == "user"), {"content": []})
-        first["content"] = [{"type": "image", "text": None} for _ in images] + first["content"]
-    return {
-        "messages": messages,
-        "images": [_image(image, where, folder) for image in images],
-        "num_context_messages": num_context_messages,
-        **{name: json.dumps(row.get(name), ensure_ascii=False, default=str) for name in columns},
-    }
-
-
-def _as_list(value) -> list:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _turns(questions, answers) -> list[dict]:
-    turns = zip_longest(_as_list(questions), _as_list(answers))
-    return [m for q, a in turns for m in (_message("user", q), _message("assistant", a))]
-
-
-def _messages(value, role: str | None = None) -> list[dict]:
-    """`value` is a list of messages, or where `role` is given a text of it."""
-    if role is not None and not isinstance(value, list):
-        return [_message(role, value)]
-    turns = [turn if isinstance(turn, dict) else {} for turn in _as_list(value)]
-    return [_message(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]
-
-
-def _message(role, content) -> dict:
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    flat = []
-    for part in parts:
-        part = part if isinstance(part, dict) else {"type": "text", "text": part}
-        if part.get("type") == "text":
-            flat += _text_parts(part.get("text"))
-        else:
-            flat.append({"type": _string(part.get("type")), "text": None})
-    return {"role": ROLES.get(_string(role), _string(role)), "content": flat}
-
-
-def _text_parts(text) -> list[dict]:
-    """A text with `<image>` marks as parts of a message."""
-    text = _string(text)
-    if text is None:
-        return [{"type": "text", "text": None}]
-    parts = []
-    for i, piece in enumerate(IMAGE_MARK.split(text)):
-        if i:
-            parts.append({"type": "image", "text": None})
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
-
-
-def _string(value) -> str | None:
-    """None for what is no string, or one with a lone surrogate, which Arrow cannot hold."""
-    if not isinstance(value, str) or any("\ud800" <= character <= "\udfff" for character in value):
-        return None
-    return value
-
-
-def _image(value, where: str, folder: str | None) -> dict:
-    """`{"path", "bytes"}`. A relative path that leaves `folder` keeps a `..`, by which the check knows it."""
-    if isinstance(value, dict) and (value.get("bytes") is not None or value.get("path") is not None):
-        return {"path": value.get("path"), "bytes": value.get("bytes")}
-    if isinstance(value, bytes):
-        return {"path": None, "bytes": value}
-    if not isinstance(value, str):
-        return {"path": str(value)[:60], "bytes": None}
-    if os.path.isabs(value):
-        return {"path": os.path.normpath(value), "bytes": None}
-    if folder is None:
-        raise ValueError(f"{where} names the image {value!r}: set image_folder to where such paths start.")
-    path = os.path.relpath(os.path.join(folder, value), folder)
-    return {"path": os.path.join(folder, path), "bytes": None}

@@ -66,7 +66,7 @@ class VisionFeatureCache:
 
     def __init__(self, folder: str, tower: str):
         self.folder = Path(folder, tower)
-        self.files = {}  # of each image: the file that holds it
+        self.files: dict[str, str] = {}  # of each image: the file that holds it
         self.refresh()
 
     def refresh(self) -> None:
@@ -116,14 +116,16 @@ class VisionFeatureCache:
             return 0
         state, dataset = PartialState(), undecoded(dataset.select_columns("images"))
         missing = self._missing(dataset, range(state.process_index, len(dataset), state.num_processes))
-        missing = {key: place for found in gather_object([missing]) for key, place in found.items()}
+        gathered = gather_object([missing])
+        missing = {key: place for part in gathered for key, place in part.items()}
         keys = list(missing)[state.process_index :: state.num_processes]
         for start in tqdm(range(0, len(keys), IMAGES_PER_FILE), desc="Vision features", disable=not keys):
             features = {}
             of_file = keys[start : start + IMAGES_PER_FILE]
             for i in range(0, len(of_file), batch_size):
                 batch = of_file[i : i + batch_size]
-                images = [dataset[index]["images"][number] for index, number in map(missing.get, batch)]
+                places = [missing[key] for key in batch]
+                images = [dataset[index]["images"][number] for index, number in places]
                 found = encode([open_image(image) for image in images])
                 if start == i == 0:
                     self._require_room(len(missing), found[0].nbytes)
@@ -145,7 +147,7 @@ class VisionFeatureCache:
 
     def _missing(self, dataset: Dataset, indices: range) -> dict[str, tuple[int, int]]:
         """Of each image in those rows that has no features: its row, and its number there."""
-        missing = {}
+        missing: dict[str, tuple[int, int]] = {}
         for index in indices:
             for number, image in enumerate(dataset[index]["images"]):
                 key = image_key(image)
