@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 
 from vtlmm.data.formats import CAPTION_QUESTION
-from vtlmm.data.rows import ROW_FEATURES, DataConfig, load_rows
+from vtlmm.data.rows import ROW_FEATURES, load_rows
+from vtlmm.train.recipe import DatasetConfig
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +109,7 @@ def test_every_form_in_one_file(tmp_path, streaming):
         make_image(tmp_path / f"{name}.png")
     path = write(tmp_path / "rows.jsonl", [form[0] for form in FORMS.values()])
     rows = load_rows(path, streaming=streaming)
-    held_out = DataConfig(dataset=path, eval_split="train", streaming=streaming).load_rows("eval")
+    held_out = DatasetConfig(path, dataset_test_split="train", dataset_streaming=streaming).load("eval")
     assert len(held_out) == len(list(rows))  # never a stream
     assert rows.features == ROW_FEATURES
     for row, (name, (_, messages, num_images, num_context)) in zip(rows, FORMS.items(), strict=True):
@@ -227,16 +228,16 @@ def test_splits_slices_and_max_rows(tmp_path):
     rows = [llava(f"q{i}") for i in range(10)]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
-    config = DataConfig(dataset=str(path), dataset_split="train[:60%]", eval_split="train[-3:]", max_rows=5)
+    config = DatasetConfig(str(path), dataset_train_split="train[:60%]", dataset_test_split="train[-3:]", max_rows=5)
 
     def questions(split, config=config):
-        return [short(row)[0] for row in config.load_rows(split)]
+        return [short(row)[0] for row in config.load(split)]
 
     assert questions("train") == [f"user: q{i}" for i in range(5)]
     assert questions("eval") == [f"user: q{i}" for i in (7, 8, 9)]
     other = write(tmp_path / "other.jsonl", [llava("other")])
-    assert questions("eval", DataConfig(dataset=str(path), eval_dataset=other)) == ["user: other"]
-    assert DataConfig(dataset=str(path)).load_rows("eval") is None
+    assert questions("eval", DatasetConfig(str(path), eval_dataset=other)) == ["user: other"]
+    assert DatasetConfig(str(path)).load("eval") is None
     assert len(load_rows(other, max_rows=5)) == 1
 
 
@@ -252,15 +253,17 @@ def test_configurations(tmp_path):
         tables[name] = str(folder)
 
     def question(config, split="train"):
-        [row] = config.load_rows(split)
+        [row] = config.load(split)
         return short(row)[0]
 
-    both = DataConfig(tables["train"], "train_config", eval_dataset=tables["other"], eval_config="other_config")
+    both = DatasetConfig(tables["train"], "train_config", eval_dataset=tables["other"], eval_config="other_config")
     assert question(both) == "user: train" and question(both, "eval") == "user: other"
-    same = DataConfig(tables["train"], "train_config", eval_dataset=tables["train"])
+    same = DatasetConfig(tables["train"], "train_config", eval_dataset=tables["train"])
     assert question(same, "eval") == "user: train"
     with pytest.raises(ValueError, match="other_config"):  # of no such configuration, where one is named
-        DataConfig(tables["train"], "train_config", eval_split="train", eval_config="other_config").load_rows("eval")
+        DatasetConfig(tables["train"], "train_config", dataset_test_split="train", eval_config="other_config").load(
+            "eval"
+        )
 
 
 def test_an_edited_file_is_read_again(tmp_path):
@@ -312,11 +315,13 @@ def test_errors_name_file_and_row(tmp_path, streaming):
         load(str(tmp_path / "nothing.json"))
 
 
-def test_config_errors():
-    with pytest.raises(ValueError, match="`dataset` is not set"):
-        DataConfig()
-    with pytest.raises(ValueError, match="raise or skip"):
-        DataConfig(dataset="a.json", bad_rows="drop")
+def test_invalid_column_mappings(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [llava("q")])
+    for columns in ("image", {"image": 3}, {"question": ["a", "b"]}):
+        with pytest.raises(ValueError, match="`columns`"):
+            load_rows(path, columns=columns)
+    with pytest.raises(ValueError, match=r"has no column \['reply'\], which `columns` names"):
+        load_rows(Dataset.from_list([llava("q")]), columns={"answer": "reply"})
 
 
 def test_stream_in_worker_processes(tmp_path):

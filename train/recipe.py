@@ -66,6 +66,7 @@ class DatasetConfig:
             `eval_accuracy_shuffled_images`).
         eval_task_images (`int`, *optional*, defaults to 100): use questions about the first so many images only.
         image_folder (`str`, *optional*): folder that image paths are relative to. Default: the folder of the file.
+        columns (`dict`, *optional*): names of columns in the dataset, `{image: photo, answer: reply}`.
         max_rows (`int`, *optional*): use the first so many rows of each split only.
         one_question_per_row (`bool`, *optional*, defaults to `False`): split a conversation into one row for each
             question, without the earlier turns. A small model otherwise copies earlier answers.
@@ -83,6 +84,7 @@ class DatasetConfig:
     eval_task_data: str | None = field(default=None, metadata={"help": "File of questions to answer at evaluations."})
     eval_task_images: int = field(default=100, metadata={"help": "Only questions about the first so many images."})
     image_folder: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
+    columns: dict | None = field(default=None, metadata={"help": "Names of columns: {image: photo, answer: reply}."})
     max_rows: int | None = field(default=None, metadata={"help": "Only the first so many rows of each split."})
     one_question_per_row: bool = field(default=False, metadata={"help": "Split conversations into their questions."})
     check_data: bool = field(default=True, metadata={"help": "Check all rows and images before training."})
@@ -110,6 +112,7 @@ class DatasetConfig:
             split=part,
             config_name=config_name,
             streaming=self.dataset_streaming and split == "train",
+            columns=self.columns,
             max_rows=self.max_rows,
             one_question_per_row=self.one_question_per_row,
         )

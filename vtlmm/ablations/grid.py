@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from vtlmm.data.rows import DataConfig
+from vtlmm.data.rows import load_rows
 from vtlmm.inference.resumable import digest
 from vtlmm.train.recipe import change_settings, check_settings, split_stages
 
@@ -28,7 +28,7 @@ class EvaluateConfig:
 
     Parameters:
         dataset (`str`): questions with answers, as for training; none of the training's.
-        dataset_split, image_folder, max_rows: see `DataConfig`. With `max_rows` the table says that it is a subset.
+        dataset_split, image_folder, max_rows: see `load_rows`. With `max_rows` the table says that it is a subset.
         figures (`list[str]`): of `"accuracy"`; `"blind"`: the same with shuffled images; `"pseudo"`: the same with
             pseudo image features; `"visual"`: the losses of stages III and IV and the entropies of the visual
             tokens; `"text"`: perplexity on `text`; `"others"`: yes/no questions, calibration and entropies of the
@@ -69,9 +69,14 @@ class EvaluateConfig:
         if self.dataset is None:
             raise ValueError("evaluate.dataset is not set: name the held-out questions.")
 
-    def data(self) -> DataConfig:
-        return DataConfig(
-            self.dataset, None, self.dataset_split, image_folder=self.image_folder, max_rows=self.max_rows
+    def load_rows(self, keep_columns: tuple[str, ...] = ()):
+        """Return the rows of the held-out questions. See [`~vtlmm.data.rows.load_rows`]."""
+        return load_rows(
+            str(self.dataset),
+            split=self.dataset_split,
+            image_folder=self.image_folder,
+            max_rows=self.max_rows,
+            keep_columns=keep_columns,
         )
 
 

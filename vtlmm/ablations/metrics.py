@@ -51,7 +51,7 @@ def read_held_out(measures: EvaluateConfig) -> HeldOut:
     Raises:
         `ValueError`: for an answer that no kind of `kinds` has.
     """
-    rows = measures.data().load_rows(keep_columns=(measures.kind,) if measures.kind else ())
+    rows = measures.load_rows(keep_columns=(measures.kind,) if measures.kind else ())
     questions, places = read_questions(rows, measures.kind)
     if measures.kinds:
         kinds = {answer: kind for kind, answers in measures.kinds.items() for answer in answers}

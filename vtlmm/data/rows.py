@@ -3,7 +3,6 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,90 +24,6 @@ ROW_FEATURES = Features(
         "num_context_messages": Value("int64"),
     }
 )
-
-
-@dataclass
-class DataConfig:
-    r"""
-    Data settings of a training run.
-
-    Parameters:
-        dataset (`str`): a file, a folder, or a Hub dataset id: see [`load_rows`].
-        dataset_config (`str`, *optional*): configuration of a Hub dataset with several.
-        dataset_split (`str`, *optional*, defaults to `"train"`): split, or a slice such as `"train[:2000]"`. A file
-            has the split `train` only.
-        eval_dataset (`str`, *optional*): dataset for evaluation. Default: `dataset`.
-        eval_config (`str`, *optional*): configuration for evaluation. Default: `dataset_config`, if the datasets are
-            the same.
-        eval_split (`str`, *optional*): split for evaluation. Default: `"train"` of `eval_dataset`.
-        eval_task_data (`str`, *optional*): rows whose questions are answered at every evaluation and scored by exact
-            match, with their images and with shuffled images: `eval_accuracy`, `eval_accuracy_shuffled_images`.
-        eval_task_images (`int`, *optional*, defaults to 100): only questions about this number of images.
-        image_folder (`str`, *optional*): folder that relative image paths start from. Default: the folder of the file.
-        columns (`dict`, *optional*): new names of columns, `{image: photo, question: ask, answer: reply}`.
-        streaming (`bool`, *optional*, defaults to `False`): read rows during training, without a copy on disk.
-            Evaluation rows are never streamed: with several processes, padding rows could not be identified.
-        max_rows (`int`, *optional*): read at most this number of rows of each split.
-        one_question_per_row (`bool`, *optional*, defaults to `False`): make one row of each question of a
-            conversation. A small model can copy answers from earlier turns instead of looking at the image.
-        check_data (`bool`, *optional*, defaults to `True`): check all rows and images before training.
-        bad_rows (`str`, *optional*, defaults to `"raise"`): `"raise"` an error for invalid rows, or `"skip"` them.
-
-    Raises:
-        `ValueError`: if `dataset` is missing, or `bad_rows`, `eval_task_images` or `columns` is invalid.
-    """
-
-    dataset: str | None = field(default=None, metadata={"help": "File, folder or Hub id of the training rows."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split, or a slice of a split: train[:2000]."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Dataset for evaluation. Default: dataset."})
-    eval_config: str | None = field(default=None, metadata={"help": "Configuration for evaluation."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split for evaluation."})
-    eval_task_data: str | None = field(default=None, metadata={"help": "Rows with questions for each evaluation."})
-    eval_task_images: int = field(default=100, metadata={"help": "Number of images in the task evaluation."})
-    image_folder: str | None = field(default=None, metadata={"help": "Folder that relative image paths start from."})
-    columns: dict | None = field(
-        default=None, metadata={"help": "New names of columns: {image: photo, answer: reply}."}
-    )
-    streaming: bool = field(default=False, metadata={"help": "Read rows during training, without a copy on disk."})
-    max_rows: int | None = field(default=None, metadata={"help": "Maximum number of rows of each split."})
-    one_question_per_row: bool = field(default=False, metadata={"help": "Split conversations into questions."})
-    check_data: bool = field(default=True, metadata={"help": "Check all rows and images before training."})
-    bad_rows: str = field(default="raise", metadata={"help": "raise an error for invalid rows, or skip them."})
-
-    def __post_init__(self) -> None:
-        if not self.dataset:
-            raise ValueError("`dataset` is not set. Set a file, a folder or a Hub dataset id.")
-        if self.eval_task_images < 1:
-            raise ValueError("`eval_task_images` must be 1 or more.")
-        if self.bad_rows not in ("raise", "skip"):
-            raise ValueError(f"`bad_rows` is {self.bad_rows!r}. It must be raise or skip.")
-        check_columns(self.columns)
-
-    def load_rows(self, split: str = "train", keep_columns: Sequence[str] = ()) -> Dataset | IterableDataset | None:
-        """
-        Load the rows of `"train"` or `"eval"` with [`load_rows`]. Evaluation rows are never streamed.
-
-        Returns:
-            The rows, or None for `"eval"` if neither `eval_dataset` nor `eval_split` is set.
-        """
-        name, configuration, part = self.dataset, self.dataset_config, self.dataset_split
-        if split == "eval":
-            if self.eval_dataset is None and self.eval_split is None:
-                return None
-            name, part = self.eval_dataset or name, self.eval_split or "train"
-            configuration = self.eval_config or (configuration if name == self.dataset else None)
-        return load_rows(
-            str(name),
-            image_folder=self.image_folder,
-            split=part,
-            config_name=configuration,
-            streaming=self.streaming and split == "train",
-            columns=self.columns,
-            keep_columns=keep_columns,
-            max_rows=self.max_rows,
-            one_question_per_row=self.one_question_per_row,
-        )
 
 
 def load_rows(
