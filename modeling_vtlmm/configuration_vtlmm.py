@@ -120,6 +120,11 @@ class VTLMMConfig(PreTrainedConfig):
         return [layers] if isinstance(layers, int) else list(layers)
 
     @property
+    def is_convolutional(self) -> bool:
+        """Return whether the vision tower has no attention."""
+        return not hasattr(self.vision_config, "num_attention_heads")
+
+    @property
     def vision_feature_size(self) -> int:
         """Return the number of channels of the image features before the projector."""
         if self.vision_hidden_size is not None:
@@ -142,7 +147,7 @@ class VTLMMConfig(PreTrainedConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
-        if not hasattr(self.vision_config, "num_attention_heads") and self.vision_feature_layers != [-1]:
+        if self.is_convolutional and self.vision_feature_layers != [-1]:
             raise ValueError(
                 f"`vision_feature_layer` is {self.vision_feature_layer}, but a convolutional vision tower uses its "
                 "last feature map. Set `vision_feature_layer` to -1."

@@ -12,6 +12,8 @@ from transformers.generation import (
     SuppressTokensLogitsProcessor,
 )
 
+from .configuration_vtlmm import VTLMMConfig
+
 
 # Logits processors that look up the ids of the prompt in the scores.
 PROMPT_PROCESSORS = (EncoderNoRepeatNGramLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor)
@@ -31,6 +33,8 @@ class _WithImageTokenScore(LogitsProcessor):
 
 class VTLMMGenerationMixin(GenerationMixin):
     """transformers' generation for several images per row and for image tokens outside the vocabulary."""
+
+    config: VTLMMConfig
 
     def _image_token_is_in_vocabulary(self) -> bool:
         return self.config.image_token_id < self.config.text_config.vocab_size

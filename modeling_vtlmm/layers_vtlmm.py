@@ -1,7 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Projector, VM head and helpers around the vision tower and the decoder."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,7 @@ def gathered_weight(module: nn.Module) -> torch.Tensor:
     the backward. `full_tensor()` would lose its gradient.
     """
     if hasattr(module, "unshard"):  # FSDP2
-        module.unshard()
+        cast(Any, module).unshard()
     hook = getattr(module, "_hf_hook", None)
     if hook is None:
         return cast(torch.Tensor, module.weight)
@@ -125,7 +125,8 @@ class VTLMMAttentionBlock(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         num_images, num_patches, hidden_size = features.shape
-        qkv = self.input(self.norm(features)).view(num_images, num_patches, 3, self.num_heads, -1)
+        head_size = hidden_size // self.num_heads  # explicit, since -1 fails for 0 images
+        qkv = self.input(self.norm(features)).view(num_images, num_patches, 3, self.num_heads, head_size)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         return features + self.output(mixed.reshape(num_images, num_patches, hidden_size))

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
 
     def __init__(self, config: VTLMMConfig):
         super().__init__(config)
-        if not hasattr(config.vision_config, "num_attention_heads"):  # convolutional: only "eager" is accepted
+        if config.is_convolutional:  # such towers accept only "eager"
             config.vision_config._attn_implementation = "eager"
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = VTLMMProjector(config)
@@ -142,7 +142,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
         return mask
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # `TransformersKwargs` has `position_ids` too
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -153,7 +153,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
         vision_features: torch.Tensor | None = None,
         always_run_vision: bool = False,
         output_image_token_mask: bool = False,
-        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # has `position_ids` too
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VTLMMModelOutputWithPast:
         r"""
         Args:
@@ -172,7 +172,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
         if sum(given is not None for given in (pixel_values, vision_features, image_outputs)) > 1:
             raise ValueError("Pass only one of `pixel_values`, `vision_features` and `mm_encoder_outputs`.")
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids)
+            inputs_embeds = self._embed(cast(torch.Tensor, input_ids))
         if pixel_values is not None or vision_features is not None:
             image_outputs = self.get_image_features(pixel_values, vision_features)
         elif image_outputs is None and always_run_vision:
@@ -183,8 +183,9 @@ class VTLMMModel(VTLMMPreTrainedModel):
 
         image_token_mask = None
         if image_outputs is not None:  # the image features replace the embeddings of the image tokens
-            pooled = list(image_outputs.pooler_output) or [image_outputs.image_features.flatten(0, 1)]
-            decoder_input = torch.cat(pooled).to(inputs_embeds.device, inputs_embeds.dtype)
+            features = list(cast(list, image_outputs.pooler_output))  # empty without images
+            features = features or [cast(torch.Tensor, image_outputs.image_features).flatten(0, 1)]
+            decoder_input = torch.cat(features).to(inputs_embeds.device, inputs_embeds.dtype)
             image_token_mask = self.get_image_token_mask(input_ids, inputs_embeds, decoder_input.shape[0])
             inputs_embeds = inputs_embeds.masked_scatter(image_token_mask.unsqueeze(-1), decoder_input)
 
@@ -260,12 +261,12 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, VTLMMGenerationMixin):
             nn.init.normal_(weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
         elif source in ("lm_head", "input_embeddings"):
             module = self.lm_head if source == "lm_head" else self.get_input_embeddings()
-            weight.copy_(module.weight[: self.config.visual_vocab_size])
+            weight.copy_(gathered_weight(module)[: self.config.visual_vocab_size])
         else:
             raise ValueError(f"The source is {source!r}, but must be 'lm_head', 'input_embeddings' or 'random'.")
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # `TransformersKwargs` has `position_ids` too
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -279,7 +280,7 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, VTLMMGenerationMixin):
         return_loss_sums: bool = False,
         visual_student: str | None = None,
         detach_visual_teacher: bool = True,
-        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # has `position_ids` too
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VTLMMCausalLMOutputWithPast:
         r"""
         Args:
@@ -345,7 +346,7 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, VTLMMGenerationMixin):
             `visual_tokens`. A loss without targets is 0 and still has a graph.
         """
         sums: dict[str, Any] = {}
-        hidden_states = outputs.last_hidden_state
+        hidden_states = cast(torch.Tensor, outputs.last_hidden_state)
         if labels is not None:
             targets = text_labels(labels, self.config.image_token_id, self.config.text_config.vocab_size)
             targets = targets[:, 1:].to(hidden_states.device)
@@ -357,7 +358,8 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, VTLMMGenerationMixin):
         if visual_student is not None:
             if visual_student not in ("vm_head", "lm_head"):
                 raise ValueError(f"`visual_student` is {visual_student!r}; it must be 'vm_head' or 'lm_head'.")
-            positions = predicted_positions(outputs.image_token_mask, attention_mask, position_ids)
+            image_token_mask = cast(torch.Tensor, outputs.image_token_mask)
+            positions = predicted_positions(image_token_mask, attention_mask, position_ids)
             image_side = image_predictions(self.model.vm_head, outputs, positions)  # p: visual tokens
             left_states = hidden_states[:, :-1][positions[:, 1:]]  # position n − 1 predicts patch n
             text_side = left_states, gathered_weight(self.lm_head)[: image_side[1].shape[0]]  # q

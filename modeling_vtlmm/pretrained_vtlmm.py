@@ -48,6 +48,14 @@ class VTLMMPreTrainedModel(PreTrainedModel):
         decoder = self.base_model.language_model
         self._require_grads_hooks = [decoder.register_forward_pre_hook(require_input_gradient, with_kwargs=True)]
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """Set the attention implementation as the base class does. A convolutional vision tower has no attention."""
+        if self.config.is_convolutional:
+            if isinstance(attn_implementation, str):
+                attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
+            attn_implementation = {**attn_implementation, "vision_config": "eager"}
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     def resize_token_embeddings(self, *args, **kwargs):
         """Resize the vocabulary as the base class does. A smaller vocabulary truncates the VM head too."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)

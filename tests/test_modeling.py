@@ -124,8 +124,9 @@ def test_visual_loss_is_the_kl_with_the_left_neighbor(build_model, student, vm_h
     assert (decoder is None) == (student == "vm_head")
 
 
-def test_text_only_batch_has_zero_loss_and_all_gradients(build_model):
-    model = build_model(vm_head_type="mlp").train()
+@pytest.mark.parametrize("vm_head_type", ["linear", "mlp", "attention"])
+def test_text_only_batch_has_zero_loss_and_all_gradients(build_model, vm_head_type):
+    model = build_model(vm_head_type=vm_head_type).train()
     input_ids, attention_mask, _ = random_rows(model, [0, 0])
     sums = model(
         input_ids,
