@@ -75,6 +75,7 @@ def test_pseudo_image_features_work_with_offloading(build_model, tmp_path, text,
     )
     with init_empty_weights():
         empty = VTLMMForConditionalGeneration(config)
+    empty.tie_weights()
     dispatched = load_checkpoint_and_dispatch(empty.eval(), tmp_path / "model", device_map={"": "cpu"})
     on_cpu = VTLMMForConditionalGeneration.from_pretrained(tmp_path / "model")
     cpu_offload(on_cpu, execution_device=torch.device("cpu"))
