@@ -1,7 +1,8 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""An adapter's folder, and merging it into its base: equal outputs, and a folder that loads without this package."""
+"""Merge an adapter into its base: equal outputs, and a folder that loads without this package."""
 
 import json
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -68,7 +69,7 @@ EXTRA = textwrap.dedent(
 )
 
 
-def test_the_adapter_folder_and_the_merged_one_load_without_this_package(settings, tmp_path):
+def test_adapter_and_merged_folder_load_without_this_package(settings, tmp_path):
     """From stage II, where LoRA, the projector and the head learn."""
     adapter, merged, again = tmp_path / "adapter", tmp_path / "merged", tmp_path / "again"
     options = {"stage": "decoder", "base_id": "someone/vt-lmm-base", "output_dir": str(adapter)}
@@ -98,7 +99,7 @@ def test_the_adapter_folder_and_the_merged_one_load_without_this_package(setting
     torch.testing.assert_close(here, torch.tensor(found["adapter"]), atol=1e-5, rtol=1e-5)
 
 
-def test_an_adapter_of_a_local_base_names_no_folder_in_its_card(settings, tmp_path):
+def test_the_card_does_not_name_a_local_base(settings, tmp_path):
     """The Hub refuses a card whose base model is a path."""
     build_trainer({**settings, **LORA, "output_dir": str(tmp_path)}).save_model()
     card = (tmp_path / "README.md").read_text()
@@ -108,15 +109,15 @@ def test_an_adapter_of_a_local_base_names_no_folder_in_its_card(settings, tmp_pa
 @pytest.mark.parametrize(
     "changes", [{"use_pseudo_image_features": True}, {"stage": "visual_head", "vm_head_type": "attention"}]
 )
-def test_merging_keeps_what_the_run_changed_of_the_model(settings, tmp_path, changes):
-    """An adapter's folder has no configuration of the model: it stands in the record of the run."""
+def test_merging_keeps_the_settings_of_the_model(settings, tmp_path, changes):
+    """The run record holds these settings; an adapter's folder has no model configuration."""
     trainer = run_training({**settings, **LORA, **changes, "output_dir": str(tmp_path / "adapter")})
     merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert_equal_outputs(trainer, VTLMMForConditionalGeneration.from_pretrained(tmp_path / "merged"))
 
 
 def test_stage_four_after_stage_three_on_a_quantized_base(settings, tmp_path, capsys):
-    """III, merge, IV, merge; an adapter itself is no start."""
+    """Stage III, merge, stage IV. A run does not start from an adapter."""
     three, merged, four = tmp_path / "three", tmp_path / "merged", tmp_path / "four"
     run_training({**settings, **QLORA, "stage": "visual_head", "output_dir": str(three)})
     recipe = tmp_path / "recipe.yaml"
@@ -136,8 +137,8 @@ def test_stage_four_after_stage_three_on_a_quantized_base(settings, tmp_path, ca
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_merging_into_the_base_as_it_was_quantized(settings, tmp_path, adapter):
-    """Equal outputs on the dequantized base; on the base in full precision they are others, which is said."""
+def test_merging_into_the_dequantized_base(settings, tmp_path, adapter):
+    """Outputs are equal on the dequantized base and differ on the base in full precision."""
     options = {**QLORA, **ADAPTERS[adapter], "output_dir": str(tmp_path / "adapter")}
     trainer = run_training({**settings, **options})
     for name, flags in {"exact": ["--dequantize"], "near": []}.items():
@@ -159,7 +160,7 @@ def test_the_base_is_rounded_as_it_was_in_training(settings, quantization):
         assert torch.equal(merged.get_submodule(name).weight, expected.float()), name
 
 
-def test_a_merge_that_merges_nothing_is_refused(settings, tmp_path, capsys):
+def test_an_adapter_without_effect_is_refused(settings, tmp_path, capsys):
     adapter = tmp_path / "adapter"
     trainer = build_trainer({**settings, **LORA, "output_dir": str(adapter)})
     trainer.save_model()  # before a step was made
@@ -176,3 +177,15 @@ def test_a_merge_that_merges_nothing_is_refused(settings, tmp_path, capsys):
     assert main(command) == 1
     assert "does not fit the model: missing" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("place", ["adapter", "base"])
+def test_an_output_that_is_an_input_is_refused(settings, tmp_path, capsys, place):
+    trainer = build_trainer({**settings, **LORA, "output_dir": str(tmp_path / "adapter")})
+    trainer.save_model()
+    base = shutil.copytree(settings["model_name_or_path"], tmp_path / "base")
+    before = sorted(path.name for path in (tmp_path / place).iterdir())
+    command = ["merge", str(tmp_path / "adapter"), "--base", str(base), "--output", str(tmp_path / place)]
+    assert main([*command, "--overwrite"]) == 1
+    assert f"is the folder of the {place}" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / place).iterdir()) == before

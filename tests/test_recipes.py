@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The recipes, by the commands that recipes/README.md gives for them, on tiny models of the same kind."""
+"""Run two steps of every command in recipes/README.md, with tiny models of the same kind."""
 
 import math
 import re
@@ -21,7 +21,7 @@ BLOCKS = [block.splitlines() for block in re.findall(r"```bash\n(.*?)```", READM
 
 
 def training_runs(command: str) -> list[dict]:
-    """The settings of each run of a command; none for one that does not train."""
+    """Return the settings of each run of a command; an empty list for other commands."""
     words = shlex.split(command)
     if "train" not in words:
         return []
@@ -37,8 +37,8 @@ RUNS = [(recipe_of(command), run) for block in BLOCKS for command in block for r
 
 
 def on_a_cpu(settings: dict) -> dict:
-    """What a machine without a GPU, or a test of two steps, cannot do."""
-    changes = {"use_cpu": True}  # bfloat16 and 4 bits stay: they work there
+    """Replace settings that need a GPU or take long."""
+    changes = {"use_cpu": True}  # bfloat16 and 4 bits work on a CPU
     if "paged" in settings.get("optim", ""):
         changes["optim"] = "adamw_torch"  # needs CUDA
     changes["dataloader_num_workers"] = 0  # processes cost more than the steps
@@ -71,7 +71,7 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.parametrize(("recipe", "settings"), RUNS, ids=[f"{recipe}-{run['stage']}" for recipe, run in RUNS])
 def test_two_steps(tiny, tmp_path, recipe, settings):
-    """Exactly the modules of the stage move, in float32."""
+    """Exactly the modules of the stage change, in float32."""
     if settings.get("load_in_4bit"):
         pytest.importorskip("bitsandbytes")
     start = tiny["small" if recipe == "small_decoder" else "large"]
@@ -86,5 +86,5 @@ def test_two_steps(tiny, tmp_path, recipe, settings):
     assert {before[name].dtype for name in moved} == {torch.float32}
     expected = set(trainer.stage.trains)
     if trainer.model.config.tie_word_embeddings:
-        expected -= {"lm_head"}  # its matrix is listed under the decoder
+        expected -= {"lm_head"}  # the matrix is counted as the decoder's
     assert {module_of(name) for name in moved} == expected

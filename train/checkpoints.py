@@ -8,10 +8,11 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -120,7 +121,7 @@ def _sha256(path: Path) -> str:
 
 
 def _is_write_error(error: Exception) -> bool:
-    """Whether writing failed. torch and safetensors have errors of their own for a full disk."""
+    """Whether writing failed. torch and safetensors raise their own errors for a full disk."""
     if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
         return True
     return isinstance(error, RuntimeError) and bool(re.search(r"StreamWriter|inline_container", str(error)))
@@ -131,7 +132,7 @@ def _is_write_error(error: Exception) -> bool:
 
 class SafeCheckpoints(Trainer):
     """
-    Saving and resuming for a [`~transformers.Trainer`], as a base class beside it.
+    Saving and resuming for a [`~transformers.Trainer`], as a base class next to it.
 
     - A checkpoint is written to a temporary folder, listed in a manifest and renamed, so that it is complete or
       invisible. Older checkpoints are deleted after that.
@@ -170,7 +171,7 @@ class SafeCheckpoints(Trainer):
         return choice[1]
 
     def _choose_checkpoint(self, resume: str | bool | None) -> str | None:
-        output_dir = Path(self.args.output_dir)
+        output_dir = Path(str(self.args.output_dir))
         shutil.rmtree(output_dir / STAGING, ignore_errors=True)
         if not resume:
             return None
@@ -179,7 +180,7 @@ class SafeCheckpoints(Trainer):
             for reason in skipped:
                 print(f"Skipped {reason}")
             if checkpoint is None:
-                print(f"There is no checkpoint in {output_dir} yet: training starts from the beginning.")
+                print(f"{output_dir} has no checkpoint yet: training starts from the beginning.")
                 return None
         else:
             try:
@@ -274,7 +275,7 @@ class SafeCheckpoints(Trainer):
 
     def _check_weights(self) -> None:
         """Refuse to save weights that are not finite, which would replace the last good checkpoint."""
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in cast(nn.Module, self.model).named_parameters():
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 raise ValueError(
                     f"{name} is not finite after step {self.state.global_step}, so nothing was saved. The checkpoints "

@@ -88,7 +88,7 @@ def weights_digest(model: nn.Module) -> str:
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        entry = [name, list(parameter.shape), str(parameter.dtype)]
+        entry: list[object] = [name, list(parameter.shape), str(parameter.dtype)]
         if not parameter.is_meta and parameter.numel():
             tensor = parameter.detach()
             tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor

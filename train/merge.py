@@ -4,6 +4,7 @@
 import logging
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -43,7 +44,7 @@ def merge_adapter(
     Args:
         adapter (`str` or `Path`): folder that `vtlmm train` wrote.
         output (`str` or `Path`, *optional*): folder for a complete Hub repository.
-        base (`str` or `Path`, *optional*): folder or Hub id of the base; by default the one that the adapter names.
+        base (`str` or `Path`, *optional*): folder or Hub id of the base; by default the base that the adapter names.
         dequantize (`bool`, *optional*, defaults to `False`): round the base as in training.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): type of the result. bfloat16 halves the
             size of the folder and rounds small updates away.
@@ -52,7 +53,7 @@ def merge_adapter(
     Raises:
         `ValueError`: if the adapter does not fit the base, if it does not change a weight that it should change, if
             the base was not quantized in training (with `dequantize`), and if `output` holds a model or is an input.
-        `FileNotFoundError`: if there is no adapter in `adapter`, or the base does not exist.
+        `FileNotFoundError`: if the folder does not hold an adapter, or the base does not exist.
     """
     adapter = Path(adapter)
     if not adapter.is_dir() or find_adapter_config_file(str(adapter)) is None:
@@ -81,18 +82,19 @@ def merge_adapter(
         ) from error
     if not history:
         logger.warning(
-            "There is no %s in %s. The type of the VM head and `use_pseudo_image_features` are those of the base.",
+            "%s is missing in %s. The type of the VM head and `use_pseudo_image_features` are those of the base.",
             RUN_RECORD,
             adapter,
         )
     change_model(model, settings.get("use_pseudo_image_features"), settings.get("vm_head_type"), seed=0)
     if dequantize:
         round_weights(model, base, revision, quantization, settings.get("dtype", "float32"))
-    model = merge_into(model, adapter).to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    merged = merge_into(model, adapter)
+    merged.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     if output is not None:
-        _save(model, Path(output), adapter)
+        _save(merged, Path(output), adapter)
         logger.info("Merged %s into %s; saved to %s.", adapter, base, output)
-    return model
+    return merged
 
 
 def _check_output(output: Path, adapter: Path, base: str, overwrite: bool) -> None:
@@ -122,15 +124,16 @@ def _save(model: PreTrainedModel, output: Path, adapter: Path) -> None:
 def round_weights(model: PreTrainedModel, base: str, revision: str | None, quantization: str, dtype: str) -> None:
     """Round the decoder's weights of `model` as loading `base` in `dtype` with `quantization` does."""
     config = quantization_config(quantization, torch.float32)
-    quantized = type(model).from_pretrained(base, revision=revision, dtype=dtype, quantization_config=config)
+    load = cast(Any, type(model)).from_pretrained  # `revision` may be None
+    quantized = load(base, revision=revision, dtype=dtype, quantization_config=config)
     for name, module in quantized.named_modules():
         weight = getattr(module, "weight", None)
         if type(weight).__name__ in ("Params4bit", "Int8Params"):
-            model.get_submodule(name).weight.copy_(dequantize_module_weight(module))
+            cast(torch.Tensor, model.get_submodule(name).weight).copy_(dequantize_module_weight(module))
 
 
 @torch.no_grad()
-def merge_into(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
+def merge_into(model: VTLMMForConditionalGeneration, adapter: str | Path) -> VTLMMForConditionalGeneration:
     """
     Return `model` with the adapter in its weights.
 
@@ -142,11 +145,11 @@ def merge_into(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
         return {name: row_sums(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
 
     before, base = sums(), model.name_or_path
-    model = PeftModel.from_pretrained(model, str(adapter))
-    names = require_fit(model, adapter)
-    model = model.merge_and_unload(safe_merge=True)
+    adapted = PeftModel.from_pretrained(model, str(adapter))
+    names = require_fit(adapted, adapter)
+    model = cast(Any, adapted).merge_and_unload(safe_merge=True)
     after = sums()
-    moved = {}
+    moved: dict[str | None, bool] = {}
     for name in names:
         # base_model.model.….q_proj.lora_A.weight belongs to ….q_proj.weight. A module that is saved in full is
         # compared as a whole: the first layer of a VM head's residual_block has no gradient while the last is zero.
@@ -154,7 +157,7 @@ def merge_into(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
         weight = f"{weight}.weight" if lora else weight
         part = weight if lora else module_of(weight)
         moved[part] = moved.get(part, False) or not torch.equal(before[weight], after[weight])
-    still = sorted(part for part in moved if not moved[part])
+    still = sorted(str(part) for part in moved if not moved[part])
     if still:
         raise ValueError(
             f"{len(still)} of {len(moved)} parts of the adapter {adapter} do not change the base {base}, e.g. "

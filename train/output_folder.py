@@ -61,7 +61,7 @@ def check_output(folder: str | Path, overwrite: bool, resume: bool | str | None)
         `ValueError`: if the folder holds a model or checkpoints, or if both `overwrite` and
             `resume_from_checkpoint` are set.
     """
-    problem = [None]
+    problem: list[str | None] = [None]
     if PartialState().is_main_process:
         problem = [_output_problem(Path(folder), overwrite, resume)]
     if PartialState().num_processes > 1:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -48,8 +48,8 @@ class DatasetConfig:
     The datasets of a training run.
 
     `dataset_name`, `dataset_config`, `dataset_train_split`, `dataset_test_split` and `dataset_streaming` mean the same
-    as in [`trl.ScriptArguments`]. One default differs: without `dataset_test_split` and `eval_dataset` there is no
-    evaluation.
+    as in [`trl.ScriptArguments`]. One default differs: a run without `dataset_test_split` and `eval_dataset` does not
+    evaluate.
 
     Parameters:
         dataset_name (`str`): file, folder or Hub dataset id.
@@ -60,14 +60,14 @@ class DatasetConfig:
         dataset_streaming (`bool`, *optional*, defaults to `False`): read rows during training. The evaluation data are
             never streamed.
         eval_dataset (`str`, *optional*): evaluation data from another file, folder or Hub dataset.
-        eval_config (`str`, *optional*): its configuration; by default that of the same Hub dataset.
+        eval_config (`str`, *optional*): its configuration; by default `dataset_config`, for the same Hub dataset.
         eval_task_data (`str`, *optional*): file of questions. Each evaluation answers them and scores the answers by
             exact match, with their images and with shuffled images (`eval_accuracy`,
             `eval_accuracy_shuffled_images`).
-        eval_task_images (`int`, *optional*, defaults to 100): use questions about the first so many images only.
+        eval_task_images (`int`, *optional*, defaults to 100): number of images, from the first, to ask about.
         image_folder (`str`, *optional*): folder that image paths are relative to. Default: the folder of the file.
         columns (`dict`, *optional*): names of columns in the dataset, `{image: photo, answer: reply}`.
-        max_rows (`int`, *optional*): use the first so many rows of each split only.
+        max_rows (`int`, *optional*): largest number of rows of each split.
         one_question_per_row (`bool`, *optional*, defaults to `False`): split a conversation into one row for each
             question, without the earlier turns. A small model otherwise copies earlier answers.
         check_data (`bool`, *optional*, defaults to `True`): check all rows and images before training.
@@ -82,10 +82,10 @@ class DatasetConfig:
     eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation data, if from another source."})
     eval_config: str | None = field(default=None, metadata={"help": "Configuration of `eval_dataset`."})
     eval_task_data: str | None = field(default=None, metadata={"help": "File of questions to answer at evaluations."})
-    eval_task_images: int = field(default=100, metadata={"help": "Only questions about the first so many images."})
+    eval_task_images: int = field(default=100, metadata={"help": "Number of images to ask about."})
     image_folder: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
     columns: dict | None = field(default=None, metadata={"help": "Names of columns: {image: photo, answer: reply}."})
-    max_rows: int | None = field(default=None, metadata={"help": "Only the first so many rows of each split."})
+    max_rows: int | None = field(default=None, metadata={"help": "Largest number of rows of each split."})
     one_question_per_row: bool = field(default=False, metadata={"help": "Split conversations into their questions."})
     check_data: bool = field(default=True, metadata={"help": "Check all rows and images before training."})
     bad_rows: str = field(default="raise", metadata={"help": "What to do with broken rows: raise or skip."})
@@ -295,14 +295,14 @@ def parse_settings(settings: dict[str, Any]) -> RunSettings:
     """Return the settings of one stage as dataclasses."""
     if not settings.get("model_name_or_path"):
         raise ValueError("`model_name_or_path` is not set. Name a folder or Hub id of a VT-LMM.")
-    return RunSettings(*HfArgumentParser(CONFIGS).parse_dict(check_settings(settings, "settings")))
+    return RunSettings(*HfArgumentParser(cast(Any, CONFIGS)).parse_dict(check_settings(settings, "settings")))
 
 
 def split_stages(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """
     Return the settings of each run of a recipe, in order.
 
-    With `stages`, each stage starts from the model of the stage before it and writes to a folder of its own in
+    With `stages`, each stage starts from the model of the stage before it and writes to its own folder in
     `output_dir`. A stage with an adapter is merged before the next one, which then starts from its folder `merged`.
     Without `stages`, the settings are those of one run.
 

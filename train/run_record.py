@@ -19,7 +19,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "v
 
 
 def read_record(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the record in a folder, one entry for each stage; an empty list if there is none."""
+    """Return the record in a folder, one entry for each stage; an empty list without a record."""
     path = Path(folder, RUN_RECORD)
     if not path.is_file():
         return []
@@ -38,7 +38,7 @@ def recorded(settings: dict[str, Any]) -> dict[str, Any]:
 
 def write_record(trainer, settings: dict[str, Any], metrics: dict[str, float], seconds: float) -> None:
     """
-    Write the record of a finished stage beside its weights, after the entries of earlier stages.
+    Write the record of a finished stage next to its weights, after the entries of earlier stages.
 
     Args:
         trainer ([`VTLMMTrainer`])

@@ -86,7 +86,7 @@ def convert_setting(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"`{name}` must be {_describe(options)}, not null. Leave it out to use its default.")
     if value is True and name in TRUE_OR_PATH:
         return True
-    if isinstance(value, str) and str in options and list in map(get_origin, options):
+    if isinstance(value, str) and str in options and any(get_origin(option) is list for option in options):
         return value  # a text, where a list of texts is possible too
     if isinstance(value, str) and value.strip() in ("None", "null", "~") and type(None) in options:
         return None

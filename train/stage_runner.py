@@ -6,7 +6,6 @@ import os
 import time
 import warnings
 from contextlib import ExitStack
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +125,7 @@ def run_training(settings: dict[str, Any], **kwargs) -> VTLMMTrainer:
     Train one stage, save the model in `output_dir` and return the trainer.
 
     With `resume_from_checkpoint: true`, training continues from the newest complete checkpoint in `output_dir`, or
-    starts from the beginning if there is none. So the same command restarts a run that was stopped.
+    starts from the beginning without one. So the same command restarts a run that was stopped.
 
     Raises:
         `ValueError`: for settings that conflict, an output folder that holds a model, and a checkpoint of a run with
@@ -216,14 +215,14 @@ def prepare_stages(runs: list[RunSettings]) -> list[list]:
     """Return the datasets of each stage. Stages with the same data settings share them, and they are checked once."""
     first = runs[0]
     load = {"revision": first.model.model_revision, "trust_remote_code": first.args.trust_remote_code}
-    # later stages have no model yet; their processor is that of the first stage
+    # later stages have no model yet; they use the processor of the first stage
     processor = AutoProcessor.from_pretrained(first.model.model_name_or_path, **load)
-    prepared: dict[Any, list] = {}
+    prepared: dict[str, list] = {}
     keys = []
     for run in runs:
         if run.data.eval_task_data is not None:
             run.data.load_task_rows()
-        key = (astuple(run.data), run.args.max_length, run.args.shuffle_dataset, run.args.seed)
+        key = repr((run.data, run.args.max_length, run.args.shuffle_dataset, run.args.seed))
         if key not in prepared:
             prepared[key] = prepare_datasets(run.data, processor, run.args)
         keys.append(key)
