@@ -188,15 +188,16 @@ def test_tokens_command_rejects_bad_input(work, tmp_path, capsys):  # noqa: F811
     assert "Choose another output folder or pass `--overwrite`" in capsys.readouterr().err
 
 
-def test_words_are_drawn_as_plain_text(model, processor, tmp_path, monkeypatch):  # noqa: F811
+def test_words_are_drawn_as_plain_text(model, processor, tmp_path):  # noqa: F811
     """Two dollar signs are a word of many vocabularies, and not a formula."""
     pytest.importorskip("matplotlib")
     from vtlmm.analysis import plots
 
     [tokens] = read_visual_tokens(model, processor, [make_image(0)])
     dollars = ImageTokens(**{**vars(tokens), "labels": [("$$", 0.3)] * 4, "summary": [("$$", 0.3)]})
-    monkeypatch.setattr(plots, "read_visual_tokens", lambda *_, **__: [dollars])
-    plots.save_patch_words(tmp_path / "words.png", model, processor, [make_image(0)], ["a_$5_$10.png $$"], "$$")
+    plots.save_patch_words(
+        tmp_path / "words.png", processor, [make_image(0)], [dollars], ["a_$5_$10.png $$"], "$$", [[True, False] * 2]
+    )
     plots.save_visual_token_plot(tmp_path / "one.png", shown_image(processor, make_image(0)), dollars, "$$ $")
     assert all(Image.open(tmp_path / name).size[0] > 100 for name in ("words.png", "one.png"))
 

@@ -15,17 +15,19 @@ except ModuleNotFoundError as error:
 
 from .patch_features import grid_side, shown_image
 from .visual_token_page import LIKELY, opacity
-from .visual_tokens import SOURCES, ImageTokens, Words, read_visual_tokens
+from .visual_tokens import SOURCES, ImageTokens, Words
 
 
 LEGEND = (
-    "Each patch shows its likeliest whole word by the VM head. Bold: probability of at least "
-    f"{LIKELY:.0%}. The fainter a word, the lower its probability."
+    f"Each patch shows its likeliest whole word. Bold: probability of at least {LIKELY:.0%}. "
+    "The fainter a word, the lower its probability."
 )
 OUTLINE = [patheffects.withStroke(linewidth=2.2, foreground="black")]
 
 
-def draw_patch_words(axes, image: np.ndarray, labels: Words, opacities: list[float] | None = None) -> None:
+def draw_patch_words(
+    axes, image: np.ndarray, labels: Words, opacities: list[float] | None = None, correct: list[bool] | None = None
+) -> None:
     r"""
     Draw an image with the word of each patch, in white with a dark outline.
 
@@ -34,6 +36,7 @@ def draw_patch_words(axes, image: np.ndarray, labels: Words, opacities: list[flo
         image (`numpy.ndarray` of shape `(height, width, 3)`): From [`~patch_features.shown_image`].
         labels (`Words`): Word and probability of each patch in raster order.
         opacities (`list[float]`, *optional*): Opacity of each word, if it does not follow from the probability.
+        correct (`list[bool]`, *optional*): Whether each word is correct. Wrong words get an orange frame.
     """
     side = grid_side(len(labels))
     height, width = image.shape[:2]
@@ -42,40 +45,57 @@ def draw_patch_words(axes, image: np.ndarray, labels: Words, opacities: list[flo
     for i, (word, probability) in enumerate(labels):
         x, y = (i % side + 0.5) * width / side, (i // side + 0.5) * height / side
         alpha = opacities[i] if opacities else opacity(probability)
+        box = {"boxstyle": "round,pad=0.2", "facecolor": (0, 0, 0, 0.4 * alpha), "edgecolor": "none"}
+        if correct and not correct[i]:
+            box |= {"edgecolor": "darkorange", "linewidth": 1.5}
         axes.text(
-            x, y, word, ha="center", va="center", color="white", alpha=alpha, clip_on=True,
+            x, y, word, ha="center", va="center", color=(1, 1, 1, alpha), clip_on=True, path_effects=OUTLINE, bbox=box,
             fontsize=max(3.0, min(11.0, 1.55 * size / max(len(word), 4))),
             fontweight="bold" if probability >= LIKELY else "normal",
-            path_effects=OUTLINE,
-            bbox={"boxstyle": "round,pad=0.15", "facecolor": "black", "edgecolor": "none", "alpha": 0.35 * alpha},
             parse_math=False,  # "$$" is a word, not a formula
         )  # fmt: skip
     for i in range(1, side):
-        axes.axvline(i * width / side, color="white", linewidth=0.4, alpha=0.6)
-        axes.axhline(i * height / side, color="white", linewidth=0.4, alpha=0.6)
+        axes.axvline(i * width / side, color="gray", linewidth=0.5, alpha=0.6)
+        axes.axhline(i * height / side, color="gray", linewidth=0.5, alpha=0.6)
     axes.set_axis_off()
 
 
 def save_patch_words(
-    path: str | Path, model, processor, images: list, titles: list[str], caption: str = "", columns: int = 4
+    path: str | Path,
+    processor,
+    images: list,
+    tokens: list[ImageTokens],
+    titles: list[str],
+    caption: str = "",
+    correct: list[list[bool]] | None = None,
+    columns: int = 4,
 ) -> None:
-    """Save one PNG with the words of the patches of several images, a title over each and a caption below."""
-    tokens = read_visual_tokens(model, processor, images, top_k=1)
+    r"""
+    Save one PNG with the words of the patches of several images, a title above each and a caption at the bottom.
+
+    Args:
+        path (`str` or `Path`), processor ([`VTLMMProcessor`]), images (`list[PIL.Image.Image]`)
+        tokens (`list[ImageTokens]`): Visual tokens of each image.
+        titles (`list[str]`): Title of each image.
+        caption (`str`, *optional*): Text below the legend.
+        correct (`list[list[bool]]`, *optional*): See [`draw_patch_words`].
+        columns (`int`, *optional*, defaults to 4): Images per row.
+    """
     columns = min(columns, len(images))
     lines = -(-len(images) // columns)
-    figure = Figure(figsize=(3.2 * columns, 3.75 * lines + 0.7))
+    figure = Figure(figsize=(3.2 * columns, 3.6 * lines + 0.7))
     grid = figure.subplots(lines, columns, squeeze=False)
-    bottom = 0.7 / figure.get_figheight()
-    figure.subplots_adjust(
-        left=0.01, right=0.99, top=1 - 0.55 / figure.get_figheight(), bottom=bottom, hspace=0.2, wspace=0.05
-    )
+    bottom = 0.75 / figure.get_figheight()
+    top = 1 - 0.45 / figure.get_figheight()
+    figure.subplots_adjust(left=0.01, right=0.99, top=top, bottom=bottom, hspace=0.15, wspace=0.05)
     for axes in grid.flat:
         axes.set_axis_off()
-    for axes, image, image_tokens, title in zip(grid.flat, images, tokens, titles, strict=False):
-        draw_patch_words(axes, shown_image(processor, image), image_tokens.labels)
-        axes.set_title(title.replace("$", r"\$"), fontsize=9, wrap=True)  # wrapped titles ignore parse_math
+    for i, (axes, image, title) in enumerate(zip(grid.flat, images, titles, strict=False)):
+        marks = correct[i] if correct else None
+        draw_patch_words(axes, shown_image(processor, image), tokens[i].labels, correct=marks)
+        axes.set_title(title.replace("$", r"\$"), fontsize=10, wrap=True)  # wrapped titles ignore parse_math
     text = "\n".join(filter(None, (LEGEND, caption)))
-    figure.text(0.5, bottom / 2, text, ha="center", va="center", fontsize=9, parse_math=False)
+    figure.text(0.5, bottom / 2, text, ha="center", va="center", fontsize=10, parse_math=False)
     FigureCanvasAgg(figure).print_png(str(path))
 
 
@@ -100,7 +120,7 @@ def save_visual_token_plot(path: str | Path, image: np.ndarray, tokens: ImageTok
     drawn = axes.imshow(np.reshape(tokens.entropy, (side, side)), cmap="viridis", vmin=0, vmax=tokens.max_entropy)
     axes.set_title(f"entropy of the visual token: mean {tokens.mean_entropy:.2f} nats", fontsize=11)
     axes.set_axis_off()
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.02)
+    bar = figure.colorbar(drawn, cax=axes.inset_axes((0, -0.06, 1, 0.04)), orientation="horizontal")
     bar.set_label(f"nats (uniform: {tokens.max_entropy:.2f})")
     lines = [title, "In this image: " + ", ".join(f"{word} {value:.0%}" for word, value in tokens.summary)]
     if tokens.is_near_uniform:

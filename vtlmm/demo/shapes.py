@@ -13,7 +13,7 @@ import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, permutations
 
@@ -34,6 +34,7 @@ POSITIONS = ("top-left", "top-right", "bottom-left", "bottom-right")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}  # (row, column)
 NUMBERS = ("zero", "one", "two", "three", "four")
 KINDS = ("color", "shape", "count", "position", "relation", "yes_no")
+EXTRA_KINDS = ("count", "count", "yes_no")  # a conversation asks the two hardest kinds more often
 BLANK = "empty"
 
 GRID_SIZE = 2
@@ -132,19 +133,19 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return ", ".join(f"at the {POSITIONS[item.cell]} a {item.name}" for item in items)
 
 
-def questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """One question of each kind that the scene allows, in the order of `KINDS`.
-
-    A kind is left out where the scene offers nothing to ask: never because of an answer that is rarer than another,
-    which would give the answer away.
+def questions(scene: Scene, rng: random.Random, kinds: tuple[str, ...] = KINDS) -> list[Question]:
     """
-    makers = (_ask_color, _ask_shape, _ask_count, _ask_position, _ask_relation, _ask_yes_no)
-    found = []
-    for kind, maker in zip(KINDS, makers, strict=True):
-        pair = maker(scene, rng)
+    Return one question of each of `kinds` that the scene allows, in their order.
+
+    A kind is omitted if the scene has nothing to ask about. It is never omitted because of its answer, which would
+    make one answer more frequent than another.
+    """
+    asked = []
+    for kind in kinds:
+        pair = QUESTION_MAKERS[kind](scene, rng)
         if pair is not None:
-            found.append(Question(kind, *pair))
-    return found
+            asked.append(Question(kind, *pair))
+    return asked
 
 
 def _ask_color(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -206,6 +207,16 @@ def _ask_yes_no(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return f"is the {item.shape} {rng.choice(colors)}?", answer
 
 
+QUESTION_MAKERS = {
+    "color": _ask_color,
+    "shape": _ask_shape,
+    "count": _ask_count,
+    "position": _ask_position,
+    "relation": _ask_relation,
+    "yes_no": _ask_yes_no,
+}
+
+
 def make_scenes(rng: random.Random, held_out: bool) -> Iterator[Scene]:
     while True:
         scene = make_scene(rng)
@@ -262,13 +273,18 @@ def question_rows(num: int, seed: int, held_out: bool = False, one_each: bool = 
     rng = random.Random(seed)
     rows = []
     for scene in islice(make_scenes(rng, held_out), num):
-        asked = questions(scene, rng)
-        rng.shuffle(asked)
         if one_each:
-            rows += [_row(scene, [(q.question, q.answer)], q.kind) for q in asked]
+            rows += [_row(scene, [(q.question, q.answer)], q.kind) for q in shuffled(questions(scene, rng), rng)]
         else:
-            rows.append(_row(scene, [(q.question, q.answer) for q in asked], "all"))
+            asked = dict.fromkeys(questions(scene, rng) + questions(scene, rng, EXTRA_KINDS))  # without duplicates
+            rows.append(_row(scene, [(q.question, q.answer) for q in shuffled(asked, rng)], "all"))
     return rows
+
+
+def shuffled(items: Iterable, rng: random.Random) -> list:
+    """Return the items in random order."""
+    items = list(items)
+    return rng.sample(items, len(items))
 
 
 def words() -> list[str]:
