@@ -291,7 +291,7 @@ def test_analyze_command_keeps_existing_results(work, tmp_path, capsys):
     command = ["analyze", str(work / "model"), "--dataset", str(work / "rows.jsonl"), "--questions", "0"]
     (tmp_path / "analysis.json").write_text("{}")
     assert main([*command, "--output", str(tmp_path)]) == 1
-    assert "exists. Choose another output folder or pass `--overwrite`" in capsys.readouterr().err
+    assert "exists. Choose another output folder, or set `overwrite=True`" in capsys.readouterr().err
     assert (tmp_path / "analysis.json").read_text() == "{}"
     assert main([*command, "--output", str(tmp_path), "--overwrite"]) == 0
     assert main([*command, "--labels", "nothing", "--output", str(tmp_path)]) == 1

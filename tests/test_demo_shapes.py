@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The demo's images and questions: the answers are right, and only the image gives them away."""
+"""The demo's images and questions: the answers are correct, and only the image gives them away."""
 
 import random
 import re
@@ -29,7 +29,7 @@ from vtlmm.demo.shapes import (
 )
 
 
-# What a guesser who sees no image may reach: one in so many answers, and a margin for the sample's chance.
+# Accuracy of a guess without the image, for uniform answers, and a margin for the sampling error
 CHANCE = {"color": 1 / 6, "shape": 1 / 5, "count": 1 / 3, "position": 1 / 4, "relation": 1 / 4, "yes_no": 1 / 2}
 MARGIN = 0.05
 SIDES = {(-1, 0): "left", (1, 0): "right", (0, -1): "above", (0, 1): "below"}  # (x, y)
@@ -45,12 +45,12 @@ def asked(num: int, seed: int, held_out: bool = False) -> list:
 
 
 def grid(scene) -> dict[tuple[int, int], tuple[str, str]]:
-    """(x, y) of a cell to (color, shape): another form than the scene's own, so that the answers are found anew."""
+    """Return (x, y) of each cell to its (color, shape), so that `solve` does not use the scene's own code."""
     return {(item.cell % GRID_SIZE, item.cell // GRID_SIZE): (item.color, item.shape) for item in scene.items}
 
 
 def find_cell(cells: dict, word: str) -> tuple[int, int]:
-    """The only cell that `word` (a color, a shape or a position) can mean."""
+    """Return the only cell that `word` (a color, a shape or a position) can refer to."""
     if word in POSITIONS:
         vertical, horizontal = word.split("-")
         return ("left", "right").index(horizontal), ("top", "bottom").index(vertical)
@@ -79,14 +79,14 @@ def solve(scene, question: str) -> str:
     raise ValueError(question)
 
 
-def test_every_answer_is_right_and_every_kind_is_asked():
+def test_answers_are_correct_and_cover_all_kinds():
     pairs = asked(1500, seed=0)
     for scene, question in pairs:
         assert solve(scene, question.question) == question.answer, (scene.key, question)
     assert set(Counter(question.kind for _, question in pairs)) == set(KINDS)
 
 
-def test_a_blind_guesser_stays_near_chance():
+def test_guess_without_image_is_near_chance():
     counts = defaultdict(Counter)
     for _, question in asked(6000, seed=1):
         counts[question.question][question.answer] += 1
@@ -98,7 +98,7 @@ def test_a_blind_guesser_stays_near_chance():
         assert sum(values) / len(values) < CHANCE[kind] + MARGIN, kind
 
 
-def test_yes_and_no_are_balanced_whatever_is_asked():
+def test_yes_and_no_are_balanced():
     answers = defaultdict(Counter)
     for _, question in asked(6000, seed=3):
         if question.kind == "yes_no":
@@ -108,14 +108,14 @@ def test_yes_and_no_are_balanced_whatever_is_asked():
         assert abs(counted["yes"] / sum(counted.values()) - 0.5) < 0.04
 
 
-def test_no_held_out_scene_is_trained_on():
+def test_splits_share_no_scene():
     train = {scene.key for seed in range(4) for scene in scenes(1000, seed)}
     held_out = {scene.key for seed in range(4) for scene in scenes(250, seed, held_out=True)}
     assert len(held_out) > 500
     assert not train & held_out
 
 
-def test_rows_follow_from_the_seed():
+def test_same_seed_gives_same_rows():
     for make in (caption_rows, question_rows):
         first, again, other = make(20, 5), make(20, 5), make(20, 6)
         assert [row["messages"] for row in first] == [row["messages"] for row in again]
@@ -136,7 +136,17 @@ def test_rows_have_one_image_part_and_alternate():
     assert all(len(row["messages"]) == 2 and row["kind"] in KINDS for row in rows[40:])
 
 
-def test_the_vocabulary_covers_every_text():
+def test_conversations_repeat_hard_kinds_without_duplicates():
+    num_counts, rows = 0, question_rows(300, 0)
+    for row in rows:
+        texts = [message["content"][-1]["text"] for message in row["messages"][::2]]
+        assert len(set(texts)) == len(texts)
+        num_counts += sum(text.startswith("how many") for text in texts)
+    single = question_rows(300, 0, one_each=True)
+    assert num_counts > 1.3 * sum(row["kind"] == "count" for row in single)
+
+
+def test_vocabulary_covers_every_text():
     known = set(words())
     assert known >= {*COLORS, *SHAPES, *POSITIONS, BLANK}
     for row in caption_rows(300, 9) + question_rows(300, 9) + question_rows(300, 9, held_out=True):
@@ -145,7 +155,7 @@ def test_the_vocabulary_covers_every_text():
             assert set(re.findall(r"[\w-]+|[^\w\s]", text)) <= known, text
 
 
-def test_pixels_show_the_named_colors_where_the_caption_says():
+def test_pixels_have_the_named_colors():
     for scene in scenes(200, 4):
         image, cells = draw(scene), grid(scene)
         side = IMAGE_SIZE // GRID_SIZE
@@ -166,12 +176,12 @@ def test_pixels_show_the_named_colors_where_the_caption_says():
 
 def test_caption_names_every_shape_once():
     for scene in scenes(100, 7):
-        told = re.findall(r"at the ([\w-]+) a (\w+) (\w+)", caption(scene, random.Random(0)))
+        named = re.findall(r"at the ([\w-]+) a (\w+) (\w+)", caption(scene, random.Random(0)))
         cells = grid(scene)
-        assert sorted(told) == sorted((POSITIONS[y * GRID_SIZE + x], *pair) for (x, y), pair in cells.items())
+        assert sorted(named) == sorted((POSITIONS[y * GRID_SIZE + x], *pair) for (x, y), pair in cells.items())
 
 
-def test_a_patch_caption_names_every_patch_in_order():
+def test_patch_caption_names_every_patch_in_order():
     for scene in scenes(200, seed=8):
         words = iter(patch_caption(scene).split())
         for color, shape, _ in describe_patches(scene):
@@ -180,10 +190,10 @@ def test_a_patch_caption_names_every_patch_in_order():
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_patches_are_told_what_their_cell_holds(held_out):
+def test_patch_descriptions_match_their_cell(held_out):
     for scene in scenes(50, 8, held_out):
-        told, cells, side = describe_patches(scene), grid(scene), 2 * GRID_SIZE
-        assert len(told) == side**2
-        for i, patch in enumerate(told):
+        patches, cells, side = describe_patches(scene), grid(scene), 2 * GRID_SIZE
+        assert len(patches) == side**2
+        for i, patch in enumerate(patches):
             x, y = i % side // 2, i // side // 2
             assert patch == (*cells.get((x, y), (BLANK, BLANK)), POSITIONS[y * GRID_SIZE + x])

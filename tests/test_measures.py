@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The measures of visual tokens, on inputs whose answers are known."""
+"""Metrics of visual tokens, on inputs with known results."""
 
 import math
 
@@ -41,7 +41,7 @@ def rotation(size: int) -> torch.Tensor:
 # ---- Labels ----
 
 
-def test_rows_of_the_embeddings_as_features_hit_their_words():
+def test_embeddings_as_features_hit_their_words():
     embeddings, words = normal(50, 16), torch.tensor([[7, 30], [11, 2], [49, 7]])
     all_words = torch.arange(50)
     ranks = []
@@ -60,7 +60,7 @@ def test_best_ranks_by_hand():
     assert best_ranks(top, torch.tensor([0, 1, 2, 3, 4, 5]), 6).tolist() == [2, 0, 3, 0, 1, 2]
 
 
-def test_the_control_is_the_mean_over_all_other_images():
+def test_shuffled_labels_average_over_other_images():
     generator = torch.Generator().manual_seed(0)
     ranks = torch.randint(0, 11, (300, 20), generator=generator)  # more images than a tile
     labels = torch.rand(300, 20, generator=generator) < 0.1
@@ -78,7 +78,7 @@ def test_the_control_is_the_mean_over_all_other_images():
 
 
 def test_permuted_labels_have_no_lift():
-    """Right labels have one; permuted, it is 0 within its interval."""
+    """Correct labels have a lift. With permuted labels its interval contains 0."""
     words = torch.arange(200) % 8
     labels = torch.nn.functional.one_hot(words, 8).bool()
     ranks = torch.where(labels & (torch.arange(200) % 4 > 0)[:, None], 0, 10)
@@ -139,7 +139,7 @@ def test_overlap_and_auroc_by_hand():
 # ---- Neighborhoods ----
 
 
-def test_a_rotated_copy_has_all_neighbours_and_cka_1():
+def test_rotated_copy_has_all_neighbors_and_cka_1():
     features = normal(120, 16)
     copy = 5 * features @ rotation(16)
     found = mutual_neighbors(gram(features), gram(copy), 10)
@@ -147,8 +147,8 @@ def test_a_rotated_copy_has_all_neighbours_and_cka_1():
     assert unbiased_cka(gram(features), gram(copy)) == pytest.approx(1, abs=1e-6)
 
 
-def test_noise_has_neighbours_by_chance_and_cka_0():
-    """CKA where the biased one is far from 0: fewer patches than dimensions. Over several draws, with their spread."""
+def test_noise_has_chance_neighbors_and_cka_0():
+    """With fewer patches than dimensions biased CKA is far from 0. Averages over several draws."""
     overlaps, ckas, p_values, biased = [], [], [], []
     for seed in range(20):
         a, b = gram(normal(64, 256, seed=2 * seed)), gram(normal(64, 256, seed=2 * seed + 1))
@@ -166,11 +166,11 @@ def test_noise_has_neighbours_by_chance_and_cka_0():
     assert max(map(abs, ckas)) < 0.1 and min(biased) > 0.5
 
 
-def test_cka_of_equal_patches_is_no_number():
+def test_cka_of_equal_patches_is_nan():
     assert math.isnan(unbiased_cka(torch.ones(8, 8), gram(normal(8, 4))))
 
 
-def test_the_tiles_of_visual_tokens_give_the_whole(monkeypatch):
+def test_tiles_do_not_change_visual_token_gram(monkeypatch):
     monkeypatch.setattr("vtlmm.analysis.metrics.TILE_ROWS", 7)
     features, weight = normal(20, 8), normal(30, 8, seed=1)
     roots = word_probabilities(features, weight).sqrt()
@@ -179,7 +179,7 @@ def test_the_tiles_of_visual_tokens_give_the_whole(monkeypatch):
     torch.testing.assert_close(products.diagonal(), torch.ones(20))
 
 
-def test_the_jackknife_of_a_mean_is_the_interval_of_a_mean():
+def test_jackknife_of_a_mean_equals_its_interval():
     values = normal(40).tolist()
     without = [(sum(values) - value) / 39 for value in values]
     low, high = jackknife_interval(sum(values) / 40, without)
@@ -198,7 +198,7 @@ def test_information_by_hand():
     assert mutual_information(same.mean(0), entropy(same).mean().item()) == pytest.approx(0, abs=1e-6)
 
 
-def test_best_mix_is_least_squares_and_finds_what_is_a_mix():
+def test_best_mix_is_least_squares():
     embeddings, words = normal(30, 12), torch.tensor([[0, 3, 5], [7, 8, 9]])
     features = torch.stack([2 * embeddings[0] - embeddings[5], normal(12, seed=3)])
     mixes = best_mix(features, embeddings, words)
@@ -206,7 +206,7 @@ def test_best_mix_is_least_squares_and_finds_what_is_a_mix():
     assert cosine[0].item() == pytest.approx(1, abs=1e-5) and error[0].item() == pytest.approx(0, abs=1e-5)
     solved = torch.linalg.lstsq(embeddings[words[1]].T, features[1][:, None]).solution
     torch.testing.assert_close(mixes[1], (embeddings[words[1]].T @ solved).squeeze(1), atol=1e-5, rtol=1e-5)
-    # twice the same word, or a word without an embedding, is no error
+    # the same word twice, or a word with a zero embedding, works
     embeddings[3] = 0
     again = best_mix(features, embeddings, torch.tensor([[0, 3, 5], [7, 7, 3]]))
     torch.testing.assert_close(again[0], features[0], atol=1e-5, rtol=1e-5)

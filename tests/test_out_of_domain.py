@@ -24,17 +24,17 @@ from vtlmm.data.rows import load_rows
 # ---- Known answers ----
 
 
-def test_perfectly_calibrated_answers_have_no_error():
-    """In each of ten bins as many right answers as the probability says: 5 of 100 at 0.05, … 95 of 100 at 0.95."""
+def test_calibrated_answers_have_zero_error():
+    """The accuracy of each of ten bins equals its probability: 5 of 100 at 0.05, … 95 of 100 at 0.95."""
     probabilities = np.repeat(np.arange(0.05, 1, 0.1), 100)
     correct = np.concatenate([np.arange(100) < round(100 * p) for p in np.arange(0.05, 1, 0.1)])
     found = calibration_error(probabilities, correct, range(1000))
     assert found.value == pytest.approx(0, abs=1e-9)
-    assert 0 < found.low < found.high < 0.06  # what chance makes of 1,000 answers
+    assert 0 < found.low < found.high < 0.06  # the sampling error of 1,000 answers
 
 
 def test_calibration_error_by_hand():
-    """Sure and always wrong is 1. Two bins of unlike size: 3 · |1 − 0.95| and 1 · |0 − 0.45|, over 4."""
+    """Confident wrong answers give 1. Two bins of different size: (3 · |1 − 0.95| + 1 · |0 − 0.45|) / 4."""
     assert calibration_error([1.0, 1.0], [0, 0], ["a", "b"]).value == 1
     found = calibration_error([0.95, 0.95, 0.95, 0.45], [1, 1, 1, 0], ["a", "a", "b", "b"])
     assert found.value == pytest.approx((3 * 0.05 + 0.45) / 4)
@@ -43,8 +43,8 @@ def test_calibration_error_by_hand():
     assert (found.low, found.high) == pytest.approx((0.05, (0.05 + 0.45) / 2))
 
 
-def test_calibration_draws_are_those_of_drawing_images():
-    """A second implementation: the error computed anew from the answers of each draw."""
+def test_calibration_interval_equals_image_bootstrap():
+    """Compare with a second implementation that draws images and recomputes the error from their answers."""
     rng = np.random.default_rng(0)
     clusters = np.repeat(np.arange(30), 3)
     probabilities = rng.random(90)
@@ -64,7 +64,7 @@ def test_calibration_draws_are_those_of_drawing_images():
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.012)
 
 
-def test_equal_sets_cannot_be_told_apart():
+def test_auroc_of_equal_sets_is_chance():
     scores = np.random.default_rng(0).random(50)
     found = detection_auroc(scores, scores)
     assert found.value == pytest.approx(0.5) and found.low < 0.5 < found.high
@@ -75,7 +75,7 @@ def test_equal_sets_cannot_be_told_apart():
 
 
 def test_detection_interval_covers():
-    """About 95 % of 200 pairs of samples with a known AUROC: normal, a standard deviation apart, Φ(1/√2) = 0.7602."""
+    """The interval covers the known AUROC Φ(1/√2) = 0.7602 in about 95 % of 200 pairs of normal samples."""
     rng, covered = np.random.default_rng(0), 0
     for _ in range(200):
         found = detection_auroc(rng.normal(size=40), rng.normal(1, size=60), num_draws=400)

@@ -185,7 +185,7 @@ def test_tokens_command_rejects_bad_input(work, tmp_path, capsys):  # noqa: F811
     (tmp_path / "tokens.json").write_text("{}")
     image = str(work / "0.png")
     assert main(["tokens", str(work / "model"), image, "--output", str(tmp_path)]) == 1
-    assert "Choose another output folder or pass `--overwrite`" in capsys.readouterr().err
+    assert "Choose another output folder, or set `overwrite=True`" in capsys.readouterr().err
 
 
 def test_words_are_drawn_as_plain_text(model, processor, tmp_path):  # noqa: F811

@@ -62,7 +62,7 @@ class LabelAgreement:
         agreement ([`Estimate`]): With the image's own labels.
         shuffled (`float`): With the labels of another image, averaged over all other images.
         lift ([`Estimate`]): `agreement` minus `shuffled`, per image.
-        lift_over_prior ([`Estimate`]): `agreement` minus that of the lens's most frequent words for every image.
+        lift_over_prior ([`Estimate`]): `agreement` minus the agreement of the lens's most frequent words.
         lift_over_random_head ([`Estimate`], *optional*): `agreement` minus that of a random head. VM head only.
         images (`list[float]`): `agreement` of each image. Not part of a report.
     """

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""A page to chat about a image, and to see what its patches say."""
+"""A web page to chat about an image and to see the words of its patches."""
 
 import html
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from .visual_tokens import read_visual_tokens
 
 
 IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES = "image features", "pseudo image features"
-# A browser that reads this asks no other server for anything, whatever a library puts into the page
+# The browser loads nothing from other servers, even if a library adds links to the page
 CONTENT_SECURITY_POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:"
@@ -21,12 +21,12 @@ CONTENT_SECURITY_POLICY = (
 
 
 def choose_features(model, features: str) -> None:
-    """What the decoder reads from now on."""
+    """Select the kind of image features that the decoder reads."""
     model.config.use_pseudo_image_features = features == PSEUDO_IMAGE_FEATURES
 
 
 def words_frame(model, processor, image, features: str, top_k: int = 5) -> str:
-    """The page of `visual_tokens.py` for one image from PIL, as an element of another page; blank without one."""
+    """Return the page of [`visual_token_page`] for one image as an iframe; an empty text without an image."""
     if image is None:
         return ""
     choose_features(model, features)
@@ -39,7 +39,7 @@ def words_frame(model, processor, image, features: str, top_k: int = 5) -> str:
 def answers_so_far(
     model, processor, image, features: str, turns: list[tuple[str, str]], question: str, max_new_tokens: int
 ) -> Iterator[list[tuple[str, str]]]:
-    """`turns`, pairs of question and answer, with the next one growing; the image stands in the first question."""
+    """Yield `turns`, pairs of question and answer, with the growing answer to `question`. The first has the image."""
     choose_features(model, features)
     messages = []
     for earlier, answer in [*turns, (question, None)]:
@@ -54,7 +54,7 @@ def answers_so_far(
 
 
 def build_page(model, processor, name: str, max_new_tokens: int = 512):
-    """The page as `gradio.Blocks`. Another image or other features begin a new conversation."""
+    """Return the page as `gradio.Blocks`. A new image or another kind of features starts a new conversation."""
     import gradio
 
     def as_chat(turns):
@@ -67,13 +67,13 @@ def build_page(model, processor, name: str, max_new_tokens: int = 512):
         try:
             for grown in answers_so_far(model, processor, image, features, turns, question.strip(), max_new_tokens):
                 yield grown, as_chat(grown), ""
-        except Exception as error:  # shown in the page; the server goes on
+        except Exception as error:  # shown on the page; the server keeps running
             raise gradio.Error(str(error)) from error
 
     def begin(image, features):
         return [], [], words_frame(model, processor, image, features)
 
-    # one model with one kind of features at a time
+    # the model answers one request at a time, because the kind of features is a setting of the model
     alone = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
     with gradio.Blocks(title=f"VT-LMM: {name}", analytics_enabled=False, fill_width=True) as page:
         turns = gradio.State([])
@@ -98,7 +98,7 @@ def build_page(model, processor, name: str, max_new_tokens: int = 512):
 
 
 def launch(page, host: str, port: int, **options):
-    """Serves the page; its visitors' browsers ask only this server for anything."""
+    """Serve the page. Browsers load resources from this server only."""
     from starlette.middleware import Middleware
 
     own = {"share": False, "ssr_mode": False, "quiet": True, "footer_links": []}

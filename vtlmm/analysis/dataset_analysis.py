@@ -28,7 +28,7 @@ from .failure_modes import evenly_spaced, measure_failure_modes
 from .labels import Labels, read_labels
 from .metrics import auroc, best_mix, cosine_scores, reconstruction, top_word_overlap, word_probabilities
 from .patch_features import Patches, heads, patches_inside, read_patches
-from .report import format_analysis, save_analysis, summarize_analysis
+from .report import check_analysis_output, format_analysis, save_analysis, summarize_analysis
 from .vocabulary import content_words, label_ids, vocabulary_words, word_classes
 
 
@@ -264,6 +264,8 @@ def analyze(
     layers: bool = False,
     batch_size: int = 4,
     seed: int = 0,
+    output: str | Path | None = None,
+    overwrite: bool = False,
 ) -> AnalysisResult:
     r"""
     Analyze the visual tokens of a model over a dataset.
@@ -283,13 +285,18 @@ def analyze(
         layers (`bool`, *optional*, defaults to `False`): Also read every layer of the decoder through `lm_head`.
         batch_size (`int`, *optional*, defaults to 4): Images or questions per forward pass.
         seed (`int`, *optional*, defaults to 0): Seed of the random head, sampled patches and permutations.
+        output (`str` or `Path`, *optional*): Folder to save the result to, see [`AnalysisResult.save`].
+        overwrite (`bool`, *optional*, defaults to `False`): Replace an analysis that `output` contains.
 
     Returns:
         [`AnalysisResult`]
 
     Raises:
+        FileExistsError: If `output` contains an analysis and `overwrite` is not set.
         ValueError: If the model has no VM head, if no row has an image, or if a setting is out of range.
     """
+    if output is not None:
+        check_analysis_output(output, overwrite)
     if model.config.model_type != "vtlmm":
         raise ValueError(
             f"The model is a {model.config.model_type} model. Visual tokens need a VT-LMM with a VM head."
@@ -322,4 +329,6 @@ def analyze(
         "seed": seed,
         "versions": {package: version(package) for package in PACKAGES},
     }
+    if output is not None:
+        result.save(output, overwrite)
     return result

@@ -13,7 +13,7 @@ from .accumulators import Estimate
 
 
 def _estimate(scores: Sequence[float], questions: list[dict]) -> Estimate | None:
-    """Return the mean over questions with its bootstrap interval over images, or None if there is no question."""
+    """Return the mean over questions with its bootstrap interval over images, or None without questions."""
     if not scores:
         return None
     low, high = bootstrap_interval(scores, [image_cluster(question) for question in questions])

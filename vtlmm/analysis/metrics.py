@@ -1,7 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""What a visual token means, in numbers: pure functions over the patches of one image or a sample of patches.
+"""Metrics of visual tokens: pure functions of the patches of one image, or of a sample of patches.
 
-Shapes: N patches, V words, D hidden size, K words of a top-k. p_n = softmax(W_vm v_n) is the visual token of patch n.
+Shapes: N patches, V words, D hidden size, K top words. p_n = softmax(W_vm v_n) is the visual token of patch n.
 """
 
 import math
@@ -11,30 +11,30 @@ import torch.nn.functional as F
 
 
 NUM_PERMUTATIONS = 199
-TILE_ROWS = 256  # patches whose distributions over the vocabulary exist at one time
+TILE_ROWS = 256  # patches whose distributions over the vocabulary are in memory at the same time
 
 
 def word_probabilities(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """softmax(W x) in float32, (N, V), for features (N, D) and the weight (V, D) of a head."""
+    """Return softmax(W x) in float32, (N, V), for features (N, D) and the weight (V, D) of a head."""
     return F.linear(features, weight).float().softmax(-1)
 
 
 def cosine_scores(features: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-    """Cosine of features (N, D) to every row of the embeddings (V, D), in float32, (N, V)."""
+    """Return the cosine of features (N, D) to every row of the embeddings (V, D), in float32, (N, V)."""
     return F.linear(F.normalize(features.float(), dim=-1), F.normalize(embeddings.float(), dim=-1))
 
 
 def entropy(probabilities: torch.Tensor) -> torch.Tensor:
-    """H(p) = −Σ p log p over the last dimension, in nats."""
+    """Return H(p) = −Σ p log p over the last dimension, in nats."""
     return torch.special.entr(probabilities).sum(-1)
 
 
-# ---- Agreement with labels, and of two lists of words ----
+# ---- Agreement with labels, and between two lists of words ----
 
 
 def best_ranks(top_words: torch.Tensor, word_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
     r"""
-    The best place of each of `word_ids` in any patch's list of words: 0 where it leads one, K where it is in none.
+    Return the best rank of each of `word_ids` in the top words of any patch: 0 is the top word, K means not included.
 
     Args:
         top_words (`torch.LongTensor` of shape `(N, K)`): best first.
@@ -51,11 +51,13 @@ def best_ranks(top_words: torch.Tensor, word_ids: torch.Tensor, vocab_size: int)
 
 def label_hits(ranks: torch.Tensor, labels: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    hit@k: whether a word of a image's labels is among the top k of any of its patches, and the same with the labels
-    of another image, on average over all others: the control by shuffling, without the noise of one shuffle.
+    Return hit@k of each image, and the same with shuffled labels.
+
+    hit@k is 1 if a label word of the image is among the top k words of any of its patches. The control averages over
+    the labels of all other images, which has less noise than one shuffle.
 
     Args:
-        ranks (`torch.Tensor` of shape `(num_images, num_words)`): see [`best_ranks`], a row a image.
+        ranks (`torch.Tensor` of shape `(num_images, num_words)`): One row of [`best_ranks`] per image.
         labels (`torch.BoolTensor` of shape `(num_images, num_words)`): the words of each image's labels.
 
     Returns:
@@ -68,22 +70,23 @@ def label_hits(ranks: torch.Tensor, labels: torch.Tensor, k: int) -> tuple[torch
 
 
 def label_mass(mass: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As [`label_hits`] for the probability of the labels' words, from that of every word in each image."""
+    """Return what [`label_hits`] does, for the probability of the label words, `mass` (num_images, num_words)."""
     own = (mass * labels).sum(1)
     return own, (mass @ labels.to(mass.dtype).sum(0) - own) / (len(own) - 1)
 
 
 def top_word_overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Share of the words of one list (N, K) that are in the other, patch by patch, (N,); order does not count."""
+    """Return the share of words that two lists of top words (N, K) have in common, per patch, (N,)."""
     return (first[:, :, None] == second[:, None, :]).any(-1).float().mean(-1)
 
 
 def auroc(scores: torch.Tensor, inside: torch.Tensor) -> float:
     r"""
-    Probability that a patch inside has a higher score than one outside; ties count half. Chance is 0.5.
+    Return the probability that a patch inside has a higher score than a patch outside; ties count half. Chance is 0.5.
 
     Args:
-        scores (`torch.Tensor` of shape `(N,)`), inside (`torch.BoolTensor` of shape `(N,)`): both kinds are needed.
+        scores (`torch.Tensor` of shape `(N,)`)
+        inside (`torch.BoolTensor` of shape `(N,)`): With at least one patch inside and one outside.
     """
     difference = scores[inside][:, None] - scores[~inside][None, :]
     return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean().item()
@@ -93,20 +96,20 @@ def auroc(scores: torch.Tensor, inside: torch.Tensor) -> float:
 
 
 def gram(features: torch.Tensor) -> torch.Tensor:
-    """Inner products (N, N) of features (N, D), in float32."""
+    """Return the inner products (N, N) of features (N, D), in float32."""
     features = features.float()
     return features @ features.T
 
 
 def visual_token_gram(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     r"""
-    Σ_k √(p_n[k] p_m[k]) of all pairs of visual tokens (the Bhattacharyya coefficient), (N, N).
+    Return Σ_k √(p_n[k] p_m[k]) of all pairs of visual tokens (the Bhattacharyya coefficient), (N, N).
 
-    It is the inner product of √p, which has length 1. Tile by tile, so that no more than two tiles of distributions
-    exist; they are computed anew for every pair.
+    It is the inner product of √p, which has length 1. At most two tiles of distributions are in memory. They are
+    recomputed for every pair of tiles.
 
     Args:
-        features (`torch.Tensor` of shape `(N, D)`): as the head's matrix gets them, behind its residual_block.
+        features (`torch.Tensor` of shape `(N, D)`): Input of the head's matrix, after its `residual_block`.
         weight (`torch.Tensor` of shape `(V, D)`)
     """
     products = torch.empty(len(features), len(features), device=features.device)
@@ -121,7 +124,7 @@ def visual_token_gram(features: torch.Tensor, weight: torch.Tensor) -> torch.Ten
 
 
 def neighbors(products: torch.Tensor, k: int) -> torch.Tensor:
-    """Which k others are nearest to each by cosine: (N, N), true or false, from inner products (N, N)."""
+    """Return a boolean matrix (N, N) of the k nearest neighbors by cosine, from inner products (N, N)."""
     lengths = products.diagonal().clamp_min(torch.finfo(products.dtype).tiny).sqrt()
     cosine = (products / lengths[:, None] / lengths[None, :]).fill_diagonal_(-math.inf)
     return torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, cosine.topk(k, dim=1).indices, True)
@@ -129,16 +132,16 @@ def neighbors(products: torch.Tensor, k: int) -> torch.Tensor:
 
 def mutual_neighbors(first: torch.Tensor, second: torch.Tensor, k: int, seed: int = 0) -> dict:
     r"""
-    Share of the k nearest neighbors of a patch in one space that are so in another (Huh et al. 2024,
-    https://arxiv.org/abs/2405.07987); chance is k / (N − 1).
+    Return the share of the k nearest neighbors of a patch that two spaces have in common (Huh et al. 2024,
+    https://arxiv.org/abs/2405.07987). Chance is k / (N − 1).
 
     Args:
-        first, second (`torch.Tensor` of shape `(N, N)`): inner products in the two spaces.
-        seed (`int`, *optional*, defaults to 0): of the permutations.
+        first, second (`torch.Tensor` of shape `(N, N)`): Inner products in the two spaces.
+        seed (`int`, *optional*, defaults to 0): Seed of the permutations.
 
     Returns:
-        `dict`: `overlap` (N,), one a patch; `chance`; `p_value` that the two spaces are unrelated, by permuting the
-        patches of one.
+        `dict`: `overlap` (N,) of each patch; `chance`; and `p_value` of a permutation test that the spaces are
+        unrelated.
     """
     a, b = neighbors(first, k), neighbors(second, k)
     found = (a & b).sum(1).float() / k
@@ -153,12 +156,14 @@ def mutual_neighbors(first: torch.Tensor, second: torch.Tensor, k: int, seed: in
 
 def unbiased_cka(first: torch.Tensor, second: torch.Tensor) -> float:
     r"""
-    Linear CKA (Kornblith et al. 2019, https://arxiv.org/abs/1905.00414) from the unbiased HSIC of Song et al. 2012:
-    1 for spaces that differ by a rotation and a scale, about 0 for unrelated ones, whatever their dimension; not a
-    number where all patches of one space are alike.
+    Return linear CKA (Kornblith et al. 2019, https://arxiv.org/abs/1905.00414) with the unbiased HSIC of Song et al.
+    2012.
+
+    It is 1 for spaces that differ by a rotation and a scale, about 0 for unrelated spaces of any dimension, and NaN if
+    all patches of one space are equal.
 
     Args:
-        first, second (`torch.Tensor` of shape `(N, N)`): inner products of four patches or more.
+        first, second (`torch.Tensor` of shape `(N, N)`): Inner products of at least four patches.
     """
     number = len(first)
     a, b = (products.double().clone().fill_diagonal_(0) for products in (first, second))
@@ -168,16 +173,16 @@ def unbiased_cka(first: torch.Tensor, second: torch.Tensor) -> float:
         return inner - 2 / (number - 2) * (x.sum(0) @ y.sum(0))
 
     own = [hsic(x, x) / (x * x).sum() for x in (a, b)]
-    if min(own) < 1e-9:  # all patches alike, or rounding
+    if min(own) < 1e-9:  # all patches are equal, up to rounding
         return math.nan
     return (hsic(a, b) / (hsic(a, a) * hsic(b, b)).sqrt()).item()
 
 
 def jackknife_interval(estimate: float, without: list[float]) -> tuple[float, float]:
     r"""
-    95 % interval of an estimate from what it is without each of several groups of images (Tukey's jackknife).
+    Return the 95 % interval of an estimate from its values without each group of images (Tukey's jackknife).
 
-    For what a bootstrap gets wrong: a image drawn twice is its own neighbor, and a mutual information.
+    A bootstrap would be wrong: an image that is drawn twice is its own neighbor, and mutual information is biased.
     """
     values = torch.tensor(without, dtype=torch.float64)
     variance = (len(values) - 1) / len(values) * (values - values.mean()).square().sum()
@@ -189,12 +194,13 @@ def jackknife_interval(estimate: float, without: list[float]) -> tuple[float, fl
 
 def mutual_information(mean_probabilities: torch.Tensor, mean_entropy: float) -> float:
     r"""
-    I(image; word) = H(mean p) − mean H(p) in nats: how much a word tells of where it comes from. 0 where all say the
-    same, however sharply.
+    Return I(source; word) = H(mean p) − mean H(p) in nats: the information of a word about its patch or image.
+
+    It is 0 if all distributions are equal, even if they are sharp.
 
     Args:
-        mean_probabilities (`torch.Tensor` of shape `(V,)`): mean of the distributions.
-        mean_entropy (`float`): mean of their entropies.
+        mean_probabilities (`torch.Tensor` of shape `(V,)`): Mean of the distributions.
+        mean_entropy (`float`): Mean of their entropies.
     """
     return max(0.0, entropy(mean_probabilities.double()).item() - mean_entropy)
 
@@ -203,16 +209,16 @@ def mutual_information(mean_probabilities: torch.Tensor, mean_entropy: float) ->
 
 
 def reconstruction(features: torch.Tensor, mixes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine of mixes to features, both (N, D), and their relative error ‖mix − f‖ / ‖f‖, each (N,)."""
+    """Return the cosine of mixes to features, both (N, D), and the relative error ‖mix − f‖ / ‖f‖, each (N,)."""
     features, mixes = features.float(), mixes.float()
     return F.cosine_similarity(features, mixes, dim=-1), (mixes - features).norm(dim=-1) / features.norm(dim=-1)
 
 
 def best_mix(features: torch.Tensor, embeddings: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     r"""
-    The linear mix of a patch's own K words that is nearest to its features (least squares), (N, D).
+    Return the linear mix of a patch's K words that is nearest to its features (least squares), (N, D).
 
-    Of all V words the best mix would be no measure: with V ≥ D they span everything.
+    A mix of all V words would always fit, because V ≥ D embeddings span the space.
 
     Args:
         features (`torch.Tensor` of shape `(N, D)`), embeddings (`torch.Tensor` of shape `(V, D)`)

@@ -83,11 +83,11 @@ def save_patch_words(
     """
     columns = min(columns, len(images))
     lines = -(-len(images) // columns)
-    figure = Figure(figsize=(3.2 * columns, 3.6 * lines + 0.7))
+    figure = Figure(figsize=(3.2 * columns, 3.75 * lines + 0.75))
     grid = figure.subplots(lines, columns, squeeze=False)
     bottom = 0.75 / figure.get_figheight()
-    top = 1 - 0.45 / figure.get_figheight()
-    figure.subplots_adjust(left=0.01, right=0.99, top=top, bottom=bottom, hspace=0.15, wspace=0.05)
+    top = 1 - 0.55 / figure.get_figheight()
+    figure.subplots_adjust(left=0.01, right=0.99, top=top, bottom=bottom, hspace=0.2, wspace=0.05)
     for axes in grid.flat:
         axes.set_axis_off()
     for i, (axes, image, title) in enumerate(zip(grid.flat, images, titles, strict=False)):
@@ -110,7 +110,7 @@ def save_visual_token_plot(path: str | Path, image: np.ndarray, tokens: ImageTok
     """
     figure = Figure(figsize=(11, 12.2))
     panels = figure.subplots(2, 2).flat
-    figure.subplots_adjust(left=0.02, right=0.98, top=0.9, bottom=0.07, hspace=0.1, wspace=0.05)
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.9, bottom=0.12, hspace=0.1, wspace=0.05)
     labels = {"vm_head": tokens.labels, "decoder": _first(tokens.decoder), "pseudo": _first(tokens.pseudo)}
     for axes, (source, (name, number)) in zip(panels, SOURCES.items(), strict=False):
         cosines = [max(0.0, value) for _, value in labels[source]] if number == "cosine" else None
@@ -126,7 +126,7 @@ def save_visual_token_plot(path: str | Path, image: np.ndarray, tokens: ImageTok
     if tokens.is_near_uniform:
         lines.append("This VM head looks untrained: its distributions are nearly uniform, so the words are arbitrary.")
     figure.text(0.5, 0.965, "\n".join(lines), ha="center", va="center", fontsize=11, parse_math=False)
-    figure.text(0.5, 0.03, LEGEND, ha="center", va="center", fontsize=10)
+    figure.text(0.5, 0.02, LEGEND, ha="center", va="center", fontsize=10)
     FigureCanvasAgg(figure).print_png(str(path))
 
 

@@ -247,6 +247,15 @@ def analysis_json(result: AnalysisResult) -> dict:
     return {**about, "summary": summarize_analysis(result), **content}
 
 
+def check_analysis_output(output: str | Path, overwrite: bool = False) -> None:
+    """Raise FileExistsError if the folder contains an analysis and `overwrite` is not set."""
+    for path in (Path(output, ANALYSIS_FILE), Path(output, ANALYSIS_TABLE)):
+        if path.exists() and not overwrite:
+            raise FileExistsError(
+                f"{path} exists. Choose another output folder, or set `overwrite=True` (`--overwrite`)."
+            )
+
+
 def save_analysis(result: AnalysisResult, output: str | Path, overwrite: bool = False) -> Path:
     """
     Write `analysis.json` and `analysis.md` and return their folder.
@@ -254,10 +263,8 @@ def save_analysis(result: AnalysisResult, output: str | Path, overwrite: bool = 
     Raises:
         FileExistsError: If the folder contains an analysis and `overwrite` is not set.
     """
+    check_analysis_output(output, overwrite)
     folder = Path(output)
-    existing = [folder / name for name in (ANALYSIS_FILE, ANALYSIS_TABLE) if (folder / name).exists()]
-    if existing and not overwrite:
-        raise FileExistsError(f"{existing[0]} exists. Choose another output folder or pass `--overwrite`.")
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(analysis_json(result), indent=2, ensure_ascii=False)
     (folder / ANALYSIS_FILE).write_text(text + "\n", encoding="utf-8")

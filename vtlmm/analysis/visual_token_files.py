@@ -55,12 +55,12 @@ def save_visual_tokens(
         `Path`: The folder.
 
     Raises:
-        ValueError: Unless exactly one of `images` and `dataset` is specified, or if there is no image.
+        ValueError: Unless exactly one of `images` and `dataset` is specified, or if the dataset has no image.
         FileExistsError: If the folder contains visual tokens and `overwrite` is not set.
     """
     folder = Path(output)
     if (folder / TOKENS_FILE).exists() and not overwrite:
-        raise FileExistsError(f"{folder / TOKENS_FILE} exists. Choose another output folder or pass `--overwrite`.")
+        raise FileExistsError(f"{folder / TOKENS_FILE} exists. Choose another output folder, or set `overwrite=True`.")
     if (images is None) == (dataset is None):
         raise ValueError("Specify either images or a dataset.")
     if dataset is not None:

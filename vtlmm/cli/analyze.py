@@ -62,6 +62,7 @@ def analyze(
         "use_pseudo_image_features": use_pseudo_image_features,
         "trust_remote_code": trust_remote_code,
     }
+    folder = output or Path("outputs", "analysis", Path(model).name)
     result = analyze_dataset(
         *load(model, revision=revision, **loading),
         dataset,
@@ -74,7 +75,8 @@ def analyze(
         layers=layers,
         batch_size=batch_size,
         seed=seed,
+        output=folder,
+        overwrite=overwrite,
     )
-    folder = result.save(output or Path("outputs", "analysis", Path(model).name), overwrite)
     print(result.summary())
     print(f"Tables and JSON: {folder}")

@@ -75,7 +75,7 @@ def plot_patch_words(path: Path, model, processor, scenes: list[Scene], seed: in
         asked.append({"images": [images[i]], "question": question.question, "answer": question.answer})
     answers = answer(model, processor, asked, batch_size=NUM_PLOTTED)
     titles = [
-        f"{question['question']} {text}" + ("" if text == question["answer"] else f" (wrong: {question['answer']})")
+        f"{question['question']}\n{text}" + ("" if text == question["answer"] else f" (wrong: {question['answer']})")
         for question, text in zip(asked, answers, strict=True)
     ]
     tokens = read_visual_tokens(model, processor, images, top_k=1)

@@ -1,12 +1,11 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Images of colored shapes with captions and questions: the demo's own data, drawn on the spot.
+"""Draw images of colored shapes and write captions and questions about them: the demo's dataset.
 
-A scene is a 2 x 2 grid of cells of which 2 to 4 hold a shape. Everything follows from a seed: the same seed gives the
-same rows. Held-out scenes are told from training scenes by a checksum of what stands where, so no arrangement can be
-in both, whatever the seeds.
+A scene is a 2 × 2 grid of cells, and 2 to 4 cells contain a shape. The same seed gives the same rows. A checksum of
+the shapes and their cells decides whether a scene is held out, so no arrangement is in both splits for any seed.
 
-The questions are balanced: whoever reads only the question is right no more often than by chance. Colors, shapes and
-cells are drawn uniformly, group sizes so that a count is uniform, and yes or no is drawn before the question is built.
+The questions are balanced: a guess from the question alone is correct only by chance. Colors, shapes and cells are
+uniform, the sizes of color groups make counts uniform, and yes or no is drawn before the question.
 """
 
 import random
@@ -29,7 +28,7 @@ COLORS = {
     "black": (30, 30, 30),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
-# Row by row, as the patches of a image are read.
+# In raster order, as the patches of an image
 POSITIONS = ("top-left", "top-right", "bottom-left", "bottom-right")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}  # (row, column)
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -40,13 +39,13 @@ BLANK = "empty"
 GRID_SIZE = 2
 CELL_SIZE = 32  # pixels
 IMAGE_SIZE = GRID_SIZE * CELL_SIZE  # pixels
-# How many shapes share a color. The sums, 2, 3 and 4, are equally frequent, which makes the total count uniform.
+# Numbers of shapes with the same color. Their sums 2, 3 and 4 are equally frequent, so the total count is uniform.
 COLOR_GROUPS = ((1, 1), (1, 1), (1, 1, 1), (2, 1), (2, 1, 1), (2, 2))
 
 
 @dataclass(frozen=True)
 class Item:
-    """One shape: what it is, its cell (0 to 3, row by row), and in pixels where in the cell and how large it is."""
+    """One shape with its cell (0 to 3, in raster order), its shift in the cell and its radius, in pixels."""
 
     color: str
     shape: str
@@ -62,19 +61,19 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """Items in the order of their cells, no two of the same shape, on a plain light background."""
+    """Items in the order of their cells, all of different shapes, on a plain light background."""
 
     items: tuple[Item, ...]
     background: int = 235
 
     @property
     def key(self) -> str:
-        """What stands where, without the jitter: two images with the same key ask for the same answers."""
+        """Return a text of the shapes and their cells. Images with the same key have the same answers."""
         return ";".join(f"{item.cell} {item.name}" for item in self.items)
 
     @property
     def is_held_out(self) -> bool:
-        """One scene in eight is kept for evaluation; a checksum, because `hash` differs from process to process."""
+        """Return whether the scene is for evaluation: one in eight. `hash` would differ between processes."""
         return zlib.crc32(self.key.encode()) % 8 == 0
 
 
@@ -93,14 +92,14 @@ def make_scene(rng: random.Random) -> Scene:
     cells = rng.sample(range(GRID_SIZE**2), len(colors))
     items = []
     for color, shape, cell in zip(colors, shapes, cells, strict=True):
-        fill = tuple(min(255, max(0, value + rng.randint(-20, 20))) for value in COLORS[color])
+        red, green, blue = (min(255, max(0, value + rng.randint(-20, 20))) for value in COLORS[color])
         shift = (rng.randint(-3, 3), rng.randint(-3, 3))
-        items.append(Item(color, shape, cell, shift, rng.randint(9, 13), fill))
+        items.append(Item(color, shape, cell, shift, rng.randint(9, 13), (red, green, blue)))
     return Scene(tuple(sorted(items, key=lambda item: item.cell)), rng.randint(220, 250))
 
 
 def draw(scene: Scene) -> Image.Image:
-    """Returns an RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels; the same scene always gives the same pixels."""
+    """Return an RGB image of `IMAGE_SIZE` × `IMAGE_SIZE` pixels. The same scene always gives the same pixels."""
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (scene.background,) * 3)
     canvas = ImageDraw.Draw(image)
     for item in scene.items:
@@ -127,8 +126,11 @@ def _draw_shape(canvas: ImageDraw.ImageDraw, shape: str, x: int, y: int, r: int,
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """Names every shape and its place, in an order of its own, so that a caption cannot be read off a fixed order. The
-    place comes first: then what follows has one right answer, and that is what the projector learns from."""
+    """
+    Return a caption that names every shape and its position, in random order.
+
+    The position comes first, so the words after it have one correct answer, from which the projector learns.
+    """
     items = rng.sample(scene.items, len(scene.items))
     return ", ".join(f"at the {POSITIONS[item.cell]} a {item.name}" for item in items)
 
@@ -168,7 +170,7 @@ def _ask_count(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     if rng.random() < 0.25:
         return "how many shapes are there?", NUMBERS[len(scene.items)]
     counts = Counter(item.color for item in scene.items)
-    # Only where each answer can be had, and it is drawn first: otherwise zero, or one, would be the best guess.
+    # The answer is drawn first, from scenes that allow each answer. Otherwise zero or one would be the best guess.
     if set(counts.values()) != {1, 2}:
         return None
     wanted = rng.choice((0, 1, 2))
@@ -182,7 +184,7 @@ def _ask_position(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def _ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    """Asks how two shapes in neighboring cells lie; None where none lie as the direction that was drawn says."""
+    """Return a question about two neighboring shapes, or None if no two shapes lie in the drawn direction."""
     direction = rng.choice(list(DIRECTIONS))
     row_step, column_step = DIRECTIONS[direction]
     pairs = []
@@ -225,24 +227,26 @@ def make_scenes(rng: random.Random, held_out: bool) -> Iterator[Scene]:
 
 
 def describe_patches(scene: Scene) -> list[tuple[str, str, str]]:
-    """(color, shape, place) at each of the 4 x 4 patches, row by row; in an empty cell the first two are "empty"."""
-    found = {item.cell: (item.color, item.shape) for item in scene.items}
+    """Return (color, shape, position) of each of the 4 × 4 patches; color and shape are "empty" in an empty cell."""
+    contents = {item.cell: (item.color, item.shape) for item in scene.items}
     cells = [(row // 2) * GRID_SIZE + column // 2 for row in range(2 * GRID_SIZE) for column in range(2 * GRID_SIZE)]
-    return [(*found.get(cell, (BLANK, BLANK)), POSITIONS[cell]) for cell in cells]
+    return [(*contents.get(cell, (BLANK, BLANK)), POSITIONS[cell]) for cell in cells]
 
 
 def patch_caption(scene: Scene) -> str:
-    """Names what is at every patch, in their order. A projector that learns from captions alone can be right without
-    saying a patch in words that the decoder has for it; this cannot be answered otherwise."""
-    told = describe_patches(scene)
-    return " ".join(color if color == BLANK else f"{color} {shape}" for color, shape, _ in told)
+    """
+    Return the contents of every patch in raster order.
+
+    Only a projector that maps each patch to the decoder's words for it can answer this; captions need less.
+    """
+    return " ".join(color if color == BLANK else f"{color} {shape}" for color, shape, _ in describe_patches(scene))
 
 
 def _conversation(turns: list[tuple[str, str]]) -> list[dict]:
-    messages = []
+    messages: list[dict] = []
     for i, (question, answer) in enumerate(turns):
-        content = [{"type": "text", "text": question}]
-        image = [{"type": "image", "text": None}] if i == 0 else []
+        content: list[dict] = [{"type": "text", "text": question}]
+        image: list[dict] = [{"type": "image", "text": None}] if i == 0 else []
         messages.append({"role": "user", "content": image + content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
@@ -256,7 +260,7 @@ CAPTION_QUESTION, PATCH_QUESTION = "describe the image", "name the patches"
 
 
 def caption_rows(num: int, seed: int) -> list[dict]:
-    """`num` images with a caption each, of scenes that are not held out; two in three name every patch."""
+    """Return rows of `num` training images with a caption. Two of three captions name every patch."""
     rng = random.Random(seed)
     rows = []
     for scene in islice(make_scenes(rng, held_out=False), num):
@@ -268,7 +272,13 @@ def caption_rows(num: int, seed: int) -> list[dict]:
 
 def question_rows(num: int, seed: int, held_out: bool = False, one_each: bool = False) -> list[dict]:
     """
-    `num` images with their questions: all in one conversation, in any order; or with `one_each` a row per question.
+    Return rows of questions about `num` images, in random order.
+
+    Args:
+        num (`int`): Number of images.
+        seed (`int`): Seed of scenes and questions.
+        held_out (`bool`, *optional*, defaults to `False`): Use held-out scenes.
+        one_each (`bool`, *optional*, defaults to `False`): One question per row instead of a conversation per image.
     """
     rng = random.Random(seed)
     rows = []
@@ -288,7 +298,7 @@ def shuffled(items: Iterable, rng: random.Random) -> list:
 
 
 def words() -> list[str]:
-    """Every word and mark that a caption, a question or an answer can have, in a fixed order."""
+    """Return all words and punctuation marks of captions, questions and answers, in a fixed order."""
     rng = random.Random(0)
     found = {CAPTION_QUESTION, PATCH_QUESTION, BLANK}
     for scene in islice(make_scenes(rng, held_out=False), 500):

@@ -127,8 +127,8 @@ class DescribedImages:
     Batches of text about images whose patches are described in words: `<s> Q :`, the patches, then turns.
 
     Each turn attends to the patches and to itself. The turns are lookups such as `circle color red` at first, later
-    questions as in the demo. A lookup is short, so many fit into a row, and the decoder learns early that the answer
-    is in the patches.
+    questions as in the demo. Lookups are short, and a row contains thirty of them, so the decoder learns early that
+    the answer is in the patches.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int):
