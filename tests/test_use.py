@@ -5,6 +5,7 @@ import html
 import io
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from safetensors.torch import load_file, save_file
 from test_analysis import make_image
-from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig, GenerationConfig
+from training_setup import write_start
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, CompileConfig, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -23,8 +25,12 @@ from vtlmm.analysis.app import IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES, answers_so
 from vtlmm.cli.load import load
 from vtlmm.cli.main import main
 from vtlmm.hub.export_llava import export_to_llava
-from vtlmm.inference.generation import answer_batch, conversation, stream_answer
+from vtlmm.inference.generation import VisionFeatures, answer_batch, conversation, generate, stream_answer
+from vtlmm.inference.loading import load_model
+from vtlmm.inference.prompt_encoding import encode_prompt
 from vtlmm.inference.resumable import weights_digest
+from vtlmm.train.merge import merge
+from vtlmm.train.stage_runner import run_training
 
 
 QUESTION = "what is in the image ?"
@@ -332,7 +338,7 @@ def test_a_twin_answers_the_same_and_says_what_it_lacks(work, model_and_processo
     assert main(["ask", str(tmp_path / "twin"), *asked]) == 0
     assert capfd.readouterr().out == expected_answer(*model_and_processor, QUESTION, "red", folder=work) + "\n"
     assert main(["ask", str(tmp_path / "twin"), *asked, "--use-pseudo-image-features"]) == 1
-    assert "only a VT-LMM has pseudo image features" in capfd.readouterr().err
+    assert "llava model without a VM head" in capfd.readouterr().err
     monkeypatch.setattr("sys.stdin", io.StringIO("/words\n"))
     assert main(["chat", str(tmp_path / "twin"), "--image", str(work / "red.png")]) == 0
     assert "This model is a llava without a VM head" in capfd.readouterr().out
@@ -340,13 +346,13 @@ def test_a_twin_answers_the_same_and_says_what_it_lacks(work, model_and_processo
     rows.write_text(json.dumps([{"image": str(work / "red.png"), "question": QUESTION, "answer": "red"}]))
     for command in (["tokens", str(tmp_path / "twin"), str(work / "red.png")], ["analyze", str(tmp_path / "twin")]):
         command += ["--dataset", str(rows)] if command[0] == "analyze" else []
-        assert main(command) == 1 and "only a VT-LMM has visual tokens" in capfd.readouterr().err
+        assert main(command) == 1 and "llava model without a VM head" in capfd.readouterr().err
 
     weights = load_file(tmp_path / "twin" / "model.safetensors")
     del weights["multi_modal_projector.linear_1.bias"]
     save_file(weights, tmp_path / "twin" / "model.safetensors", {"format": "pt"})
     assert main(["ask", str(tmp_path / "twin"), *asked]) == 1  # it would answer with random numbers there
-    assert "lacks" in (said := capfd.readouterr().err) and "multi_modal_projector.linear_1.bias" in said
+    assert "1 missing tensors" in (said := capfd.readouterr().err) and "multi_modal_projector.linear_1.bias" in said
 
 
 # ---- The page ----
@@ -379,3 +385,94 @@ def test_the_page_is_built(model_and_processor):
     settings = page.get_config_file()
     assert settings["analytics_enabled"] is False
     assert len([event for event in settings["dependencies"] if event["targets"][0][1] == "change"]) == 2
+
+
+# ---- Python API ----
+
+
+def test_generate_takes_paths_and_lists(work, model_and_processor):
+    model, processor = model_and_processor
+    [one] = generate(model, processor, QUESTION, str(work / "red.png"), max_new_tokens=6)
+    assert one == expected_answer(model, processor, QUESTION, "red", folder=work)
+    red, blue = str(work / "red.png"), PILImage.open(work / "blue.png")
+    questions = [QUESTION, "hello", "yes or no ?", "what " * 5]
+    images = [red, None, [red, blue], blue]
+    together = generate(model, processor, questions, images, max_new_tokens=6, batch_size=3)
+    pairs = zip(questions, images, strict=True)
+    assert together == [generate(model, processor, q, i, max_new_tokens=6)[0] for q, i in pairs]
+    assert len(set(together)) == 4
+    with pytest.raises(ValueError, match="one entry for each of the 2 questions"):
+        generate(model, processor, ["what", "is"], [red])
+    with pytest.raises(ValueError, match="more image parts than images"):
+        generate(model, processor, [{"role": "user", "content": [{"type": "image"}]}])
+
+
+def test_tower_runs_once_per_image(work, model_and_processor, monkeypatch):
+    model, processor = model_and_processor
+    encoded, forward = [], model.model.vision_tower.forward
+    monkeypatch.setattr(
+        model.model.vision_tower, "forward", lambda pixels, **kw: encoded.append(len(pixels)) or forward(pixels, **kw)
+    )
+    questions = ["what " * (i % 3 + 1) for i in range(12)]
+    images = [str(work / f"{COLORS[i % 4]}.png") for i in range(12)]
+    features = VisionFeatures()
+    answers = generate(model, processor, questions, images, max_new_tokens=4, batch_size=5, vision_features=features)
+    assert sum(encoded) == 4 == len(features)
+    assert generate(model, processor, questions, images, max_new_tokens=4, vision_features=features) == answers
+    assert sum(encoded) == 4
+    small = VisionFeatures(max_images=2)
+    assert generate(model, processor, questions, images, max_new_tokens=4, vision_features=small) == answers
+    assert len(small) == 2
+
+
+@pytest.mark.parametrize("token", ["<image>", "</s>", "<s>"])
+def test_control_tokens_in_a_question_are_text(model_and_processor, token):
+    model, processor = model_and_processor
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"what is {token} ?"}]}]
+    ids = encode_prompt(processor, messages)
+    assert ids.count(processor.image_token_id) == 1 and ids.count(2) == 0 and ids.count(1) == 1
+    plain = encode_prompt(processor, [{"role": "user", "content": [{"type": "text", "text": "what is ?"}]}])
+    assert len(ids) > len(plain)
+    [answer] = generate(model, processor, f"what is {token} ?", PILImage.new("RGB", (28, 28)), max_new_tokens=3)
+    assert len(answer.split()) == 3
+
+
+def test_prompt_is_encoded_as_by_the_processor(model_and_processor):
+    _, processor = model_and_processor
+    image = PILImage.new("RGB", (28, 28))
+    content = [{"type": "text", "text": "a"}, {"type": "image", "image": image}, {"type": "text", "text": "what ?"}]
+    messages = [{"role": "user", "content": content}]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    expected = processor.apply_chat_template(messages, **options)
+    image_id = processor.image_token_id
+    ids = [i for token in encode_prompt(processor, messages) for i in [token] * (4 if token == image_id else 1)]
+    assert [ids] == expected["input_ids"] and ids.count(image_id) == 4
+
+
+def test_adapter_folder_is_loaded_with_its_base(tmp_path):
+    run_training(
+        write_start(tmp_path) | {"adapter": "lora", "lora_r": 4, "stage": "visual_head", "vm_head_type": "mlp"}
+    )
+    merged = merge(tmp_path / "out")
+    model, processor = load_model(tmp_path / "out", dtype="float32")
+    inputs = processor(PILImage.new("RGB", (28, 28), "red"), "USER : <image> what ASSISTANT :", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, merged(**inputs).logits, rtol=1e-4, atol=1e-4)
+    assert model.config.vm_head_type == "mlp"
+    quantized, _ = load_model(tmp_path / "out", load_in_4bit=True)
+    assert len(generate(quantized, processor, "what is it", max_new_tokens=2)) == 1
+    shutil.move(tmp_path / "start", tmp_path / "moved")
+    with pytest.raises(ValueError, match="is an adapter, and its base model .* was not found"):
+        load_model(tmp_path / "out")
+
+
+def test_missing_folder_is_not_looked_up_on_the_hub(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args, **kwargs: pytest.fail("looked up"))
+    monkeypatch.chdir(work.parent)
+    for name in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c", f"{work.name}/nowhere"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            load_model(name)
+    with pytest.raises(ValueError, match=f"has no config.json .*Did you mean {work / 'model'}"):
+        load_model(work)
+    with pytest.raises(ValueError, match="is a file"):
+        load_model(work / "red.png")

@@ -2,11 +2,9 @@
 """LoRA, DoRA and quantized bases: one table of what is quantized, what gets an adapter and what is saved in full."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -97,20 +95,3 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
                 "decoder: begin it with `.*language_model.*`. Other modules learn in full, by `trainable_modules`."
             )
     return model
-
-
-def require_fit(model: PeftModel, folder: str | Path) -> list[str]:
-    """
-    The names of the adapter's tensors in `folder`, if they are those of `model`'s adapter. PEFT only warns.
-
-    Raises:
-        `ValueError`: naming what is missing or has no place.
-    """
-    saved = load_peft_weights(str(folder), device="cpu").keys()
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    if saved != expected:
-        raise ValueError(
-            f"The adapter in {folder} does not fit the model: missing {sorted(expected - saved)[:5]}, unexpected "
-            f"{sorted(saved - expected)[:5]}. Take the base and the settings that it was trained with."
-        )
-    return sorted(saved)

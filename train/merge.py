@@ -14,8 +14,8 @@ from transformers.utils import find_adapter_config_file
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 from vtlmm.hub.quantize import quantization_config
+from vtlmm.inference.loading import require_fit
 
-from .adapters import require_fit
 from .output_folder import RUN_RECORD, clear_output, holds_model
 from .run_record import read_record
 from .stage_runner import change_model

@@ -17,8 +17,9 @@ from modeling_vtlmm.losses_vtlmm import predicted_positions, text_labels
 from vtlmm.data.images import prepare_images
 from vtlmm.data.vision_feature_cache import VisionFeatureCache, tower_key, undecoded
 from vtlmm.evaluation.runner import task_scores
+from vtlmm.inference.loading import require_fit
 
-from .adapters import add_adapter, require_fit
+from .adapters import add_adapter
 from .card import write_card
 from .checkpoints import SafeCheckpoints
 from .collator import VTLMMCollator

@@ -15,7 +15,8 @@ from vtlmm.data.rows import load_rows
 from vtlmm.data.vision_feature_cache import VisionFeatureCache, tower_key, undecoded
 from vtlmm.evaluation.questions import read_questions
 from vtlmm.evaluation.report import by_kind, image_cluster, score_answers
-from vtlmm.inference.generation import asking_order, conversation, with_shuffled_images
+from vtlmm.inference.generation import conversation, with_shuffled_images
+from vtlmm.inference.resumable import asking_order
 
 from .grid import EvaluateConfig
 from .ood import OWN, measure_others, visual_token_diversity

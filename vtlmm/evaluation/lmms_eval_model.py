@@ -5,7 +5,7 @@ from lmms_eval.api.model import lmms
 from tqdm.auto import tqdm
 
 from vtlmm.data.images import open_image
-from vtlmm.inference.generation import answer_conversations
+from vtlmm.inference.generation import generate
 from vtlmm.inference.loading import load_model
 
 
@@ -37,7 +37,9 @@ class VTLMMForLmmsEval(lmms):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.processor = load_model(pretrained, dtype, revision, trust_remote_code)
+        self.model, self.processor = load_model(
+            pretrained, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+        )
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: list) -> list[str]:
@@ -61,7 +63,13 @@ class VTLMMForLmmsEval(lmms):
             [{**message, "content": [_part(part, task) for part in message["content"]]} for message in messages(doc)]
             for messages, doc in ((args[1], self.task_dict[args[4]][args[5]][args[3]]) for args in batch)
         ]
-        texts = answer_conversations(self.model, self.processor, conversations, settings.get("max_new_tokens", 128))
+        texts = generate(
+            self.model,
+            self.processor,
+            conversations,
+            max_new_tokens=settings.get("max_new_tokens", 128),
+            batch_size=len(conversations),
+        )
         for stop in settings.get("until") or []:
             texts = [text.split(stop)[0] if stop else text for text in texts]
         return texts

@@ -1,18 +1,372 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Answers to questions about images, scored by exact match, beside the blind control."""
+"""Generate answers to questions about images. Every command, the demo and the evaluations use this code."""
 
 import random
 import threading
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, TextIteratorStreamer
 
-from vtlmm.data.images import image_key
+from vtlmm.data.images import image_key, open_image, prepare_images
 from vtlmm.data.questions import question_parts
+
+from .prompt_encoding import Prompt, encode_prompt
+
+
+IMAGES_IN_MEMORY = 1024
+
+
+class Answer(NamedTuple):
+    """A generated text and, if it was requested, its log probability in nats: the sum over its tokens and its end."""
+
+    text: str
+    log_probability: float | None = None
+
+
+class VisionFeatures(OrderedDict):
+    """
+    Vision tower outputs by image key, each of shape `(num_patches, vision_feature_size)`, on the CPU.
+
+    Holds the `max_images` images that were used last.
+    """
+
+    def __init__(self, max_images: int = IMAGES_IN_MEMORY):
+        super().__init__()
+        self.max_images = max_images
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        self.move_to_end(key)
+        return super().__getitem__(key)
+
+    def __setitem__(self, key: str, features: torch.Tensor) -> None:
+        super().__setitem__(key, features)
+        while len(self) > self.max_images:
+            self.popitem(last=False)
+
+
+def generate(
+    model,
+    processor,
+    questions: str | list,
+    images: Any = None,
+    *,
+    max_new_tokens: int = 512,
+    batch_size: int = 8,
+    vision_features: MutableMapping[str, torch.Tensor] | None = None,
+) -> list[str]:
+    r"""
+    Answer questions about images greedily.
+
+    ```python
+    >>> [answer] = generate(model, processor, "What is on the table?", "table.jpg")
+    >>> answers = generate(model, processor, ["What is it?", "Which one is red?"], ["a.jpg", ["a.jpg", "b.jpg"]])
+    ```
+
+    Args:
+        model, processor: see [`load_model`].
+        questions (`str` or `list`): a question, a conversation (a list of messages), or a list of either. Control
+            tokens in a text, e.g. `<image>`, are plain text.
+        images (*optional*): for one question an image or a list of images; for a list of questions a list with one
+            entry per question. An image is a path, a PIL image or the bytes of a file. Images come before the text of
+            a question, or in the place of a conversation's `{"type": "image"}` parts, which may also hold their image
+            (`"image"`).
+        max_new_tokens (`int`, *optional*, defaults to 512): longest answer in tokens.
+        batch_size (`int`, *optional*, defaults to 8): questions per forward pass.
+        vision_features (`MutableMapping[str, torch.Tensor]`, *optional*): vision tower outputs by image key, see
+            [`VisionFeatures`]. Missing ones are computed and added, so several calls can share one mapping.
+
+    Returns:
+        `list[str]`: one answer for each question.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: for an image that cannot be read, for a number of images that does not fit
+            the questions, and for a question that is longer than the decoder's position limit.
+    """
+    is_one = isinstance(questions, str) or bool(questions and isinstance(questions[0], dict))
+    if is_one:
+        questions, images = [questions], [images]
+    elif images is None:
+        images = [None] * len(questions)
+    if not isinstance(images, list | tuple) or len(images) != len(questions):
+        raise ValueError(f"`images` must be a list with one entry for each of the {len(questions)} questions.")
+    sources: dict = {}
+    prompts = [build_prompt(question, own, sources) for question, own in zip(questions, images, strict=True)]
+    if len(prompts) > batch_size:  # an image that cannot be read must not stop the run half-way
+        for source in sources.values():
+            open_image(source)
+    answers = generate_answers(
+        model,
+        processor,
+        prompts,
+        sources.__getitem__,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        vision_features=vision_features,
+    )
+    return [answer.text for answer in answers]
+
+
+def build_prompt(question: str | list[dict], images: Any, sources: dict) -> Prompt:
+    r"""
+    Build the prompt of a question or conversation with its images.
+
+    Args:
+        question, images: see [`generate`].
+        sources (`dict`): gets each image under its key.
+
+    Raises:
+        `ValueError`: if the conversation's image parts and the images do not match.
+    """
+    given = images if isinstance(images, list | tuple) else [] if images is None else [images]
+    if isinstance(question, str):
+        content = [*({"type": "image"} for _ in given), {"type": "text", "text": question}]
+        question = [{"role": "user", "content": content}]
+    given, used, messages = list(given), [], []
+    for message in question:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        messages.append({**message, "content": parts})
+        for part in parts:
+            if part["type"] == "image":
+                if part.get("image") is None and not given:
+                    raise ValueError("The conversation has more image parts than images.")
+                used.append(given.pop(0) if part.get("image") is None else part["image"])
+    if given:
+        raise ValueError(f"The conversation has no image part for {len(given)} of its images.")
+    keys = [image_key(source) for source in used]
+    sources.update(zip(keys, used, strict=True))
+    return Prompt(messages, keys)
+
+
+def answer_order(prompts: list[Prompt], images_per_group: int = IMAGES_IN_MEMORY) -> list[int]:
+    r"""
+    Return the order in which prompts are answered: similar lengths together, so that batches have little padding.
+
+    The prompts are first grouped by their images, `images_per_group` at a time, so that features that are held in
+    memory for one group are computed once.
+    """
+    group_of_image: dict[str, int] = {}
+    keys = []
+    for prompt in prompts:
+        for image in prompt.images:
+            group_of_image.setdefault(image, len(group_of_image) // images_per_group)
+        group = max((group_of_image[image] for image in prompt.images), default=0)
+        keys.append((group, len(prompt.images), sum(len(str(message["content"])) for message in prompt.messages)))
+    return sorted(range(len(prompts)), key=keys.__getitem__)
+
+
+def generate_answers(
+    model,
+    processor,
+    prompts: list[Prompt],
+    load_image: Callable,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    vision_features: MutableMapping[str, torch.Tensor] | None = None,
+    with_log_probabilities: bool = False,
+) -> list[Answer]:
+    r"""
+    As [`generate`], for prompts whose images are loaded when they are needed.
+
+    Args:
+        prompts (`list[Prompt]`)
+        load_image (`Callable`): image key to an image as [`open_image`] takes it. Not called for images in
+            `vision_features`.
+        with_log_probabilities (`bool`, *optional*, defaults to `False`): compute [`Answer`]'s `log_probability`.
+
+    Returns:
+        `list[Answer]`: in the order of `prompts`.
+    """
+    vision_features = VisionFeatures() if vision_features is None else vision_features
+    order, answers = answer_order(prompts), {}
+    for start in tqdm(range(0, len(order), batch_size), desc="Answering", leave=False, disable=len(order) <= 1):
+        batch = order[start : start + batch_size]
+        found = generate_batch(
+            model,
+            processor,
+            [prompts[i] for i in batch],
+            load_image,
+            max_new_tokens=max_new_tokens,
+            vision_features=vision_features,
+            with_log_probabilities=with_log_probabilities,
+        )
+        answers.update(zip(batch, found, strict=True))
+    return [answers[i] for i in range(len(prompts))]
+
+
+# ---- One batch ----
+
+
+@torch.inference_mode()
+def generate_batch(
+    model,
+    processor,
+    prompts: list[Prompt],
+    load_image: Callable,
+    *,
+    max_new_tokens: int,
+    vision_features: MutableMapping[str, torch.Tensor],
+    with_log_probabilities: bool = False,
+) -> list[Answer]:
+    """As [`generate_answers`], in one forward pass per token."""
+    model.eval()
+    inputs = model_inputs(model, processor, prompts, load_image, vision_features)
+    output = model.generate(
+        **inputs,
+        max_new_tokens=limit_new_tokens(model, inputs["input_ids"].shape[1], max_new_tokens),
+        do_sample=False,
+        output_logits=with_log_probabilities,
+        return_dict_in_generate=True,
+    )
+    new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
+    texts = processor.batch_decode(new_ids, skip_special_tokens=True)
+    if not with_log_probabilities:
+        return [Answer(text.strip()) for text in texts]
+    ends = torch.tensor(model.generation_config.eos_token_id, device=new_ids.device)
+    behind_end = torch.isin(new_ids, ends).cumsum(1).roll(1, 1)  # padding comes after the end
+    behind_end[:, 0] = 0
+    steps = zip(output.logits, new_ids.T, strict=True)
+    log_probabilities = [logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0] for logits, ids in steps]
+    sums = torch.stack(log_probabilities, 1).masked_fill(behind_end > 0, 0.0).sum(1)
+    return [Answer(text.strip(), value) for text, value in zip(texts, sums.tolist(), strict=True)]
+
+
+@torch.inference_mode()
+def model_inputs(
+    model,
+    processor,
+    prompts: list[Prompt],
+    load_image: Callable,
+    vision_features: MutableMapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    r"""
+    Return the arguments of `model.generate` for a batch of prompts, padded on the left.
+
+    Returns:
+        `dict` with `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)` and, if there are images,
+            `inputs_embeds` of shape `(batch_size, sequence_length, hidden_size)` with the image features in them.
+    """
+    images = [key for prompt in prompts for key in prompt.images]
+    decoder_inputs = image_inputs(model, processor, images, load_image, vision_features)
+    rows, pad_token_id = [], processor.tokenizer.pad_token_id
+    for prompt in prompts:
+        tokens, row, remaining = encode_prompt(processor, prompt.messages), [], iter(prompt.images)
+        if tokens.count(processor.image_token_id) != len(prompt.images):
+            number = tokens.count(processor.image_token_id)
+            raise ValueError(f"The chat template writes {number} image tokens for {len(prompt.images)} images.")
+        for token in tokens:
+            is_image = token == processor.image_token_id
+            row += [token] * (len(decoder_inputs[next(remaining)]) if is_image else 1)
+        rows.append(row)
+    length = max(map(len, rows))
+    padding = [length - len(row) for row in rows]
+    pad_token_id = processor.tokenizer.eos_token_id if pad_token_id is None else pad_token_id
+    ids = [[pad_token_id] * number + row for number, row in zip(padding, rows, strict=True)]
+    input_ids = torch.tensor(ids, device=model.device)
+    attention_mask = torch.tensor([[0] * n + [1] * (length - n) for n in padding], device=model.device)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if images:
+        mask = (input_ids == processor.image_token_id) & (attention_mask == 1)
+        # The image token may be outside the embedding matrix. Its rows are replaced anyway.
+        embeddings = model.get_input_embeddings()(input_ids.masked_fill(mask, 0))
+        features = torch.cat([decoder_inputs[key] for key in images]).to(embeddings.device, embeddings.dtype)
+        inputs["inputs_embeds"] = embeddings.masked_scatter(mask.unsqueeze(-1), features)
+    return inputs
+
+
+def image_inputs(model, processor, keys: list[str], load_image: Callable, vision_features) -> dict[str, torch.Tensor]:
+    """Return what the decoder reads for each image, `(num_patches, hidden_size)`, by image key."""
+    distinct = list(dict.fromkeys(keys))
+    has_vm_head = model.config.model_type == "vtlmm"  # an exported LLaVA takes no vision features
+    cached = {key: vision_features[key] for key in distinct if has_vm_head and key in vision_features}
+    new = [key for key in distinct if key not in cached]
+    found: dict[str, torch.Tensor] = {}
+    if cached:
+        features = torch.stack(list(cached.values())).to(model.device, model.dtype)
+        encoded = model.model.get_image_features(vision_features=features)
+        found.update(zip(cached, encoded.pooler_output, strict=True))
+    if new:
+        images = prepare_images([load_image(key) for key in new], processor.image_processor)
+        pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        encoded = model.get_image_features(pixel_values=pixel_values.to(model.device))
+        found.update(zip(new, encoded.pooler_output, strict=True))
+        if has_vm_head:
+            for key, features in zip(new, encoded.vision_features.cpu(), strict=True):
+                vision_features[key] = features
+    return found
+
+
+def limit_new_tokens(model, prompt_length: int, max_new_tokens: int) -> int:
+    """
+    Return how many tokens the decoder can generate after the prompt, at most `max_new_tokens`.
+
+    Raises:
+        `ValueError`: if the prompt fills the decoder's positions.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or max_new_tokens < 1:
+        return max_new_tokens
+    if prompt_length >= limit:
+        raise ValueError(
+            f"The question has {prompt_length} tokens with its images, but the decoder has {limit} positions. Shorten "
+            "the question or give fewer images."
+        )
+    return min(max_new_tokens, limit - prompt_length)
+
+
+# ---- Streaming ----
+
+
+class _StopOnEvent(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+def stream_answer(
+    model,
+    processor,
+    messages: list[dict],
+    max_new_tokens: int = 512,
+    vision_features: MutableMapping[str, torch.Tensor] | None = None,
+) -> Iterator[str]:
+    r"""
+    Yield the greedy answer to a conversation piece by piece. Closing the iterator stops the generation.
+
+    Args:
+        messages (`list[dict]`): a conversation whose last message is the user's, see [`generate`].
+    """
+    sources: dict = {}
+    prompt = build_prompt(messages, None, sources)
+    features = VisionFeatures() if vision_features is None else vision_features
+    model.eval()
+    inputs = model_inputs(model, processor, [prompt], sources.__getitem__, features)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stopped = threading.Event()
+    settings = {
+        "max_new_tokens": limit_new_tokens(model, inputs["input_ids"].shape[1], max_new_tokens),
+        "do_sample": False,
+        "stopping_criteria": [_StopOnEvent(stopped)],
+    }
+    with ThreadPoolExecutor(1) as executor:
+        generation = executor.submit(model.generate, **inputs, **settings, streamer=streamer)
+        generation.add_done_callback(lambda _: streamer.end())  # nothing else ends the stream after an error
+        try:
+            yield from streamer
+        finally:
+            stopped.set()
+        generation.result()
+
+
+# ---- Questions as dicts ----
 
 
 def with_shuffled_images(questions: list[dict], seed: int = 0) -> list[dict]:
@@ -51,11 +405,6 @@ def with_shuffled_images(questions: list[dict], seed: int = 0) -> list[dict]:
     ]
 
 
-def asking_order(questions: list[dict]) -> list[int]:
-    """Indices such that questions of like length stand together: so a batch has little padding."""
-    return sorted(range(len(questions)), key=lambda i: (len(questions[i]["images"]), len(questions[i]["question"])))
-
-
 def conversation(question: dict) -> list[dict]:
     """Return the messages of a question, with its images in place: `before`, then the user's turn."""
     before = question.get("before", ())
@@ -70,71 +419,6 @@ def conversation(question: dict) -> list[dict]:
     return [{**message, "content": [with_image(part) for part in message["content"]]} for message in messages]
 
 
-@torch.inference_mode()
-def answer_conversations(model, processor, conversations: list[list[dict]], max_new_tokens: int = 16) -> list[str]:
-    """Greedy answers to conversations whose images are from PIL, all at once; padding is on the left."""
-    model.eval()
-    inputs = processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    ).to(model.device)
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
-
-
-class _StopWhen(StoppingCriteria):
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
-def stream_answer(model, processor, messages: list[dict], max_new_tokens: int = 512) -> Iterator[str]:
-    r"""
-    The greedy answer to a conversation in pieces, as they are generated. Whoever stops listening stops it.
-
-    Args:
-        messages (`list[dict]`): turns as [`conversation`] makes them, the last one the user's.
-    """
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    stopped = threading.Event()
-    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "stopping_criteria": [_StopWhen(stopped)]}
-    with ThreadPoolExecutor(1) as executor:
-        generation = executor.submit(model.generate, **inputs, **settings, streamer=streamer)
-        generation.add_done_callback(lambda _: streamer.end())  # after an error nobody else would end it
-        try:
-            yield from streamer
-        finally:
-            stopped.set()
-        generation.result()
-
-
-def answer_batch(model, processor, questions: list[dict], max_new_tokens: int = 16) -> list[str]:
-    """As [`answer_conversations`], for questions."""
-    return answer_conversations(model, processor, [conversation(q) for q in questions], max_new_tokens)
-
-
-def answer(model, processor, questions: list[dict], batch_size: int = 32, max_new_tokens: int = 16) -> list[str]:
-    """Greedy answers, in the order of `questions`. Rows of like length share a batch."""
-    order = asking_order(questions)
-    answers = [""] * len(questions)
-    for start in tqdm(range(0, len(order), batch_size), desc="answering", leave=False):
-        batch = order[start : start + batch_size]
-        texts = answer_batch(model, processor, [questions[i] for i in batch], max_new_tokens)
-        for i, text in zip(batch, texts, strict=True):
-            answers[i] = text
-    return answers
-
-
 def accuracy_by_kind(questions: list[dict], answers: list[str]) -> dict[str, tuple[float, int]]:
     """Share of exact matches and number of questions, per kind and over `"all"`; blanks and case do not count."""
     right = defaultdict(list)
@@ -143,3 +427,14 @@ def accuracy_by_kind(questions: list[dict], answers: list[str]) -> dict[str, tup
         for kind in {question["kind"], "all"}:
             right[kind].append(correct)
     return {kind: (sum(values) / len(values), len(values)) for kind, values in sorted(right.items())}
+
+
+def answer_batch(model, processor, questions: list[dict], max_new_tokens: int = 16) -> list[str]:
+    """Answer questions with PIL images in one batch."""
+    return answer(model, processor, questions, len(questions), max_new_tokens)
+
+
+def answer(model, processor, questions: list[dict], batch_size: int = 32, max_new_tokens: int = 16) -> list[str]:
+    """Answer questions with PIL images, in their order."""
+    conversations = [conversation(question) for question in questions]
+    return generate(model, processor, conversations, max_new_tokens=max_new_tokens, batch_size=batch_size)

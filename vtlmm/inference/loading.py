@@ -1,36 +1,243 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Load a model and its processor for inference."""
+"""Load a model and its processor for inference: from a folder, a Hub repository, or an adapter."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import find_adapter_config_file
 
 import modeling_vtlmm  # noqa: F401 - registers the model
 
 
+logger = logging.getLogger(__name__)
+
+RUN_RECORD = "vtlmm_run.json"
+
+
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode and its processor."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+
+
+class _Source(NamedTuple):
+    """Where the weights are: `base` and `revision` for `from_pretrained`, `adapter` for PEFT, and the config."""
+
+    config: PreTrainedConfig
+    base: str
+    revision: str | None
+    adapter: str | None
+
+
 def load_model(
-    name: str, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False, **settings
-):
-    """
-    The VT-LMM, or the native twin, of a folder or Hub id, in evaluation mode, and its processor; on the accelerator if
-    there is one. A checkpoint that lacks a tensor is refused.
+    name: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | dict | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    use_pseudo_image_features: bool = False,
+    **kwargs,
+) -> LoadedModel:
+    r"""
+    Load a VT-LMM, a LLaVA exported from it, or an adapter of `vtlmm train` with its base model.
+
+    An adapter is merged into its base, unless the base is quantized. The base comes from `adapter_config.json`. The
+    run record of the training says whether the model has another VM head or reads pseudo image features.
 
     Args:
-        settings: further ones of `from_pretrained`.
+        name (`str`): model folder, adapter folder or Hub id.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): dtype of the weights; `"auto"` takes the
+            checkpoint's dtype.
+        revision (`str`, *optional*): branch, tag or commit of a Hub id.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): allow code in the model's folder to run.
+        device_map (`str` or `dict`, *optional*): as in transformers. By default the whole model is on the first
+            accelerator, or on the CPU if there is none.
+        load_in_4bit, load_in_8bit (`bool`, *optional*, defaults to `False`): quantize the decoder with bitsandbytes
+            (nf4 or int8). The vision tower, the projector and both heads are not quantized.
+        use_pseudo_image_features (`bool`, *optional*, defaults to `False`): give the decoder softmax(VM head(v)) E
+            instead of the image features v.
+        kwargs: further arguments of `from_pretrained`.
+
+    Returns:
+        [`LoadedModel`]: a named tuple `(model, processor)`.
+
+    Raises:
+        `FileNotFoundError`: if `name` looks like a path and there is no such folder.
+        `ValueError`: if the folder is not a model, if the checkpoint has missing tensors, or if the adapter does not
+            fit its base.
     """
-    load = {"revision": revision, "trust_remote_code": trust_remote_code}
-    processor = AutoProcessor.from_pretrained(name, **load)
-    settings = {"device_map": {"": best_device()}} | settings
+    name = os.fspath(name)
+    remote = {"trust_remote_code": trust_remote_code}
+    source = _find_source(name, revision, trust_remote_code)
+    config = source.config
+    if use_pseudo_image_features:
+        require_visual_tokens(config, name)
+        config.use_pseudo_image_features = True
+    if load_in_4bit or load_in_8bit:
+        kwargs["quantization_config"] = _quantization_config(config, dtype, load_in_4bit, load_in_8bit)
     model, info = AutoModelForImageTextToText.from_pretrained(
-        name, dtype=dtype, output_loading_info=True, **load, **settings
+        source.base,
+        config=config,
+        dtype=dtype,
+        revision=source.revision,
+        device_map=device_map or {"": best_device()},
+        output_loading_info=True,
+        **remote,
+        **kwargs,
     )
-    missing = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
-    if missing:  # a native twin would answer, with random numbers there
+    missing = {*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}
+    if source.adapter is not None:
+        model, in_adapter = _apply_adapter(model, source.adapter, merge=not (load_in_4bit or load_in_8bit))
+        missing -= in_adapter
+    if missing:  # from_pretrained only warns for LLaVA, and the answers would come from random weights
         raise ValueError(
-            f"{name} lacks {len(missing)} tensors of {type(model).__name__}, e.g. {', '.join(missing[:3])}. Answers "
-            "would be those of random weights: convert or save it again."
+            f"{source.base} has {len(missing)} missing tensors of {type(model).__name__}, e.g. "
+            f"{', '.join(sorted(missing)[:3])}. Convert or save the model again."
         )
-    return model.eval(), processor
+    processor = AutoProcessor.from_pretrained(name, revision=revision, **remote)
+    return LoadedModel(model.eval(), processor)
+
+
+def load_config(name: str | os.PathLike, revision: str | None = None, trust_remote_code: bool = False):
+    """Return the config of the model that [`load_model`] would load. Same errors."""
+    return _find_source(os.fspath(name), revision, trust_remote_code).config
+
+
+def require_visual_tokens(config: PreTrainedConfig, name: str) -> None:
+    """
+    Check that a model has a VM head.
+
+    Raises:
+        `ValueError`: if the config is not of a VT-LMM, e.g. of an exported LLaVA.
+    """
+    if config.model_type != "vtlmm":
+        raise ValueError(
+            f"{name} is a {config.model_type} model without a VM head. Visual tokens and pseudo image features need a "
+            "VT-LMM checkpoint."
+        )
 
 
 def best_device() -> str:
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    """Return the type of the accelerator, or `"cpu"`."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if accelerator is None else accelerator.type
+
+
+# ---- Where the weights are ----
+
+
+def _find_source(name: str, revision: str | None, trust_remote_code: bool) -> _Source:
+    _check_name(name)
+    adapter_config = find_adapter_config_file(name, revision=revision)
+    if adapter_config is None:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return _Source(config, name, revision, None)
+    settings = json.loads(Path(adapter_config).read_text(encoding="utf-8"))
+    base, base_revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not base:
+        raise ValueError(f"{name}/adapter_config.json does not name its base model (`base_model_name_or_path`).")
+    try:
+        _check_name(base)
+        config = AutoConfig.from_pretrained(base, revision=base_revision, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(
+            f"{name} is an adapter, and its base model {base!r} was not found. Name its base: "
+            f"vtlmm merge {name} --base BASE --output FOLDER."
+        ) from error
+    _apply_run_record(config, Path(adapter_config).parent)
+    return _Source(config, base, base_revision, name)
+
+
+def _check_name(name: str) -> None:
+    """
+    Check a model's name before it is looked up on the Hub, which takes many retries.
+
+    Raises:
+        `FileNotFoundError`: if the name looks like a path and does not exist.
+        `ValueError`: if it is a file, or a folder without a model.
+    """
+    path = Path(name)
+    if path.is_file():
+        raise ValueError(f"{name} is a file. Give the folder of a model or a Hub id.")
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            inside = sorted(str(file.parent) for file in path.glob("*/config.json"))
+            advice = f"Did you mean {' or '.join(inside[:5])}?" if inside else "Give the folder of a model."
+            raise ValueError(f"{name} has no config.json and no adapter_config.json. {advice}")
+        return
+    parts = name.replace(os.sep, "/").split("/")
+    if len(parts) > 2 or parts[0] in ("", ".", "..", "~") or name.endswith("/") or Path(parts[0]).is_dir():
+        raise FileNotFoundError(f"The folder {name} does not exist.")
+
+
+def _quantization_config(config: PreTrainedConfig, dtype: str | torch.dtype, in_4bit: bool, in_8bit: bool):
+    from vtlmm.hub.quantize import quantization_config  # imports the converters
+
+    if in_4bit and in_8bit:
+        raise ValueError("Set only one of load_in_4bit and load_in_8bit.")
+    compute_dtype = config.dtype if dtype == "auto" else dtype
+    if isinstance(compute_dtype, str):
+        compute_dtype = getattr(torch, compute_dtype)
+    return quantization_config("nf4" if in_4bit else "int8", compute_dtype or torch.float32)
+
+
+# ---- Adapters ----
+
+
+def _apply_run_record(config: PreTrainedConfig, folder: Path) -> None:
+    """Set what the training changed in the model. Only the run record says it, not the adapter's own config."""
+    path = folder / RUN_RECORD
+    if not path.is_file():  # a checkpoint folder: the record is beside it
+        path = folder.resolve().parent / RUN_RECORD
+    if not path.is_file():
+        logger.warning(
+            "%s has no %s. The type of the VM head and the use of pseudo image features come from the base model.",
+            folder,
+            RUN_RECORD,
+        )
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))[-1]["settings"]
+    for name in ("use_pseudo_image_features", "vm_head_type"):
+        if settings.get(name) is not None:
+            setattr(config, name, settings[name])
+
+
+def _apply_adapter(model: PreTrainedModel, folder: str, merge: bool) -> tuple[PreTrainedModel, set[str]]:
+    """Return the model with the adapter's weights, and the names of the tensors that the adapter holds in full."""
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(model, folder)
+    names = require_fit(adapted, folder)
+    in_full = {name.removeprefix("base_model.model.") for name in names if ".lora_" not in name}
+    # A quantized base stays as it is: merging would round the adapter's weights to 4 or 8 bits
+    return (adapted.merge_and_unload() if merge else adapted.get_base_model()), in_full
+
+
+def require_fit(model, folder: str | os.PathLike) -> list[str]:
+    """
+    Return the names of the adapter's tensors in `folder`. PEFT only warns if they do not fit the model.
+
+    Raises:
+        `ValueError`: if tensors of `model`'s adapter are missing in the folder, or the folder has others.
+    """
+    from peft import get_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+
+    saved = load_peft_weights(str(folder), device="cpu").keys()
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    if saved != expected:
+        raise ValueError(
+            f"The adapter in {folder} does not fit the model: missing {sorted(expected - saved)[:5]}, unexpected "
+            f"{sorted(saved - expected)[:5]}. Use the base model and the settings of its training."
+        )
+    return sorted(saved)

@@ -10,7 +10,11 @@ import torch
 from accelerate.utils import align_module_device
 from tqdm.auto import tqdm
 
-from .generation import answer_batch, asking_order, conversation
+from .generation import answer_batch, conversation
+
+
+def asking_order(questions: list[dict]) -> list[int]:
+    return sorted(range(len(questions)), key=lambda i: (len(questions[i]["images"]), len(questions[i]["question"])))
 
 
 # What a config says about where it comes from, not about what the model computes
