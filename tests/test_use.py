@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.analysis.app import IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES, answers_so_far, build_page, words_frame
+from vtlmm.analysis.visual_tokens import format_patch_words
 from vtlmm.cli.load import load
 from vtlmm.cli.main import main
 from vtlmm.hub.export_llava import export_to_llava
@@ -246,8 +247,7 @@ def test_chat(work, model_and_processor, monkeypatch, capsys):
     second = [*first, *turns("", one, "is it red ?")[1:]]
     two = answered(second)
     third = [*second, *turns("", two)[1:], *turns("is it blue ?", images=[squares])]
-    pixel_values = processor.image_processor([squares], return_tensors="pt")["pixel_values"]
-    words = processor.visual_words(model.get_visual_tokens(pixel_values, top_k=1).token_ids[0, :, 0])
+    words = format_patch_words(model, processor, squares, 80).split()
     found = [line.removeprefix("> ") for line in capsys.readouterr().out.splitlines()[1:]]
     assert found[:2] == [one, two] and len({one, two}) == 2
     assert "broken.png: the file is not an image" in found[2] and found[3].startswith("Unknown command /jump")
