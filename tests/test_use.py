@@ -30,7 +30,7 @@ from vtlmm.inference.generation import VisionFeatures, answer_batch, conversatio
 from vtlmm.inference.loading import load_model
 from vtlmm.inference.prompt_encoding import encode_prompt
 from vtlmm.inference.resumable import weights_digest
-from vtlmm.train.merge import merge
+from vtlmm.train.merge import merge_adapter
 from vtlmm.train.stage_runner import run_training
 
 
@@ -451,9 +451,9 @@ def test_prompt_is_encoded_as_by_the_processor(model_and_processor):
 
 def test_adapter_folder_is_loaded_with_its_base(tmp_path):
     run_training(
-        write_start(tmp_path) | {"adapter": "lora", "lora_r": 4, "stage": "visual_head", "vm_head_type": "mlp"}
+        write_start(tmp_path) | {"use_peft": True, "lora_r": 4, "stage": "visual_head", "vm_head_type": "mlp"}
     )
-    merged = merge(tmp_path / "out")
+    merged = merge_adapter(tmp_path / "out")
     model, processor = load_model(tmp_path / "out", dtype="float32")
     inputs = processor(PILImage.new("RGB", (28, 28), "red"), "USER : <image> what ASSISTANT :", return_tensors="pt")
     with torch.no_grad():
