@@ -42,7 +42,7 @@ def make(args, source: Path, output: Path):
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     from vtlmm.hub.checkpoint_files import INDEX_FILE, their_name
-    from vtlmm.hub.convert import LLAVA_NAMES
+    from vtlmm.hub.source_formats import LLAVA_NAMES
 
     shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
     config = LlavaConfig(

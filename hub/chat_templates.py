@@ -1,14 +1,15 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Chat templates: the two of the release, and any decoder's own one with images and marked answers.
+"""Chat templates: the two of the release, and any decoder's template with images and generation marks.
 
-A template is Jinja text. All of them here take messages whose content is a string or a list of parts
-(`{"type": "image"}`, `{"type": "text", "text": …}`), and put `{% generation %}` marks around an answer and its
-end-of-turn token, so that training on answers alone needs no search in the text.
+A template is Jinja text. All templates here accept messages with string content or a list of parts
+(`{"type": "image"}`, `{"type": "text", "text": …}`). `{% generation %}` marks enclose each answer and its end-of-turn
+token, so that the supervised tokens are known without a search in the text.
 """
 
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -26,10 +27,10 @@ PROBE_MESSAGES = [
 
 def load_template(name: str) -> str:
     r"""
-    The template `name` of the release, `"vicuna_v1"` or `"mistral"`, or that of a `.jinja` file.
+    Return the template `"vicuna_v1"` or `"mistral"` of the release, or the content of a `.jinja` file.
 
     Raises:
-        `ValueError`: for anything else.
+        `ValueError`: for any other name.
     """
     if name in TEMPLATE_NAMES:
         return _read(name)
@@ -38,45 +39,83 @@ def load_template(name: str) -> str:
     return Path(name).read_text(encoding="utf-8")
 
 
-def add_images_and_marks(template: str, tokenizer) -> str:
+def add_images_and_marks(template: str, tokenizer: Any) -> str:
     r"""
-    A decoder's own chat template with the image block, and with generation marks when it has none.
+    Return a decoder's chat template with the image block, and with generation marks if it has none.
 
     Args:
-        template (`str`): the decoder's template, which prints messages with string contents.
-        tokenizer ([`PreTrainedTokenizerBase`]): the decoder's, whose special tokens tell where a turn ends.
+        template (`str`): the decoder's template, for messages with string content.
+        tokenizer ([`PreTrainedTokenizerBase`]): the decoder's. Its special tokens show where a turn ends.
 
     Returns:
-        `str`: a template that prints conversations without images as before. Where the answers cannot be marked
-        safely there is a warning, and the template has the image block only.
+        `str`: a template that prints conversations without images as before. If the answers cannot be marked, a
+            warning is given and the template has the image block only.
     """
     image_block = _read("image_block")
     if has_marks(template):
         return image_block + template
     end = end_of_turn(template, tokenizer)
-    reason = "no special token follows an answer"
+    reason: str | None = "no special token follows an answer"
     if end is not None:
-        quoted = '"' + end.replace("\\", "\\\\").replace('"', '\\"') + '"'
-        # Jinja drops one newline at the end of a whole template, and here the text is no longer at the end.
-        marks = _read("answer_marks").replace("END_OF_TURN", quoted)
+        # Jinja drops one newline at the end of a template, and here the template is no longer at the end.
+        marks = _read("answer_marks").replace("END_OF_TURN", _quote(end))
         marked = image_block + marks.replace("DECODER_TEMPLATE", template.removesuffix("\n"))
         reason = _difference(template, marked, end, tokenizer)
         if reason is None:
             return marked
     warnings.warn(
-        f"The decoder's chat template cannot be given generation marks: {reason}. It serves for generation; for "
-        "training on answers pass `chat_template` with {% generation %} marks, or the name of one: "
-        f"{', '.join(TEMPLATE_NAMES)}."
+        f"Generation marks cannot be added to the decoder's chat template: {reason}. The template can be used for "
+        "generation. For training, pass `chat_template`: a file with {% generation %} marks, or "
+        f"{' or '.join(TEMPLATE_NAMES)}."
     )
     return image_block + template
 
 
+def default_system_prompt(template: str, tokenizer: Any) -> str:
+    """
+    Return the text that `template` puts before the first user turn of a conversation without a system message.
+
+    The BOS token is not part of it. The text is empty if the template adds none, or if it cannot be found.
+    """
+    try:
+        first, two_turns, three_turns = (_render(template, PROBE_MESSAGES[:n], tokenizer)[0] for n in (1, 2, 3))
+    except TemplateError:
+        return ""
+    turn = three_turns.removeprefix(two_turns).replace(PROBE_MESSAGES[2]["content"], PROBE_MESSAGES[0]["content"])
+    if not three_turns.startswith(two_turns) or not turn or not first.endswith(turn):
+        return ""
+    prompt, bos = first.removesuffix(turn), tokenizer.bos_token
+    if bos and prompt.startswith(bos) and not turn.startswith(bos):
+        prompt = prompt.removeprefix(bos)
+    return prompt if prompt.strip() else ""
+
+
+def drop_default_system_prompt(template: str, tokenizer: Any) -> str:
+    """
+    Return [`add_images_and_marks`] of `template` without its default system prompt.
+
+    Raises:
+        `ValueError`: if the template has generation marks already, which cannot be rendered into a variable.
+    """
+    if has_marks(template):
+        raise ValueError(
+            "The default system prompt cannot be removed from a chat template with generation marks. Edit the "
+            "template and pass it as a .jinja file (`chat_template`)."
+        )
+    prompt = default_system_prompt(template, tokenizer)
+    if not prompt:
+        return add_images_and_marks(template, tokenizer)
+    without = _read("drop_system_prompt").replace("SYSTEM_PROMPT", _quote(prompt))
+    return add_images_and_marks(without.replace("DECODER_TEMPLATE", template.removesuffix("\n")), tokenizer)
+
+
 def has_marks(template: str) -> bool:
+    """Return whether `template` has generation marks."""
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
-def end_of_turn(template: str, tokenizer) -> str | None:
-    """The special token that `template` prints after an answer; None when it prints another text there."""
+def end_of_turn(template: str, tokenizer: Any) -> str | None:
+    """Return the special token that `template` prints after an answer, or None if it prints other text there."""
     parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in PROBE_MESSAGES]
     try:
         text = _render(template, PROBE_MESSAGES, tokenizer)[0]
@@ -84,8 +123,8 @@ def end_of_turn(template: str, tokenizer) -> str | None:
             text = _render(template, parts, tokenizer)[0]
     except TemplateError:
         return None
-    _, found, rest = text.partition(PROBE_MESSAGES[1]["content"])
-    if not found:
+    _, answer, rest = text.partition(PROBE_MESSAGES[1]["content"])
+    if not answer:
         return None
     rest = rest.lstrip()
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -97,37 +136,45 @@ def _read(name: str) -> str:
     return Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8").removesuffix("\n")
 
 
-def _render(template: str, messages: list[dict], tokenizer, add_generation_prompt: bool = False):
-    """The text and the (start, end) of each marked answer in it."""
-    texts, spans = render_jinja_template(
+def _quote(text: str) -> str:
+    """Return `text` as a Jinja string."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+def _render(
+    template: str, messages: list[dict[str, Any]], tokenizer: Any, add_generation_prompt: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of `messages` and the (start, end) of each marked answer in it."""
+    rendered: Any = render_jinja_template(
         [messages],
         chat_template=template,
         return_assistant_tokens_mask=has_marks(template),
         add_generation_prompt=add_generation_prompt,
         **tokenizer.special_tokens_map,
     )
+    texts, spans = rendered
     return texts[0], spans[0] if spans else []
 
 
-def _difference(template: str, marked: str, end: str, tokenizer) -> str | None:
-    """Why `marked` is not `template` with marks around answer and end of turn; None when it is."""
+def _difference(template: str, marked: str, end: str, tokenizer: Any) -> str | None:
+    """Return how `marked` differs from `template` with marks around each answer and `end`, or None if it does not."""
     system = [{"role": "system", "content": "System text"}]
     for messages in (PROBE_MESSAGES[:1], PROBE_MESSAGES[:2], PROBE_MESSAGES, system + PROBE_MESSAGES):
         prompt = messages[-1]["role"] == "user"
         try:
             expected = _render(template, messages, tokenizer, prompt)[0]
         except TemplateError:
-            continue  # many templates refuse a system message
+            continue  # many templates reject a system message
         try:
             text, spans = _render(marked, messages, tokenizer, prompt)
         except TemplateError as error:
-            return f"with marks it fails ({error})"
+            return f"with marks it raises an error ({error})"
         if text != expected:
             return "with marks it prints another text"
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        found = [text[start:stop] for start, stop in spans]
-        if len(found) != len(answers) or not all(
-            span.startswith(answer) and span.endswith(end) for span, answer in zip(found, answers, strict=True)
+        marked_texts = [text[start:stop] for start, stop in spans]
+        if len(marked_texts) != len(answers) or not all(
+            span.startswith(answer) and span.endswith(end) for span, answer in zip(marked_texts, answers, strict=True)
         ):
-            return "the marks do not cover the answers"
+            return "the marks do not enclose the answers"
     return None

@@ -1,8 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoint files without a model: which tensors a folder has, whether they fit, and shards written one by one.
+"""Read, check and write the tensors of a checkpoint without a model.
 
-Files are mapped into memory and a tensor is read when its shard is written, so that a conversion holds one shard and
-never the model.
+Files are mapped into memory, and a tensor is read when its shard is written. A conversion holds one shard in memory.
 """
 
 import json
@@ -10,9 +9,10 @@ import logging
 import pickle
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -27,29 +27,30 @@ from .special_tokens import fit_rows
 
 logger = logging.getLogger(__name__)
 
-# Beginnings of tensor names: another format's and ours. The first that fits counts, in either direction.
+# Pairs of prefixes of tensor names: in another format and in ours. The first match is used, in either direction.
 Names = tuple[tuple[str, str], ...]
+Tensors = dict[str, "StoredTensor | torch.Tensor"]
 
-# Older libraries saved these; they follow from the config.
+# Tensors that older libraries saved. They are computed from the config.
 DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
 
-# What bitsandbytes stores beside a weight of 4 or of 8 bits, to read it by.
+# Tensors that bitsandbytes stores beside a weight in 4 or 8 bits.
 QUANTIZED = re.compile(r"\.weight\.(nested_)?(absmax|quant_map)$|\.weight\.quant_state\.\w+$|\.(SCB|weight_format)$")
 
 INDEX_FILE = "model.safetensors.index.json"
-# Downloaded from a checkpoint on the Hub; code and other formats are not.
+# The files to download from a checkpoint on the Hub.
 CHECKPOINT_FILES = ["*.json", "*.jinja", "*.safetensors", "*.bin", "*.model"]
-SHARD_SIZE = "2GB"  # on the Hub 5 GB are allowed; a smaller shard also converts where there is little memory
+SHARD_SIZE = "2GB"  # the Hub allows 5 GB; smaller shards need less memory in a conversion
 LM_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class StoredTensor:
     """
-    A tensor that still lies in its file.
+    A tensor in a file that was not read yet.
 
-    file (`Path`), key (`str`, its name there), meta (`torch.Tensor`: shape and type, without values),
-    num_rows (`int`, *optional*): rows to give it when it is read, see [`fit_rows`].
+    file (`Path`), key (`str`, its name in the file), meta (`torch.Tensor`: shape and dtype, without values),
+    num_rows (`int`, *optional*): number of rows to resize it to when it is read, see [`fit_rows`].
     """
 
     file: Path
@@ -58,108 +59,116 @@ class StoredTensor:
     num_rows: int | None = None
 
     def with_rows(self, num_rows: int) -> "StoredTensor":
-        """The same tensor with that many rows, for a vocabulary of another size."""
+        """Return the same tensor with `num_rows` rows, for a vocabulary of another size."""
         return replace(self, meta=self.meta.new_empty(num_rows, *self.meta.shape[1:]), num_rows=num_rows)
 
     def take_from(self, mapped: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The values, out of the `mapped` file."""
+        """Return the values from the `mapped` file."""
         tensor = mapped[self.key]
         return tensor.contiguous() if self.num_rows is None else fit_rows(tensor, self.num_rows)
 
 
 def our_name(name: str, names: Names) -> str:
-    """The model's name of the tensor that another format calls `name`; an unknown name is kept."""
+    """Return the model's name of the tensor `name` in another format. An unknown name is kept."""
     return next((ours + name.removeprefix(theirs) for theirs, ours in names if name.startswith(theirs)), name)
 
 
 def their_name(name: str, names: Names) -> str:
-    """The inverse of [`our_name`]."""
+    """Return the name in another format of the model's tensor `name`."""
     return next((theirs + name.removeprefix(ours) for theirs, ours in names if name.startswith(ours)), name)
 
 
 def list_tensors(folder: Path, names: Names = ()) -> dict[str, StoredTensor]:
     r"""
-    All tensors of `folder`, from `.safetensors` files or else from `.bin` files, by our names. Nothing is read.
+    Return all tensors of `folder` by our names, from `.safetensors` files or else from `.bin` files, without their
+    values.
 
     Raises:
-        `ValueError`: when there is no such file, one is damaged, or the index names a file or a tensor that is not
-        there.
+        `ValueError`: if there is no such file, a file is corrupted, or the index names a missing file or tensor.
     """
-    found = {}
+    tensors = {}
     for file, indexed in _weight_files(folder).items():
         mapped = map_file(file)
-        absent = sorted(indexed - mapped.keys())
-        if absent:
-            raise ValueError(f"{file} lacks tensors that its index says it has: {', '.join(absent)}.")
+        missing = sorted(indexed - mapped.keys())
+        if missing:
+            raise ValueError(f"{file}: tensors that the index lists are missing: {', '.join(missing)}.")
         for key, tensor in mapped.items():
             if not DERIVED.search(key):
-                found[our_name(key, names)] = StoredTensor(file, key, torch.empty_like(tensor, device="meta"))
-    return found
+                tensors[our_name(key, names)] = StoredTensor(file, key, torch.empty_like(tensor, device="meta"))
+    return tensors
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str]]:
-    """The files with tensors, each with the names that the index says are in it."""
+    """Return the files with tensors, each with the names that the index lists for it."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
         if index.is_file():
             files = defaultdict(set)
             for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
                 files[folder / file].add(name)
-            absent = sorted(file.name for file in files if not file.is_file())
-            if absent:
-                raise ValueError(f"{index} names files that are not there: {', '.join(absent)}.")
+            missing = sorted(file.name for file in files if not file.is_file())
+            if missing:
+                raise ValueError(f"{index} names missing files: {', '.join(missing)}.")
             return dict(sorted(files.items()))
         if single.is_file():
             return {single: set()}
-    raise ValueError(f"No weights in {folder}: neither model.safetensors nor pytorch_model.bin, nor an index of them.")
+    raise ValueError(f"{folder} contains no weights: no model.safetensors, pytorch_model.bin or index of shards.")
 
 
 def map_file(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors of `file` by their names there, mapped into memory: only those that are used are read."""
+    """Return all tensors of `file`, mapped into memory, so that only used tensors are read."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        # A .bin file is a pickle, which could run any code.
+        # A .bin file is a pickle; with `weights_only` it cannot run code.
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{file} cannot be read, it is damaged or no file of tensors alone: {error}") from error
+        raise ValueError(
+            f"{file} cannot be read: it is corrupted or contains objects other than tensors: {error}"
+        ) from error
 
 
-def unpacked(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """`tensors` without what bitsandbytes stores beside its weights, and 4-bit weights in the shape that they had."""
-    found = {name: tensor for name, tensor in tensors.items() if not QUANTIZED.search(name)}
-    for name in tensors.keys() - found.keys():
+def without_quantization_state(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return `tensors` without the quantization state of bitsandbytes, and 4-bit weights with their original shape."""
+    weights = {name: tensor for name, tensor in tensors.items() if not QUANTIZED.search(name)}
+    for name in tensors.keys() - weights.keys():
         weight, is_state, _ = name.partition(".quant_state.")
-        if is_state and weight in found:
+        if is_state and weight in weights:
             with safe_open(tensors[name].file, framework="pt") as file:
                 state = json.loads(bytes(file.get_tensor(tensors[name].key).tolist()))
-            found[weight] = replace(found[weight], meta=torch.empty(state["shape"], device="meta"))
-    return found
+            weights[weight] = replace(weights[weight], meta=torch.empty(state["shape"], device="meta"))
+    return weights
 
 
 def model_without_weights(config: VTLMMConfig) -> VTLMMForConditionalGeneration:
-    """The model on the meta device: names, shapes and a place for the generation config, in no memory."""
+    """Return a model on the meta device: names and shapes without memory for values."""
     with torch.device("meta"):
         return VTLMMForConditionalGeneration(config)
 
 
-def check_tensors(tensors: dict, model, folder: Path, names: Names = (), may_lack: tuple[str, ...] = ()):
+def check_tensors(
+    tensors: MutableMapping[str, StoredTensor] | MutableMapping[str, StoredTensor | torch.Tensor],
+    model: VTLMMForConditionalGeneration,
+    folder: Path,
+    names: Names = (),
+    may_lack: tuple[str, ...] = (),
+) -> None:
     r"""
-    Compare the tensors of the checkpoint in `folder` with those that a folder of `model` has.
+    Check that the tensors of the checkpoint in `folder` are those that `save_pretrained` of `model` writes.
 
     Args:
-        tensors (`dict`): our names to [`StoredTensor`] or `torch.Tensor`. An `lm_head` that is the embeddings is
-            taken out.
-        may_lack (`tuple[str, ...]`): beginnings of our names that may be missing.
+        tensors (`dict`): our names to [`StoredTensor`] or `torch.Tensor`. An `lm_head` that is tied to the embeddings
+            is removed from it.
+        may_lack (`tuple[str, ...]`): prefixes of our names that may be missing.
 
     Raises:
-        `ValueError`: naming every tensor that is missing, of no use, or of another shape, with its file.
+        `ValueError`: if tensors are missing, unexpected or of another shape; all are named with their files.
     """
-    # The names of a folder: of some towers and decoders transformers saves other ones than the modules have.
+    # For some towers and decoders, transformers saves other names than the modules have.
     expected = revert_weight_conversion(model, model.state_dict())
     if model.config.tie_word_embeddings:
-        for found in (tensors, expected):
-            found.pop(LM_HEAD, None)
+        tensors.pop(LM_HEAD, None)
+        expected.pop(LM_HEAD, None)
 
     def described(wrong: Iterable[str]) -> str:
         stored = {name: tensors.get(name) for name in wrong}
@@ -172,40 +181,41 @@ def check_tensors(tensors: dict, model, folder: Path, names: Names = (), may_lac
         f"missing from {', '.join(file.name for file in _weight_files(folder))}": [
             name for name in expected if name not in tensors and not name.startswith(may_lack)
         ],
-        "without a place in the model": [name for name in tensors if name not in expected],
-        "of another shape than the config says": [
+        "unexpected": [name for name in tensors if name not in expected],
+        "of a shape that differs from the config": [
             name for name in tensors if name in expected and shape_of(tensors[name]) != expected[name].shape
         ],
     }
     if any(problems.values()):
-        found = "; ".join(f"{what}: {described(wrong)}" for what, wrong in problems.items() if wrong)
-        raise ValueError(f"The checkpoint {folder} does not fit the model. Tensors {found}.")
+        text = "; ".join(f"{what}: {described(wrong)}" for what, wrong in problems.items() if wrong)
+        raise ValueError(f"The tensors of the checkpoint {folder} do not fit the model. Tensors {text}.")
 
 
 def shape_of(tensor: StoredTensor | torch.Tensor) -> torch.Size:
+    """Return the shape of a tensor in memory or in a file."""
     return tensor.meta.shape if isinstance(tensor, StoredTensor) else tensor.shape
 
 
 def embeddings_name(model: VTLMMForConditionalGeneration) -> str:
-    """The name of the input embedding matrix, which differs between decoders."""
-    return model._tied_weights_keys[LM_HEAD]
+    """Return the name of the input embedding matrix, which differs between decoders."""
+    return cast(dict[str, str], model._tied_weights_keys)[LM_HEAD]
 
 
-def resize_vocabulary(tensors: dict, model: VTLMMForConditionalGeneration, num_rows: int):
-    """Give the embeddings and `lm_head` in `tensors` that many rows, and say so in the model's config."""
+def resize_vocabulary(tensors: dict[str, StoredTensor], model: VTLMMForConditionalGeneration, num_rows: int) -> None:
+    """Resize embeddings and `lm_head` in `tensors` to `num_rows` rows, and set the vocabulary size in the config."""
     if num_rows != model.config.text_config.vocab_size:
         for name in {embeddings_name(model), LM_HEAD} & tensors.keys():
             tensors[name] = tensors[name].with_rows(num_rows)
         model.config.text_config.vocab_size = num_rows
 
 
-def write_tensors(tensors: dict, output: Path, shard_size: int | str):
+def write_tensors(tensors: Mapping[str, StoredTensor | torch.Tensor], output: Path, shard_size: int | str) -> None:
     r"""
-    Write `tensors` as safetensors into `output`: one file, or shards with their index.
+    Write `tensors` as safetensors into `output`: one file, or shards with an index.
 
     Args:
         tensors (`dict`): names to [`StoredTensor`] or `torch.Tensor`.
-        shard_size (`int` or `str`): bytes of a shard at most, unless one tensor alone is larger.
+        shard_size (`int` or `str`): largest size of a shard, unless a single tensor is larger.
     """
     output.mkdir(parents=True, exist_ok=True)
     metas = {name: tensor.meta if isinstance(tensor, StoredTensor) else tensor for name, tensor in tensors.items()}
@@ -218,9 +228,10 @@ def write_tensors(tensors: dict, output: Path, shard_size: int | str):
         (output / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _read(tensors: dict) -> dict[str, torch.Tensor]:
-    """The values of `tensors`; each file is mapped once, and let go when the result is."""
-    values, by_file = {}, defaultdict(dict)
+def _read(tensors: Mapping[str, StoredTensor | torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the values of `tensors`. Each file is mapped once, and unmapped when the result is freed."""
+    values: dict[str, torch.Tensor] = {}
+    by_file: dict[Path, dict[str, StoredTensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         if isinstance(tensor, StoredTensor):
             by_file[tensor.file][name] = tensor

@@ -1,27 +1,40 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""An untrained VT-LMM from any vision tower and any decoder."""
+"""Compose an untrained VT-LMM from any vision tower and any decoder."""
 
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMProcessor
+from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMPreTrainedModel, VTLMMProcessor
 
-from .assembly import assemble, part_config, quiet_loading, require_native, save
-from .chat_templates import TEMPLATE_NAMES, add_images_and_marks, load_template
+from .chat_templates import (
+    TEMPLATE_NAMES,
+    add_images_and_marks,
+    default_system_prompt,
+    drop_default_system_prompt,
+    load_template,
+)
 from .paths import check_checkpoint, check_output, clear_output
 from .special_tokens import add_special_tokens, fit_embeddings, set_generation_config
-from .vision_tower import load_image_processor, load_vision_tower, probe_tower
+from .vision_tower import (
+    load_image_processor,
+    load_vision_tower,
+    part_config,
+    probe_tower,
+    quiet_loading,
+    require_native,
+)
 
 
 logger = logging.getLogger(__name__)
 
+# The modules that are initialized; a composed model has no tensors for them.
 UNTRAINED = ("model.multi_modal_projector.", "model.vm_head.")
 
-# A decoder that does one of these between its last hidden state and its logits is more than a linear head.
+# Config keys of decoders that change the logits after the linear head.
 LOGIT_CHANGES = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier")
 
 
@@ -42,38 +55,43 @@ def compose_model(
     vm_head_init: str = "lm_head",
     vision_feature_layer: int | list[int] | None = None,
     chat_template: str | None = None,
+    drop_system_prompt: bool = False,
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> ComposedModel:
     r"""
-    Put a vision tower and a decoder together, with a new projector and VM head. What was done is logged (INFO).
+    Combine a vision tower and a decoder with a new projector and VM head. Details are logged (INFO).
 
     Args:
-        vision (`str`): Hub id or folder of the tower, with its image processor: a ViT (CLIP, SigLIP, DINOv2, …) or a
-            convolutional network. Of a two-tower model the vision part is taken.
+        vision (`str`): Hub id or folder of the tower with its image processor: a ViT (CLIP, SigLIP, DINOv2, …) or a
+            convolutional network. Of a two-tower model the vision part is used.
         text (`str`): Hub id or folder of a causal decoder with its tokenizer.
-        output (`str` or `Path`, *optional*): folder to save everything in, as a Hub repository has it.
+        output (`str` or `Path`, *optional*): folder to save everything in, as in a Hub repository.
         projector_type, vm_head_type (`str`, *optional*): see [`VTLMMConfig`].
         vm_head_init (`str`, *optional*): see [`VTLMMForConditionalGeneration.initialize_vm_head`].
-        vision_feature_layer (`int` or `list[int]`, *optional*): by default -2, and -1 of a convolutional tower.
-        chat_template (`str`, *optional*): `"vicuna_v1"`, `"mistral"` or a `.jinja` file, which is used as it is. By
-            default the decoder's own with images and marked answers, or `"vicuna_v1"` when it has none.
-        dtype (`str` or `torch.dtype`, *optional*): of the whole model; by default the decoder's.
-        seed (`int`, *optional*, defaults to 0): for what is initialized.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): for a tokenizer or image processor with code of
-            its own. Models with code of their own are refused.
+        vision_feature_layer (`int` or `list[int]`, *optional*): by default -2, and -1 for a convolutional tower.
+        chat_template (`str`, *optional*): `"vicuna_v1"`, `"mistral"` or a `.jinja` file, which is used unchanged. By
+            default the decoder's template with images and generation marks, or `"vicuna_v1"` if it has none.
+        drop_system_prompt (`bool`, *optional*, defaults to `False`): leave out the system prompt that the decoder's
+            template adds to conversations without one. It takes tokens in every row.
+        dtype (`str` or `torch.dtype`, *optional*): dtype of the whole model; by default the decoder's.
+        seed (`int`, *optional*, defaults to 0): seed of the new modules.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): for a tokenizer or image processor with its own
+            code. Models with their own code are rejected.
         overwrite (`bool`, *optional*, defaults to `False`): replace the model that `output` contains.
 
     Returns:
         [`ComposedModel`]
 
     Raises:
-        `ValueError`: for a tower or a decoder that does not fit, saying why.
+        `FileNotFoundError`: if a part is a path that does not exist.
+        `FileExistsError`: if `output` contains files and `overwrite` is not set.
+        `ValueError`: if the tower or the decoder cannot be used, with the reason.
     """
     if chat_template is not None:
-        load_template(chat_template)  # raises before the parts are loaded
+        load_template(chat_template)  # check it before the parts are loaded
     if output is not None:
         output = check_output(output, [vision, text], overwrite)
     vision, text = check_checkpoint(vision), check_checkpoint(text)
@@ -81,9 +99,9 @@ def compose_model(
     image_processor = load_image_processor(vision, tower.config, trust_remote_code=trust_remote_code)
     geometry = probe_tower(tower, image_processor, vision_feature_layer)
     decoder = load_decoder(text, dtype, trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(text, trust_remote_code=trust_remote_code)
+    tokenizer: Any = AutoTokenizer.from_pretrained(text, trust_remote_code=trust_remote_code)
     vocabulary = add_special_tokens(tokenizer, decoder.get_input_embeddings().weight.shape[0])
-    tokenizer.chat_template, template_origin = choose_template(chat_template, tokenizer)
+    tokenizer.chat_template, template_origin = choose_template(chat_template, tokenizer, drop_system_prompt)
     config = VTLMMConfig(
         vision_config=part_config(tower.config, vision),
         text_config=part_config(decoder.config, text),
@@ -93,84 +111,151 @@ def compose_model(
         vm_head_type=vm_head_type,
         **geometry.config_values(),
     )
-    model = _assemble(config, tower, decoder, vm_head_init, seed)
+    model = _assemble_parts(config, tower, decoder, vm_head_init, seed)
     fit_embeddings(model, vocabulary)
     set_generation_config(model, tokenizer, vocabulary, decoder.generation_config)
-    chat_template = tokenizer.chat_template
-    processor = VTLMMProcessor(image_processor, tokenizer, chat_template=chat_template, **geometry.processor_values())
+    processor = VTLMMProcessor(
+        image_processor, tokenizer, chat_template=tokenizer.chat_template, **geometry.processor_values()
+    )
     _log_summary(model, template_origin)
     if output is not None:
         clear_output(output)
-        save(model, processor, output)
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
+        logger.info("Saved to %s.", output)
     return ComposedModel(model, processor)
 
 
-def load_decoder(name: str, dtype: str | torch.dtype | None, trust_remote_code: bool = False):
+def load_decoder(name: str, dtype: str | torch.dtype | None, trust_remote_code: bool = False) -> Any:
     r"""
-    The causal language model of checkpoint `name`.
+    Load the causal language model of checkpoint `name`.
 
     Raises:
-        `ValueError`: when its logits are not `lm_head` × the last hidden state, its head has another width than its
-        embeddings, tensors are missing, or its code is not transformers' own.
+        `ValueError`: if tensors are missing, transformers does not implement the model, or its logits are not
+            `lm_head` × the last hidden state.
     """
     with quiet_loading():
-        decoder, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
         )
+    decoder, info = loaded
     require_native(decoder, name)
     if info["missing_keys"]:
-        raise ValueError(f"The decoder {name} lacks tensors: {', '.join(sorted(info['missing_keys']))}.")
-    reason = _unusual_head(decoder)
+        raise ValueError(f"Tensors of the decoder {name} are missing: {', '.join(sorted(info['missing_keys']))}.")
+    reason = _reason_unsupported(decoder)
     if reason is not None:
-        raise ValueError(f"The decoder {name} cannot be used: {reason}. VT-LMM needs logits = lm_head × hidden state.")
+        raise ValueError(
+            f"The decoder {name} is not supported: {reason}. VT-LMM needs logits = lm_head × the last hidden state."
+        )
     return decoder.eval()
 
 
 @torch.no_grad()
-def _unusual_head(decoder) -> str | None:
-    """What stands between `decoder`'s last hidden state and its logits besides a matrix; None when nothing does."""
+def _reason_unsupported(decoder: Any) -> str | None:
+    """Return why the logits of `decoder` are not a linear map of its last hidden state, or None if they are."""
     head, hidden_size = decoder.get_output_embeddings(), decoder.config.hidden_size
     if head is None or decoder.base_model is decoder:
-        return "it has no language modeling head beside its base model"
+        return "it has no language modeling head separate from its base model"
     if getattr(head, "bias", None) is not None:
         return "its language modeling head has a bias"
     if head.weight.shape != decoder.get_input_embeddings().weight.shape or head.weight.shape[1] != hidden_size:
-        return "its embeddings and its head differ in shape, or from its hidden size"
+        return "its embeddings and its head differ in shape, or their width is not its hidden size"
     for name in LOGIT_CHANGES:
         if getattr(decoder.config, name, None) not in (None, 0, 1):
             return f"its config changes the logits (`{name}` is {getattr(decoder.config, name)})"
     input_ids, embeddings = torch.arange(3)[None], decoder.get_input_embeddings()
     if not torch.equal(embeddings(input_ids), embeddings.weight[input_ids]):
-        return "it scales its embeddings, and pseudo image features are mixed of the matrix as it stands"
+        return "it scales its embeddings, and pseudo image features are computed from the unscaled matrix"
     logits = decoder(input_ids).logits
     if not torch.allclose(logits, head(decoder.base_model(input_ids).last_hidden_state), rtol=1e-2, atol=1e-2):
         return "its logits are not its head × its last hidden state"
     return None
 
 
-def choose_template(chat_template: str | None, tokenizer) -> tuple[str, str]:
-    """The chat template, and in words where it comes from; see [`compose_model`]."""
+def choose_template(chat_template: str | None, tokenizer: Any, drop_system_prompt: bool) -> tuple[str, str]:
+    """
+    Return the chat template and a description of its origin; see [`compose_model`].
+
+    Raises:
+        `ValueError`: if the default system prompt should be dropped from a given template, or cannot be found.
+    """
     if chat_template is not None:
-        origin = f"{chat_template}, of the VW-LMM release" if chat_template in TEMPLATE_NAMES else chat_template
+        if drop_system_prompt:
+            raise ValueError("`drop_system_prompt` needs the decoder's chat template. Leave out `chat_template`.")
+        origin = f"{chat_template}, from the VW-LMM release" if chat_template in TEMPLATE_NAMES else chat_template
         return load_template(chat_template), origin
-    if tokenizer.chat_template is not None:
-        return add_images_and_marks(tokenizer.get_chat_template(), tokenizer), "the decoder's own, with images"
-    return load_template("vicuna_v1"), "vicuna_v1, of the VW-LMM release, since the decoder has none"
+    if tokenizer.chat_template is None:
+        return load_template("vicuna_v1"), "vicuna_v1, from the VW-LMM release, since the decoder has none"
+    template = tokenizer.get_chat_template()
+    prompt = default_system_prompt(template, tokenizer)
+    if drop_system_prompt and prompt:
+        return drop_default_system_prompt(template, tokenizer), "the decoder's, with images, without system prompt"
+    if prompt:
+        num_tokens = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+        logger.info(
+            "The chat template adds a system prompt of %d tokens to each conversation without one: %r. To leave it "
+            "out, set `drop_system_prompt` (`--drop-system-prompt`).",
+            num_tokens,
+            prompt,
+        )
+    return add_images_and_marks(template, tokenizer), "the decoder's, with images"
 
 
-def _assemble(config, tower, decoder, vm_head_init: str, seed: int) -> VTLMMForConditionalGeneration:
+def _assemble_parts(
+    config: VTLMMConfig, tower: PreTrainedModel, decoder: Any, vm_head_init: str, seed: int
+) -> VTLMMForConditionalGeneration:
     tensors = {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
     tensors |= {f"model.language_model.{name}": tensor for name, tensor in decoder.base_model.state_dict().items()}
     if not config.tie_word_embeddings:
         tensors["lm_head.weight"] = decoder.get_output_embeddings().weight
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = assemble(config, tensors, decoder.dtype, untrained=UNTRAINED)
+        model = assemble_model(config, tensors, decoder.dtype, untrained=UNTRAINED)
         model.initialize_vm_head(vm_head_init)
     return model
 
 
-def _log_summary(model, template_origin: str):
+def assemble_model(
+    config: VTLMMConfig, state_dict: dict[str, torch.Tensor], dtype: torch.dtype, untrained: tuple[str, ...] = ()
+) -> VTLMMForConditionalGeneration:
+    r"""
+    Return a model with `config` and the tensors of `state_dict`.
+
+    Args:
+        state_dict (`dict`): names in the model to tensors.
+        untrained (`tuple[str, ...]`): prefixes of names that may be missing; these tensors are initialized.
+
+    Raises:
+        `ValueError`: if tensors are missing, unexpected or of another shape; all are named.
+    """
+    with quiet_loading():
+        # Our own `from_pretrained` rejects missing tensors, and here those of the new modules are missing.
+        loaded: Any = super(VTLMMPreTrainedModel, VTLMMForConditionalGeneration).from_pretrained(
+            None,
+            config=config,
+            state_dict=state_dict,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    model, info = loaded
+    wrong_shape = {key for key, *_ in info["mismatched_keys"]}
+    problems = {
+        "missing": {key for key in info["missing_keys"] if not key.startswith(untrained)} - wrong_shape,
+        "unexpected": set(info["unexpected_keys"]),
+        "of a shape that differs from the config": wrong_shape,
+    }
+    if any(problems.values()):
+        raise ValueError(
+            "The tensors do not fit the model: "
+            + "; ".join(f"{what}: {', '.join(sorted(keys))}" for what, keys in problems.items() if keys)
+            + "."
+        )
+    model.config._name_or_path = ""  # transformers sets "None"
+    return model.eval()
+
+
+def _log_summary(model: VTLMMForConditionalGeneration, template_origin: str) -> None:
     config = model.config
     parts = {
         "vision tower": model.model.vision_tower,
@@ -181,11 +266,11 @@ def _log_summary(model, template_origin: str):
     for name, part in parts.items():
         logger.info("Parameters of the %s: %s.", name, f"{sum(p.numel() for p in part.parameters()):,}")
     logger.info(
-        "Image tokens per image: %d, of %d channels from layer %s (%s).",
+        "Image tokens per image: %d, with %d channels from layer %s (%s).",
         config.image_seq_length,
         config.vision_hidden_size,
         config.vision_feature_layer,
-        "without CLS and registers" if config.vision_feature_select_strategy == "default" else "every position",
+        "without CLS and registers" if config.vision_feature_select_strategy == "default" else "all positions",
     )
-    logger.info("Words of a visual token: %d. Image token: %d.", config.visual_vocab_size, config.image_token_id)
+    logger.info("Visual vocabulary: %d tokens. Image token id: %d.", config.visual_vocab_size, config.image_token_id)
     logger.info("Chat template: %s.", template_origin)

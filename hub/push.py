@@ -1,50 +1,52 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""A folder to the Hub: its card and recorded logits, then `vtlmm verify`, then one commit with everything."""
+"""Push a model to the Hub: write its card, verify it, and upload a fixed list of files in one commit."""
 
-import glob
 import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 
+from .card_results import add_results, find_results
 from .export_llava import export_to_llava
 from .hub_client import hub_errors
 from .isolated_load import probe
-from .model_card import (
-    CARD_MARK,
-    LICENSE_FILE,
-    RESULTS_FOLDER,
-    RUN_RECORD,
-    check_files,
-    is_generated,
-    license_text,
-    write_card,
-)
+from .model_card import CARD_MARK, check_files, is_generated, license_text, write_card
+from .paths import check_checkpoint
 from .quantize import QUANTIZATIONS, write_quantized
-from .verify import (
+from .repository import (
     ADAPTER,
     CARD_FILE,
     CHECK_FILE,
-    LEFT_OUT,
+    LICENSE_FILE,
+    LLAVA,
+    RESULTS_FOLDER,
+    RUN_RECORD,
     VTLMM,
-    VerificationReport,
-    kind_of,
-    published_files,
-    verify_checkpoint,
+    card_images,
+    checkpoint_kind,
+    is_link,
+    list_published_files,
+    matches,
 )
+from .verify import VerificationReport, verify_checkpoint
 
 
 logger = logging.getLogger(__name__)
 
-# What an earlier push left of these and this one does not have would be taken for a part of the model.
+FORMS = (ADAPTER, LLAVA, *QUANTIZATIONS)
+# Files of an earlier push that would be loaded as a part of this model.
 REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
 
 
@@ -80,7 +82,9 @@ def push_model(
     private: bool | None = None,
     revision: str | None = None,
     tag: str | None = None,
+    include: Sequence[str] = (),
     dry_run: bool = False,
+    trust_remote_code: bool = False,
     license: str | None = None,
     base_models: Sequence[str] = (),
     results: Sequence[str | Path] = (),
@@ -89,143 +93,266 @@ def push_model(
     r"""
     Verify the model in `folder` and push it to the Hub in one commit.
 
-    Writes the model card and the recorded logits first. A model with problems is not pushed. The commit is atomic;
-    nothing is uploaded if nothing changed.
+    The card and the recorded logits are written to a temporary folder, and after the push to `folder` too. Only
+    weights, configuration, tokenizer, processor, code, card, results and license are uploaded. A model with problems
+    is not pushed. The commit is atomic; nothing is uploaded if nothing changed.
 
     Args:
-        folder (`str` or `Path`): a VT-LMM, a native twin, or an adapter.
-        repo_id (`str`): `user/name`; made if it does not exist.
-        form (`str`, *optional*): push another form of the VT-LMM in `folder` instead: its native `"twin"`, or one with
-            the decoder in `"nf4"` or `"int8"`. With `"adapter"` the folder itself, and nothing but an adapter.
-        private (`bool`, *optional*): whether a repository that is made is private; by default what the account says.
-        revision (`str`, *optional*): branch; made if it does not exist.
-        tag (`str`, *optional*): name for the commit.
-        dry_run (`bool`, *optional*, defaults to `False`): all but the push.
+        folder (`str` or `Path`): a VT-LMM, an exported LLaVA, or an adapter.
+        repo_id (`str`): `user/name`. The repository is created if it does not exist.
+        form (`str`, *optional*): push the VT-LMM in another form: `"llava"`, or with the decoder in `"nf4"` or
+            `"int8"`. `"adapter"` rejects a folder that is not an adapter.
+        private (`bool`, *optional*): whether a new repository is private; by default the account's setting.
+        revision (`str`, *optional*): branch. It is created if it does not exist.
+        tag (`str`, *optional*): tag for the commit.
+        include (`list[str]`, *optional*): glob patterns of further files in `folder` to upload. Hidden files, symbolic
+            links and pickles are never uploaded.
+        dry_run (`bool`, *optional*, defaults to `False`): verify and list the files only.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run the folder's code if it differs from the
+            installed package, see [`verify_checkpoint`].
         license, base_models, results, images: see [`write_card`].
 
     Returns:
         [`PushResult`]
 
     Raises:
-        `ValueError`: when `folder` is not what `form` needs, and when the Hub refuses, in one line.
+        `FileNotFoundError`: if `folder` does not exist.
+        `ValueError`: if a setting is invalid, no license is given, or the Hub rejects the push.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"The folder '{folder}' does not exist. Pass a folder that contains a model.")
-    if form not in (None, "adapter", "twin", *QUANTIZATIONS):
-        raise ValueError(f"`form` is {form!r}; it must be adapter, twin, {' or '.join(QUANTIZATIONS)}.")
-    if form == "adapter" and kind_of(folder)[0] != ADAPTER:
-        raise ValueError(f"{folder} is no adapter (it has no adapter_config.json): push it without `--adapter`.")
+    check_repo_id(repo_id)
+    folder = Path(check_checkpoint(Path(folder)))
+    if form not in (None, *FORMS):
+        raise ValueError(f"`form` is {form!r}; it must be {', '.join(FORMS[:-1])} or {FORMS[-1]}.")
+    if form == ADAPTER and checkpoint_kind(folder)[0] != ADAPTER:
+        raise ValueError(f"'{folder}' is not an adapter: adapter_config.json is missing. Leave out `form`.")
     license = license or _license_of(folder)
     if not license:
         raise ValueError(
-            "Nothing says under which license the weights are: pass `license` (`--license apache-2.0`), or write "
-            f"`license:` into the front matter of a {CARD_FILE} of your own."
+            f"The license of the weights is not specified. Pass `license` (`--license apache-2.0`), or write "
+            f"`license:` into the front matter of your own {CARD_FILE}."
         )
     check_files(results, images)
-    card = {"license": license, "base_models": base_models, "results": results, "images": images}
     if not dry_run:
         with hub_errors(repo_id):
-            _check_account(repo_id, tag)  # now, not after minutes
-    if form not in (None, "adapter"):
-        with tempfile.TemporaryDirectory() as place:
-            _make_form(form, folder, Path(place, form))
-            options = {"private": private, "revision": revision, "tag": tag, "dry_run": dry_run}
-            return push_model(Path(place, form), repo_id, **options, **card)
-    write_card(folder, repo_id, **card)
-    if kind_of(folder)[0] == VTLMM and not (folder / CHECK_FILE).is_file():
-        record_logits(folder)
-    report = verify_checkpoint(folder)
-    result = PushResult(repo_id, report, {name: (folder / name).stat().st_size for name in published_files(folder)})
-    if not report.problems and not dry_run:
-        with hub_errors(repo_id, revision):
-            result.url = _upload(folder, repo_id, private, revision, tag)
+            _check_account(repo_id, tag)  # before minutes of verification
+    with tempfile.TemporaryDirectory() as place:
+        source = folder
+        if form in (LLAVA, *QUANTIZATIONS):
+            source = Path(place, "form")
+            _write_form(form, folder, source)
+        stage = Path(place, "model")
+        files = stage_files(source, stage, include)
+        if form not in QUANTIZATIONS:
+            add_results(stage, find_results(folder), strict=False)
+        write_card(stage, repo_id, license=license, base_models=base_models, results=results, images=images)
+        if checkpoint_kind(stage)[0] == VTLMM and not (stage / CHECK_FILE).is_file():
+            record_logits(stage)
+        report = verify_checkpoint(stage, trust_remote_code=trust_remote_code)
+        report.checkpoint = str(folder)
+        files = sorted({*(name for name in files if (stage / name).is_file()), *list_published_files(stage)})
+        result = PushResult(repo_id, report, {name: (stage / name).stat().st_size for name in files})
+        if not report.problems and not dry_run:
+            with hub_errors(repo_id, revision):
+                result.url = _upload(stage, repo_id, files, private, revision, tag)
+            if source == folder:
+                _copy_back(stage, folder, files)
     return result
 
 
+def check_repo_id(repo_id: str) -> None:
+    """
+    Check that a repository id has the form `user/name` and valid characters.
+
+    Raises:
+        `ValueError`: if it does not.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"The repository id {repo_id!r} is invalid: {error}") from error
+    if repo_id.count("/") != 1:
+        raise ValueError(f"The repository id {repo_id!r} is invalid: it must have the form user/name.")
+
+
 def _check_account(repo_id: str, tag: str | None) -> None:
-    """A wrong token is told apart from a repository that it may not see."""
+    """Check that the token may write and that the tag is new."""
     api = HfApi()
     token = api.whoami().get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
-        raise ValueError("Your token may read only: make one that may write, and run `hf auth login` with it.")
+        raise ValueError("Your token is read-only. Create a token with write access and run `hf auth login` with it.")
     if tag is not None and api.repo_exists(repo_id) and tag in [ref.name for ref in api.list_repo_refs(repo_id).tags]:
-        raise ValueError(f"{repo_id} has a tag {tag} already: choose another.")
+        raise ValueError(f"The tag {tag} already exists in {repo_id}. Choose another tag.")
+
+
+def _license_of(folder: Path) -> str | None:
+    """Return the license in the front matter of the card in `folder`."""
+    card = folder / CARD_FILE
+    try:
+        return ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{card}: the front matter is invalid: {error}") from error
 
 
 def record_logits(folder: Path) -> None:
     """Record the logits of one question, computed with the installed code, for [`verify_checkpoint`] to compare."""
     model = VTLMMForConditionalGeneration.from_pretrained(folder, dtype="auto")
-    found = probe(model, VTLMMProcessor.from_pretrained(folder))
-    (folder / CHECK_FILE).write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
+    values = probe(model, VTLMMProcessor.from_pretrained(folder))
+    _write_record(folder, values)
 
 
-def _make_form(form: str, folder: Path, output: Path) -> None:
-    """The native twin or the quantized model of `folder`, with what its card tells about."""
+def _write_record(folder: Path, values: dict[str, Any]) -> None:
+    (folder / CHECK_FILE).write_text(json.dumps(values, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+# ---- The files of a push ----
+
+
+def stage_files(folder: Path, stage: Path, include: Sequence[str] = ()) -> list[str]:
+    r"""
+    Put the files to publish into the new folder `stage`: weights as links, all others as copies that may be changed.
+
+    Returns:
+        `list[str]`: their names.
+
+    Raises:
+        `ValueError`: if one of them is a symbolic link, which could lead to a private file.
+    """
+    files = list_published_files(folder, include)
+    links = [name for name in files if is_link(folder, name)]
+    if links:
+        raise ValueError(
+            f"{folder}: {', '.join(links)} {'is a symbolic link' if len(links) == 1 else 'are symbolic links'}, which "
+            "are not published. Copy the files into the folder."
+        )
+    stage.mkdir(parents=True)
+    for name in [*files, *([RUN_RECORD] if (folder / RUN_RECORD).is_file() else [])]:
+        target = stage / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not name.endswith(".safetensors") or not _link(folder / name, target):
+            shutil.copy(folder / name, target)
+    return files
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Create a hard link, or a symbolic link to another file system, and return whether that was possible."""
+    for link in (target.hardlink_to, target.symlink_to):
+        try:
+            link(source.resolve())
+            return True
+        except OSError:
+            continue
+    return False
+
+
+def _copy_back(stage: Path, folder: Path, files: Sequence[str]) -> None:
+    """Copy the generated files to the user's folder, so that the next push finds them."""
+    for name in files:
+        if not name.endswith(".safetensors"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(stage / name, folder / name)
+    license_file = folder / LICENSE_FILE
+    if license_file.is_file() and LICENSE_FILE not in files:
+        license_file.unlink()  # the license has changed
+
+
+def _write_form(form: str, folder: Path, output: Path) -> None:
+    """Write the exported LLaVA or the quantized model of `folder`, with the files that its card needs."""
     if form in QUANTIZATIONS:
         write_quantized(folder, output, form)
     else:
-        _make_twin(folder, output)
-    # What was measured is true of a twin; of a quantized model it is to be measured again.
-    taken = [RUN_RECORD, *(file.name for file in folder.glob("*.png"))]
-    for name in taken:
+        _write_llava(folder, output)
+    card = folder / CARD_FILE
+    names = [RUN_RECORD, *(card_images(card.read_text(encoding="utf-8")) if card.is_file() else [])]
+    for name in names:
         if (folder / name).is_file():
             shutil.copy(folder / name, output)
-    if form not in QUANTIZATIONS and (folder / RESULTS_FOLDER).is_dir():
+    # The results hold for an exported LLaVA, which gives the same answers. A quantized model has others.
+    if form == LLAVA and (folder / RESULTS_FOLDER).is_dir():
         shutil.copytree(folder / RESULTS_FOLDER, output / RESULTS_FOLDER)
 
 
-def _make_twin(folder: Path, output: Path) -> None:
-    """The twin with its part of the recorded logits: it has to give the same."""
-    if not (folder / CHECK_FILE).is_file():
-        record_logits(folder)
+def _write_llava(folder: Path, output: Path) -> None:
+    """Write the exported LLaVA with the recorded logits of the VT-LMM, which must be equal."""
+    if (folder / CHECK_FILE).is_file():
+        record = json.loads((folder / CHECK_FILE).read_text(encoding="utf-8"))
+    else:
+        model = VTLMMForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        record = probe(model, VTLMMProcessor.from_pretrained(folder))
     export_to_llava(folder, output)
-    record = json.loads((folder / CHECK_FILE).read_text(encoding="utf-8"))
-    record.pop("visual_logits")
-    (output / CHECK_FILE).write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")
+    record.pop("visual_logits", None)
+    _write_record(output, record)
 
 
-def _license_of(folder: Path) -> str | None:
-    """What the card in `folder` says."""
-    card = folder / CARD_FILE
-    try:
-        return ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{card}: the front matter cannot be read: {error}") from error
+# ---- Upload ----
 
 
-def _upload(folder: Path, repo_id: str, private: bool | None, revision: str | None, tag: str | None) -> str:
-    """Where the commit is."""
+def _upload(
+    folder: Path, repo_id: str, files: list[str], private: bool | None, revision: str | None, tag: str | None
+) -> str:
+    """Upload `files` in one commit and return its URL."""
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    files, replaced = published_files(folder), list(REPLACED)
-    if "adapter_config.json" not in files:  # of an earlier push: a folder with one is loaded as an adapter
-        replaced += ["adapter_config.json"]
-    there = {file: _read_on_hub(api, repo_id, file, revision) for file in (CARD_FILE, LICENSE_FILE)}
-    written = CARD_MARK in (folder / CARD_FILE).read_text(encoding="utf-8")
-    if written and there[CARD_FILE] is not None and not is_generated(there[CARD_FILE]):
-        logger.info("The card on the Hub was written by hand and stays.")
-        files.remove(CARD_FILE)
-    if there[LICENSE_FILE] == license_text():  # of an earlier push; these weights may be under another
+    on_hub = api.list_repo_files(repo_id, revision=revision)
+    replaced = list(REPLACED)
+    if "adapter_config.json" not in files:  # a folder with this file is loaded as an adapter
+        replaced.append("adapter_config.json")
+    if LICENSE_FILE in on_hub and _read_on_hub(api, repo_id, LICENSE_FILE, revision) == license_text():
         replaced.append(LICENSE_FILE)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
+    if CARD_FILE in on_hub and CARD_MARK in (folder / CARD_FILE).read_text(encoding="utf-8"):
+        if not is_generated(_read_on_hub(api, repo_id, CARD_FILE, revision)):
+            logger.info("The card on the Hub was written by hand and is kept.")
+            files = [file for file in files if file != CARD_FILE]
+    logger.info("Uploading to %s:", repo_id)
+    for file in files:
+        logger.info("%15s  %s", f"{(folder / file).stat().st_size:,}", file)
+    deleted = [file for file in on_hub if file not in files and "/" not in file and matches(file, replaced)]
+    commit = api.create_commit(
+        repo_id,
+        [*_additions(folder, files), *(CommitOperationDelete(path_in_repo=file) for file in deleted)],
         commit_message="Upload with vtlmm push",
-        allow_patterns=[glob.escape(file) for file in files],
-        ignore_patterns=LEFT_OUT,
-        delete_patterns=replaced,
+        revision=revision,
     )
     if tag is not None:
         api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit.commit_url
 
 
-def _read_on_hub(api: HfApi, repo_id: str, file: str, revision: str | None) -> str | None:
-    """The text of `file`, if it is there."""
-    if not api.file_exists(repo_id, file, revision=revision):
-        return None
+def upload_published_files(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    also_in: str | None = None,
+    commit_message: str,
+    revision: str | None = None,
+    token: str | None = None,
+    follow_links: bool = False,
+    run_as_future: bool = False,
+) -> CommitInfo | Future[CommitInfo]:
+    r"""
+    Upload the publishable files of `folder` without verification, as a trainer does while it trains.
+
+    Args:
+        also_in (`str`, *optional*): folder in the repository that receives the same files, such as `last-checkpoint`.
+        follow_links (`bool`, *optional*, defaults to `False`): whether symbolic links are uploaded, for a folder of
+            [`stage_files`].
+        commit_message, revision, token, run_as_future: see [`~huggingface_hub.HfApi.create_commit`].
+    """
+    folder = Path(folder)
+    files = list_published_files(folder, follow_links=follow_links)
+    operations = _additions(folder, files)
+    if also_in is not None:
+        operations += _additions(folder, files, f"{also_in}/")
+    options = {"commit_message": commit_message, "revision": revision, "token": token}
+    create_commit: Callable[..., CommitInfo | Future[CommitInfo]] = HfApi().create_commit
+    return create_commit(repo_id, operations, run_as_future=run_as_future, **options)
+
+
+def _additions(folder: Path, files: Sequence[str], prefix: str = "") -> list[CommitOperationAdd]:
+    paths = {file: (folder / file).resolve() for file in files}
+    return [CommitOperationAdd(path_in_repo=prefix + file, path_or_fileobj=path) for file, path in paths.items()]
+
+
+def _read_on_hub(api: HfApi, repo_id: str, file: str, revision: str | None) -> str:
     return Path(api.hf_hub_download(repo_id, file, revision=revision)).read_text(encoding="utf-8")

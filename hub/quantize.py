@@ -3,6 +3,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -11,12 +12,12 @@ from transformers.utils import is_bitsandbytes_available
 from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMProcessor
 from modeling_vtlmm.pretrained_vtlmm import UNQUANTIZED_MODULES
 
-from .convert import read_config_file
+from .source_formats import read_config_file
 
 
 logger = logging.getLogger(__name__)
 
-QUANTIZATIONS = {
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }

@@ -1,7 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""What people do with a Hub, in one process of its own: the client reads HF_ENDPOINT and HF_TOKEN when it is imported.
+"""Pushes and downloads with the loopback Hub, in a process of its own, because the client reads HF_ENDPOINT at import.
 
-Prints as JSON what happened; tests/test_push.py looks at it.
+Prints the outcomes as JSON for tests/test_push.py.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor  # noqa
 from vtlmm.cli.main import main  # noqa: E402
 from vtlmm.hub import verify  # noqa: E402
 from vtlmm.hub.isolated_load import probe  # noqa: E402
+from vtlmm.hub.push import push_model  # noqa: E402
 from vtlmm.train.stage_runner import build_trainer, run_training  # noqa: E402
 
 
@@ -50,14 +51,34 @@ split, modeling_utils.split_torch_state_dict_into_shards = (
 )
 
 
-def vtlmm(*command) -> dict:
-    """Exit code, what was said, and the commits that came of it."""
+def run(action) -> dict:
+    """Run a function that returns an exit code; return code, output, error and the commits of each repository."""
     before = {name: len(repository.commits) for name, repository in HUB.repositories.items()}
     out, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-        code = main([str(part) for part in command])
+        try:
+            code = action()
+        except (ValueError, OSError) as problem:
+            code = 1
+            print(problem, file=sys.stderr)
     commits = {name: len(r.commits) - before.get(name, 1) for name, r in HUB.repositories.items()}
     return {"code": code, "out": out.getvalue(), "error": error.getvalue(), "commits": commits}
+
+
+def vtlmm(*command) -> dict:
+    """Run one command."""
+    return run(lambda: main([str(part) for part in command]))
+
+
+def push(folder, repo_id: str, **options) -> dict:
+    """Run [`push_model`] and print its result."""
+
+    def action() -> int:
+        result = push_model(folder, repo_id, **options)
+        print(result.format())
+        return 1 if result.report.problems else 0
+
+    return run(action)
 
 
 def files(name: str, revision: str = "main") -> dict[str, bytes]:
@@ -66,11 +87,11 @@ def files(name: str, revision: str = "main") -> dict[str, bytes]:
 
 
 @contextlib.contextmanager
-def only_looked_at():
-    """Without the process that loads the folder, for a folder that was loaded before."""
-    load, verify.load_elsewhere = verify.load_elsewhere, lambda *arguments: []
+def without_loading():
+    """Skip the process that loads the model, for a folder that was loaded before."""
+    load, verify.load_in_new_process = verify.load_in_new_process, lambda *arguments: []
     yield
-    verify.load_elsewhere = load
+    verify.load_in_new_process = load
 
 
 def write_model(folder: Path, seed: int = 0, **options) -> Path:
@@ -80,23 +101,39 @@ def write_model(folder: Path, seed: int = 0, **options) -> Path:
     return folder
 
 
+def folder_state(folder: Path) -> dict[str, float]:
+    return {str(file): file.stat().st_mtime for file in folder.rglob("*") if file.is_file()}
+
+
 def push_a_model(folder: Path) -> None:
-    """What is refused, what fails in a shard, all of it, and again."""
-    publish = ["push", folder, WHOLE, "--license", "apache-2.0"]
-    FACTS["incomplete"] = vtlmm("push", folder, WHOLE)
-    FACTS["dry run"] = vtlmm(*publish, "--dry-run")
-    FACTS["writes of both"] = [request for request in HUB.requests if not request.startswith("GET /api/whoami")]
+    """A push without a license, a dry run, a push that fails in a shard, a push, and the same push again."""
+    (folder / ".env").write_text("HF_TOKEN=hf_private")
+    (folder / "wandb").mkdir()
+    (folder / "wandb/run.json").write_text("{}")
+    (folder / "notes.txt").write_text("private")
+    (folder / "extra.txt").write_text("public")
+    FACTS["incomplete"] = push(folder, WHOLE)
+    before = folder_state(folder)
+    FACTS["invalid id"] = push(folder, "somebody", license="apache-2.0")
+    FACTS["dry run"] = push(folder, WHOLE, license="apache-2.0", dry_run=True)
+    FACTS["unchanged by dry run"] = folder_state(folder) == before
+    FACTS["requests of both"] = [request for request in HUB.requests if not request.startswith("GET /api/whoami")]
     HUB.refuse = r"PUT /large"
-    FACTS["first push fails"] = vtlmm(*publish, "--private")
+    FACTS["first push fails"] = push(folder, WHOLE, license="apache-2.0", private=True)
     HUB.refuse = None
-    FACTS["push"] = vtlmm(*publish, "--private")
+    options = {"license": "apache-2.0", "private": True, "include": ["extra.*"]}
+    FACTS["push"] = push(folder, WHOLE, **options)
     FACTS["files"] = sorted(files("whole"))
     FACTS["private"] = HUB.repositories[WHOLE].private
-    FACTS["second push"] = vtlmm("push", folder, WHOLE)
+    FACTS["second push"] = push(folder, WHOLE, include=["extra.*"])
+    link = folder / "tokenizer.model"
+    link.symlink_to(folder / ".env")
+    FACTS["link"] = push(folder, WHOLE)
+    link.unlink()
 
 
 def push_the_parts(folder: Path) -> None:
-    """The model's and the processor's own pushes: two commits, over a repository and as a new one."""
+    """`push_to_hub` of model and processor, to an existing and to a new repository."""
     card, commits = files("whole")["README.md"].decode(), len(HUB.repositories[WHOLE].commits)
     model, processor = VTLMMForConditionalGeneration.from_pretrained(folder), VTLMMProcessor.from_pretrained(folder)
     model.push_to_hub(WHOLE)
@@ -107,25 +144,25 @@ def push_the_parts(folder: Path) -> None:
     processor.push_to_hub(f"{USER}/parts")
     FACTS["files of parts"] = sorted(files("parts"))
     FACTS["shard sizes"] = list(SHARD_SIZES)
-    FACTS["push over parts"] = vtlmm("push", folder, f"{USER}/parts", "--license", "mit")
+    FACTS["push over parts"] = push(folder, f"{USER}/parts", license="mit")
     FACTS["card of parts"] = files("parts")["README.md"].decode()
 
 
 def push_another_model(other: Path) -> None:
-    """In one file: fails in the middle, then all of it, on a branch and with a tag."""
+    """A model in one file: a push that fails at the commit, then a push to a branch with a tag."""
     before = dict(files("whole"))
     HUB.refuse = r"POST .*/commit/"
-    FACTS["failed push"] = vtlmm("push", other, WHOLE, "--license", "mit")
+    FACTS["failed push"] = push(other, WHOLE, license="mit")
     HUB.refuse = None
     FACTS["unchanged after it"] = files("whole") == before
-    FACTS["branch"] = vtlmm("push", other, WHOLE, "--license", "mit", "--revision", "dev", "--tag", "v1")
+    FACTS["branch"] = push(other, WHOLE, license="mit", revision="dev", tag="v1")
     FACTS["main unchanged"] = files("whole") == before
     FACTS["files of branch"] = sorted(files("whole", "dev"))
     FACTS["tag is the branch"] = files("whole", "v1") == files("whole", "dev")
 
 
 def push_from_trainers(settings: dict) -> None:
-    """A trainer's own push; a recipe's with an adapter, which then is merged."""
+    """`push_to_hub` of a trainer, and of a recipe with an adapter, which is then merged."""
     settings = {**settings, "max_steps": 1, "warmup_steps": 0, "learning_rate": 1e-2}
     trained = {"output_dir": str(WORK / "trained"), "hub_model_id": f"{USER}/trained"}
     trainer = build_trainer({**settings, **trained})
@@ -149,88 +186,108 @@ def push_from_trainers(settings: dict) -> None:
     loaded = PeftModel.from_pretrained(base, f"{USER}/adapter")
     answers = [probe(model, build_processor())["logits"] for model in (loaded, trainer.model)]
     FACTS["logits of adapter"] = answers
-    FACTS["adapter"] = vtlmm("push", adapter, f"{USER}/adapter", "--form", "adapter", "--license", "mit")
+    FACTS["adapter"] = push(adapter, f"{USER}/adapter", form="adapter", license="mit")
     FACTS["card of adapter"] = files("adapter")["README.md"].decode()
     config = adapter / "adapter_config.json"
-    config.write_text(
-        json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": settings["model_name_or_path"]})
-    )
-    FACTS["adapter of local"] = vtlmm("push", adapter, f"{USER}/other", "--license", "mit")
+    values = {**json.loads(config.read_text()), "base_model_name_or_path": settings["model_name_or_path"]}
+    config.write_text(json.dumps(values))
+    FACTS["adapter of local"] = push(adapter, f"{USER}/other", license="mit")
     FACTS["merge"] = vtlmm("merge", adapter, "--base", settings["model_name_or_path"], "--output", WORK / "merged")
 
 
-def push_twin(merged: Path) -> None:
-    """Of a merged adapter; then over a card that somebody wrote on the Hub."""
-    FACTS["twin"] = vtlmm("push", merged, f"{USER}/twin", "--form", "twin", "--license", "apache-2.0")
-    FACTS["files of twin"] = sorted(files("twin"))
-    FACTS["card of twin"] = files("twin")["README.md"].decode()
+def push_with_all_strategies(settings: dict) -> None:
+    """Each `hub_strategy` of a trainer, with a token in its settings and private files in its folder."""
+    for strategy in ("end", "every_save", "checkpoint", "all_checkpoints"):
+        output = WORK / f"strategy_{strategy}"
+        output.mkdir()
+        (output / ".env").write_text("HF_TOKEN=hf_private")
+        options = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps", "warmup_steps": 0, "learning_rate": 1e-2}
+        options |= {"output_dir": str(output), "hub_model_id": f"{USER}/{strategy}", "hub_strategy": strategy}
+        options |= {"push_to_hub": True, "hub_token": TOKEN, "hub_always_push": True}
+        trainer = build_trainer({**settings, **options})
+        trainer.train()
+        trainer._finish_current_push()
+        if strategy == "end":
+            trainer.push_to_hub()
+        published = files(strategy)
+        FACTS[f"files of {strategy}"] = sorted(published)
+        FACTS[f"secrets of {strategy}"] = [name for name, data in published.items() if TOKEN.encode() in data]
+        FACTS[f"verify {strategy}"] = vtlmm("verify", f"{USER}/{strategy}")
+
+
+def push_llava(merged: Path) -> None:
+    """The LLaVA export of a merged adapter, first to a new repository, then where the card was written by hand."""
+    FACTS["llava"] = push(merged, f"{USER}/llava", form="llava", license="apache-2.0")
+    FACTS["files of llava"] = sorted(files("llava"))
+    FACTS["card of llava"] = files("llava")["README.md"].decode()
     mine = b"---\nlicense: mit\n---\nMine.\n"
-    HUB.repositories[f"{USER}/twin"].commit("main", {**files("twin"), "README.md": mine})
-    with only_looked_at():
-        FACTS["push under a card"] = vtlmm("push", merged, f"{USER}/twin", "--form", "twin", "--license", "mit")
-    FACTS["card stays"] = files("twin")["README.md"] == mine
-    with only_looked_at():
-        FACTS["whole over adapter"] = vtlmm("push", merged, f"{USER}/adapter", "--license", "mit")
+    HUB.repositories[f"{USER}/llava"].commit("main", {**files("llava"), "README.md": mine})
+    with without_loading():
+        FACTS["push under a card"] = push(merged, f"{USER}/llava", form="llava", license="mit")
+    FACTS["card stays"] = files("llava")["README.md"] == mine
+    with without_loading():
+        FACTS["whole over adapter"] = push(merged, f"{USER}/adapter", license="mit")
     FACTS["files of whole over adapter"] = sorted(files("adapter"))
 
 
 def push_nf4(start: Path) -> None:
-    """Then by id and tag, by everybody's means, where this package cannot be imported."""
-    publish = ["push", start, f"{USER}/nf4", "--form", "nf4", "--license", "mit", "--base-model", WHOLE, "--private"]
-    with only_looked_at():
-        FACTS["nf4"] = vtlmm(*publish, "--tag", "v4")
-        FACTS["second nf4"] = vtlmm(*publish)
-        FACTS["tag again"] = vtlmm(*publish, "--tag", "v4")
+    """A quantized model, then loaded by id and tag in a process that cannot import this package."""
+    options = {"form": "nf4", "license": "mit", "base_models": [WHOLE], "private": True}
+    name = f"{USER}/nf4"
+    with without_loading():
+        FACTS["nf4"] = push(start, name, **options, tag="v4")
+        FACTS["second nf4"] = push(start, name, **options)
+        FACTS["tag again"] = push(start, name, **options, tag="v4")
         (start / "results.json").write_text("{}")
-        FACTS["no results"] = vtlmm(*publish, "--results", start / "results.json")
+        FACTS["no results"] = push(start, name, **options, results=[start / "results.json"])
         (start / "results.json").unlink()
         HUB.role = "read"
-        FACTS["read-only token"] = vtlmm(*publish)
+        FACTS["read-only token"] = push(start, name, **options)
         HUB.role = "write"
-        FACTS["int8"] = vtlmm("push", start, f"{USER}/int8", "--form", "int8", "--license", "mit", "--dry-run")
+        FACTS["int8"] = push(start, f"{USER}/int8", form="int8", license="mit", dry_run=True)
     FACTS["files of nf4"] = sorted(files("nf4"))
     FACTS["card of nf4"] = files("nf4")["README.md"].decode()
     tensors = load(files("nf4")["model.safetensors"])
     FACTS["types of nf4"] = {name: str(tensor.dtype) for name, tensor in tensors.items() if name.endswith(".weight")}
-    FACTS["verify without trust"] = vtlmm("verify", f"{USER}/nf4")
-    FACTS["verify"] = vtlmm("verify", f"{USER}/nf4", "--revision", "v4", "--trust-remote-code")
+    FACTS["verify"] = vtlmm("verify", name, "--revision", "v4")
 
 
 def refused(folder: Path) -> None:
-    """Repositories that are not there or not ours, tokens, and then no Hub."""
+    """Missing and foreign repositories, invalid tokens, and then no Hub."""
     nothing = f"{USER}/nothing"
-    FACTS["not ours"] = vtlmm("push", folder, "another/model")
-    FACTS["no adapter"] = vtlmm("push", folder, WHOLE, "--form", "adapter")
+    FACTS["not ours"] = push(folder, "another/model")
+    FACTS["no adapter"] = push(folder, WHOLE, form="adapter")
     FACTS["missing"] = vtlmm("verify", nothing)
     FACTS["missing revision"] = vtlmm("verify", WHOLE, "--revision", "v9")
     FACTS["missing to convert"] = vtlmm("convert", nothing, "--output", WORK / "nowhere")
     FACTS["missing tower"] = vtlmm("compose", "--vision", nothing, "--text", nothing, "--output", WORK / "nowhere")
     HUB.repositories[f"{USER}/secret"] = Repository(private=True)
     os.environ["HF_TOKEN"] = "hf_wrong"
-    FACTS["wrong token"] = vtlmm("push", folder, WHOLE)
+    FACTS["wrong token"] = push(folder, WHOLE)
     FACTS["private to others"] = vtlmm("convert", f"{USER}/secret", "--output", WORK / "nowhere")
     del os.environ["HF_TOKEN"]
-    FACTS["no token"] = vtlmm("push", folder, WHOLE)
+    FACTS["no token"] = push(folder, WHOLE)
     os.environ["HF_TOKEN"] = TOKEN
     HUB.__exit__()
     close_session()  # with its open connections
-    FACTS["push to no Hub"] = vtlmm("push", folder, WHOLE)
+    FACTS["push to no Hub"] = push(folder, WHOLE)
     FACTS["verify without a Hub"] = vtlmm("verify", nothing)
 
 
-def run() -> None:
+def session() -> None:
     settings = write_start(WORK)
     folder = write_model(WORK / "model", max_shard_size="100KB")
-    with only_looked_at():
+    with without_loading():
         push_a_model(folder)
         push_the_parts(folder)
         push_another_model(write_model(WORK / "other", seed=1))
         push_from_trainers(settings)
-    push_twin(WORK / "merged")
+        push_with_all_strategies(settings)
+    push_llava(WORK / "merged")
     if find_spec("bitsandbytes"):
         push_nf4(WORK / "start")
     refused(folder)
 
 
-run()
+session()
 print("FACTS" + json.dumps(FACTS))

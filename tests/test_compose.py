@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Composed models: the tower and the decoder are what they were, and the saved folder is complete."""
+"""Composed models: tower and decoder are unchanged, and the saved folder is complete."""
 
 import json
 import textwrap
@@ -24,8 +24,8 @@ TOWER = {**SIZE, "hidden_size": 16, "num_hidden_layers": 3, "image_size": 28, "p
 DINO = {key: value for key, value in TOWER.items() if key != "intermediate_size"}
 TEXT_TOWER = {**SIZE, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
-# model_type, class that is saved, config, image processor and its settings; then what compose must find out:
-# image tokens, positions dropped from the front, channels
+# model_type, saved class, config, image processor and its settings; then what compose must find:
+# image tokens, positions before the patches, channels
 CROP = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
 TOWERS = {
     "clip": ("CLIPModel", {"vision_config": TOWER, "text_config": TEXT_TOWER}, "CLIP", CROP, (4, 1, 16)),
@@ -60,7 +60,7 @@ TOWERS = {
     ),
 }
 
-# config, rows beyond the tokenizer's words, settings of the tokenizer, its template
+# config, rows beyond the tokenizer's tokens, settings of the tokenizer, its template
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]
 DECODERS = {
     "llama": ({"num_key_value_heads": 2}, 0, {}, None),
@@ -81,7 +81,7 @@ DECODERS = {
 
 
 def scaled(model):
-    """Weights ten times the library's 0.02, which would make every distribution uniform and mistakes invisible."""
+    """Multiply the weights by ten. With the default scale, distributions are uniform and hide errors."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -91,7 +91,7 @@ def scaled(model):
 
 @pytest.fixture(scope="module")
 def tower_folder(tmp_path_factory):
-    """Function of a tower's name that gives its folder: weights and image processor."""
+    """Return a function from a tower's name to its folder with weights and image processor."""
     folders = {}
 
     def get(name: str) -> str:
@@ -111,7 +111,7 @@ def tower_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def decoder_folder(tmp_path_factory):
-    """Function of a decoder's name that gives its folder: weights and tokenizer."""
+    """Return a function from a decoder's name to its folder with weights and tokenizer."""
     folders = {}
 
     def get(name: str) -> str:
@@ -145,7 +145,7 @@ def asked(processor, image=None, **kwargs):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_the_decoder_is_what_it_was(tower_folder, decoder_folder, name):
+def test_decoder_is_unchanged(tower_folder, decoder_folder, name):
     folder = decoder_folder(name)
     decoder = AutoModelForCausalLM.from_pretrained(folder)
     model, processor = compose_model(tower_folder("clip"), folder)
@@ -194,7 +194,7 @@ def test_special_tokens(tower_folder, decoder_folder, name):
 
 @pytest.mark.parametrize("name", TOWERS)
 @torch.no_grad()
-def test_the_tower_is_what_it_was(tower_folder, decoder_folder, name):
+def test_tower_is_unchanged(tower_folder, decoder_folder, name):
     folder = tower_folder(name)
     model, processor = compose_model(folder, decoder_folder("llama"))
     num_tokens, num_dropped, channels = TOWERS[name][4]
@@ -221,14 +221,14 @@ def test_the_tower_is_what_it_was(tower_folder, decoder_folder, name):
     assert model(**batch).logits.isfinite().all()
 
 
-def test_the_other_parts_of_a_checkpoint_are_not_reported(tower_folder, caplog):
+def test_other_parts_of_a_checkpoint_are_not_logged(tower_folder, caplog):
     for name in TOWERS:
         load_vision_tower(tower_folder(name))
     assert not caplog.records
 
 
-def test_clip_towers_get_the_release_s_image_processor(tower_folder):
-    """A wide red image: padded with the mean color above and below, not cropped."""
+def test_clip_towers_get_the_image_processor_of_llava(tower_folder):
+    """A wide red image is padded with the mean color above and below, not cropped."""
     folder = tower_folder("clip")
     processor = load_image_processor(folder, AutoConfig.from_pretrained(folder).vision_config)
     pixel_values = processor(images=Image.new("RGB", (56, 14), (255, 0, 0)), return_tensors="pt")["pixel_values"][0]
@@ -236,7 +236,7 @@ def test_clip_towers_get_the_release_s_image_processor(tower_folder):
     assert pixel_values[:, 0].abs().max() < 0.02 and pixel_values[0, 14].min() > 1.5
 
 
-def test_what_is_new_follows_the_seed(tower_folder, decoder_folder):
+def test_new_modules_depend_on_the_seed(tower_folder, decoder_folder):
     folders = tower_folder("clip"), decoder_folder("llama")
     first, again, other = (compose_model(*folders, seed=seed)[0].state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -246,7 +246,7 @@ def test_what_is_new_follows_the_seed(tower_folder, decoder_folder):
     assert torch.equal(first["model.vm_head.weight"], first["lm_head.weight"][:num_words])
 
 
-def test_choices(tower_folder, decoder_folder, tmp_path):
+def test_options_are_used(tower_folder, decoder_folder, tmp_path):
     template = tmp_path / "mine.jinja"
     template.write_text("{{ messages[0].content }}")
     model, processor = compose_model(
@@ -294,7 +294,7 @@ CLEAN = textwrap.dedent(
 )
 
 
-def test_saved_folders_load_where_this_package_is_not(tower_folder, decoder_folder, tmp_path):
+def test_saved_folders_load_without_this_package(tower_folder, decoder_folder, tmp_path):
     pairs = [("clip", "qwen3"), ("siglip", "llama"), ("dinov2_with_registers", "mistral"), ("mobilenet_v2", "qwen2")]
     folders, expected = [], []
     for vision, text in pairs:
@@ -361,7 +361,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_decoders_with_another_head_are_refused(tower_folder, tmp_path, name):
+def test_decoders_with_another_head_are_rejected(tower_folder, tmp_path, name):
     config, said = REFUSED[name]
     tokenizer = byte_tokenizer()
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -374,7 +374,7 @@ def test_decoders_with_another_head_are_refused(tower_folder, tmp_path, name):
         compose_model(tower_folder("clip"), str(tmp_path))
 
 
-def test_a_head_that_no_name_tells_is_found(tower_folder, decoder_folder, monkeypatch):
+def test_unknown_change_of_the_logits_is_found(tower_folder, decoder_folder, monkeypatch):
     forward = transformers.LlamaForCausalLM.forward
 
     def doubled(self, *args, **kwargs):
@@ -391,13 +391,15 @@ def test_a_head_that_no_name_tells_is_found(tower_folder, decoder_folder, monkey
     ("vision", "changes", "options", "said"),
     [
         ("mobilenet_v2", {"do_center_crop": False}, {}, "different sizes"),
-        ("mobilenet_v2", {}, {"vision_feature_layer": -2}, "gives its last map"),
+        ("mobilenet_v2", {}, {"vision_feature_layer": -2}, "has one feature map"),
         ("dinov2", {}, {"vision_feature_layer": 9}, "has 4 hidden states"),
         ("clip", {}, {"chat_template": "vicuna"}, "vicuna_v1 or mistral, or a .jinja file"),
-        ("clip", {}, {"vm_head_init": "zeros"}, "not from 'zeros'"),
+        ("clip", {}, {"vm_head_init": "zeros"}, "'zeros'"),
     ],
 )
-def test_what_does_not_fit_is_said(tower_folder, decoder_folder, tmp_path, vision, changes, options, said):
+def test_unfitting_parts_are_rejected_with_the_reason(
+    tower_folder, decoder_folder, tmp_path, vision, changes, options, said
+):
     for file in ("config.json", "model.safetensors", "preprocessor_config.json"):
         source = f"{tower_folder(vision)}/{file}"
         (tmp_path / file).write_bytes(open(source, "rb").read())
@@ -407,20 +409,84 @@ def test_what_does_not_fit_is_said(tower_folder, decoder_folder, tmp_path, visio
         compose_model(str(tmp_path), decoder_folder("llama"), **options)
 
 
-def test_checkpoints_that_lack_something(tower_folder, decoder_folder, tmp_path):
+def test_incomplete_checkpoints_are_rejected(tower_folder, decoder_folder, tmp_path):
     tower = AutoModel.from_pretrained(tower_folder("convnext"))
     state_dict = {name: value for name, value in tower.state_dict().items() if "stages.2" not in name}
     tower.save_pretrained(tmp_path, state_dict=state_dict)
-    with pytest.raises(ValueError, match=r"lacks parts of its vision tower \(ConvNextModel\): .*stages\.2"):
+    with pytest.raises(ValueError, match=r"Tensors of the vision tower \(ConvNextModel\) are missing .*stages\.2"):
         compose_model(str(tmp_path), decoder_folder("llama"))
     AutoModel.from_pretrained(tower_folder("convnext")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="No image processor"):
+    with pytest.raises(ValueError, match="contains no image processor"):
         compose_model(str(tmp_path), decoder_folder("llama"))
-    with pytest.raises(ValueError, match=r"has 259 words but the decoder only 200"):
+    with pytest.raises(ValueError, match=r"has 259 tokens but the decoder only 200"):
         add_special_tokens(byte_tokenizer(), 200)
 
 
-def test_composed_and_reloaded_it_is_the_same(tower_folder, decoder_folder, tmp_path):
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou "
+    "are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
+    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2_folder(tmp_path_factory) -> str:
+    """Return the folder of a tiny decoder with the tokenizer settings of SmolLM2-135M-Instruct."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    control = ["<|im_start|>", "<|im_end|>", "<repo_name>"]
+    tokenizer = byte_tokenizer(special=control, bos=None, eos="<|im_end|>", unk="<|endoftext|>", pad="<|im_end|>")
+    tokenizer.bos_token = "<|im_start|>"  # the tokenizer does not add it; the template starts each turn with it
+    tokenizer.chat_template = SMOLLM2
+    config = AutoConfig.for_model(
+        "llama",
+        **SIZE,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(1)
+    scaled(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_decoder_whose_bos_token_starts_each_turn(tower_folder, smollm2_folder, tmp_path, drop):
+    output = tmp_path / "model"
+    model, processor = compose_model(tower_folder("clip"), smollm2_folder, output, drop_system_prompt=drop)
+    tokenizer = processor.tokenizer
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
+    ]
+    text = tokenizer.apply_chat_template(messages, chat_template=processor.chat_template, tokenize=False)
+    turns = "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA dog.<|im_end|>\n"
+    assert text.endswith(turns) and (text == turns) is drop and ("named SmolLM" in text) is not drop
+    own = [{"role": "system", "content": "Be brief."}, *messages]
+    text = tokenizer.apply_chat_template(own, chat_template=processor.chat_template, tokenize=False)
+    assert text == "<|im_start|>system\nBe brief.<|im_end|>\n" + turns
+    ids = asked(processor)["input_ids"][0].tolist()
+    assert ids.count(tokenizer.bos_token_id) == (2 if drop else 3) and ids[0] == tokenizer.bos_token_id
+    assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert VTLMMProcessor.from_pretrained(output).chat_template == processor.chat_template
+
+
+def test_system_prompt_of_another_template_is_not_dropped(tower_folder, decoder_folder):
+    with pytest.raises(ValueError, match="Leave out `chat_template`"):
+        options = {"chat_template": "vicuna_v1", "drop_system_prompt": True}
+        compose_model(tower_folder("clip"), decoder_folder("llama"), **options)
+
+
+def test_missing_part_is_not_looked_up_on_the_hub(tower_folder):
+    with pytest.raises(FileNotFoundError, match=r"'\./decoder' does not exist"):
+        compose_model(tower_folder("clip"), "./decoder")
+
+
+def test_reloaded_model_is_the_same(tower_folder, decoder_folder, tmp_path):
     model, _ = compose_model(tower_folder("clip"), decoder_folder("qwen3"), tmp_path)
     again = VTLMMForConditionalGeneration.from_pretrained(tmp_path)
     state, loaded = model.state_dict(), again.state_dict()

@@ -11,7 +11,8 @@ from test_templates import byte_tokenizer
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 from vtlmm.hub.checkpoint_files import list_tensors, our_name, their_name
-from vtlmm.hub.convert import ORIGINAL_NAMES, convert_checkpoint
+from vtlmm.hub.convert import convert_checkpoint
+from vtlmm.hub.source_formats import ORIGINAL_NAMES
 
 
 FOLDERS = ("llama-0", "mistral-1", "pif-2")
@@ -217,14 +218,14 @@ def test_every_kind_of_file(llama, copy, tmp_path, as_bin, num_shards):
     assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_pickle_that_runs_code_is_refused(copy, tmp_path):
+def test_pickle_with_code_is_rejected(copy, tmp_path):
     checkpoint = copy(as_bin=True)
     torch.save({"lm_head.weight": torch.nn.Linear(2, 2)}, checkpoint / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin cannot be read.*[Ww]eights.only"):
         convert_checkpoint(checkpoint, tmp_path / "out")
 
 
-def test_tower_from_where_the_checkpoint_names_it(copy, llama, tmp_path):
+def test_tower_is_read_from_another_folder(copy, llama, tmp_path):
     towerless = without("model.vision_tower.")
     case = Case(llama, tmp_path / "case")
     model = converted(copy(towerless), tmp_path / "beside")
@@ -235,7 +236,7 @@ def test_tower_from_where_the_checkpoint_names_it(copy, llama, tmp_path):
     convert_checkpoint(checkpoint, tmp_path / "given", vision_tower=str(llama / "vision_tower"))
     found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("given", "beside"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    with pytest.raises(ValueError, match="pass `vision_tower`"):
+    with pytest.raises(ValueError, match="Pass `vision_tower`"):
         convert_checkpoint(copy(towerless, mm_vision_tower=None), tmp_path / "none")
 
 
@@ -253,16 +254,16 @@ def test_tensors_that_do_not_fit_are_named(copy, tmp_path):
         derived = "model.layers.0.self_attn.rotary_emb.inv_freq"
         return {**tensors, derived: torch.zeros(8), "model.image_newline": torch.zeros(64)}
 
-    refused(add, r"without a place in the model: model\.image_newline \(model\.safetensors\)\.$")
+    refused(add, r"unexpected: model\.image_newline \(model\.safetensors\)\.$")
     shorter = {"vm_head.weight": torch.zeros(319, 64)}
-    said = r"of another shape than the config says: vm_head\.weight \(model\.safetensors\)\.$"
+    said = r"of a shape that differs from the config: vm_head\.weight \(model\.safetensors\)\.$"
     refused(lambda tensors: {**tensors, **shorter}, said)
     refused(add, r"model\.image_newline \(model-0000[12]-of-00002\.safetensors\)\.$", num_shards=2)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_decoder_s_config_is_kept(copy, tmp_path):
-    """Mistral v0.2 has no window and another rotary base; the library's class has other defaults for both."""
+def test_decoder_config_is_kept(copy, tmp_path):
+    """Mistral v0.2 has no sliding window and another rotary base than the defaults of transformers."""
     mistral = {"architectures": ["vwMistralForCausalLM"], "rope_theta": 1e6, "sliding_window": None}
     text_config = converted(copy(**mistral), tmp_path / "out").config.text_config
     assert text_config.model_type == "mistral" and text_config.sliding_window is None
@@ -274,8 +275,8 @@ LLAVA = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama"
 
 
 @pytest.mark.parametrize("source", ["lm_head", "input_embeddings", "random"])
-def test_llava_s_own_format(llama, copy, tmp_path, source):
-    """The release's format without a VM head: the same decoder, and a head to start from."""
+def test_original_llava_format(llama, copy, tmp_path, source):
+    """The decoder is unchanged, and a VM head is initialized."""
     case = Case(llama, tmp_path / "case")
     checkpoint = copy(without("vm_head."), **{**LLAVA, "architectures": None})
     model = converted(checkpoint, tmp_path / "out", vm_head_init=source)
@@ -290,8 +291,8 @@ def test_llava_s_own_format(llama, copy, tmp_path, source):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "architecture is GPT2LMHeadModel .*'gpt2'"),
-        ({"architectures": None, "model_type": None}, "architecture is None"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "architecture GPT2LMHeadModel .*'gpt2'"),
+        ({"architectures": None, "model_type": None}, "architecture None"),
         ({"mm_projector_type": "linear"}, "`mm_projector_type` is 'linear'"),
         ({"mm_use_im_start_end": True}, "`mm_use_im_start_end` is True"),
         ({**LLAVA, "image_aspect_ratio": "anyres"}, "`image_aspect_ratio` is 'anyres'; only 'pad' or 'square'"),
@@ -299,17 +300,17 @@ def test_llava_s_own_format(llama, copy, tmp_path, source):
         ({"quantization_config": {"load_in_4bit": True}}, "weights are quantized"),
     ],
 )
-def test_other_formats_are_refused(copy, tmp_path, config, said):
+def test_other_formats_are_rejected(copy, tmp_path, config, said):
     with pytest.raises(ValueError, match=said):
         convert_checkpoint(copy(**config), tmp_path / "out")
 
 
-def test_folders_that_are_no_checkpoint(copy, tmp_path):
+def test_folder_without_a_checkpoint_is_rejected(copy, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no config.json. It is an adapter"):
+    with pytest.raises(ValueError, match="no config.json. It is an adapter; merge it"):
         convert_checkpoint(tmp_path, tmp_path / "out")
     (tmp_path / "config.json").write_text('{"model_type": "lla')
-    with pytest.raises(ValueError, match="config.json is no JSON"):
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
         convert_checkpoint(tmp_path, tmp_path / "out")
 
 
@@ -322,17 +323,17 @@ def test_damaged_files_are_named(copy, tmp_path, as_bin):
     with pytest.raises(ValueError, match=f"{second.name} cannot be read"):
         convert_checkpoint(checkpoint, tmp_path / "out")
     shutil.copy(first, second)
-    with pytest.raises(ValueError, match=f"{second.name} lacks tensors that its index says it has: "):
+    with pytest.raises(ValueError, match=f"{second.name}: tensors that the index lists are missing: "):
         convert_checkpoint(checkpoint, tmp_path / "out")
     second.unlink()
-    with pytest.raises(ValueError, match=f"not there: {second.name}"):
+    with pytest.raises(ValueError, match=f"missing files: {second.name}"):
         convert_checkpoint(checkpoint, tmp_path / "out")
     index.unlink()
-    with pytest.raises(ValueError, match="No weights in"):
+    with pytest.raises(ValueError, match="contains no weights"):
         convert_checkpoint(checkpoint, tmp_path / "out")
 
 
-def test_nothing_is_written_over_or_between_other_weights(copy):
+def test_existing_output_and_input_are_not_overwritten(copy):
     checkpoint = copy()
     before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
     with pytest.raises(ValueError, match="is or contains the input"):
@@ -353,7 +354,7 @@ def test_nothing_is_written_over_or_between_other_weights(copy):
         ("lmsys/vicuna-7b-v1.5", True),
     ],
 )
-def test_no_path_of_another_machine_is_kept(copy, tmp_path, name, kept):
+def test_local_paths_are_removed_from_the_config(copy, tmp_path, name, kept):
     checkpoint = copy()
     values = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**values, "_name_or_path": name}))

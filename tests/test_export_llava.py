@@ -167,8 +167,8 @@ def test_the_twin_s_processor_is_stock(vtlmm, processor, tmp_path):
     assert back.to_dict() == VTLMMProcessor.from_pretrained(tmp_path / "vtlmm").to_dict()
 
 
-def test_what_an_engine_reads(vtlmm, tmp_path):
-    """A class that it knows by name, no code, and tensors under the names of llava-hf."""
+def test_exported_files_are_those_of_llava_hf(vtlmm, tmp_path):
+    """The class is LLaVA's, there is no code, and the tensors have the names of llava-hf."""
     export_to_llava(vtlmm()[0], tmp_path / "twin")
     config = json.loads((tmp_path / "twin" / "config.json").read_text())
     assert config["architectures"] == ["LlavaForConditionalGeneration"] and config["model_type"] == "llava"
@@ -188,37 +188,37 @@ def test_what_an_engine_reads(vtlmm, tmp_path):
 @pytest.mark.parametrize(
     ("vision", "values", "said"),
     [
-        ("convnext", {}, "its vision tower is a convnext, and stock llava needs the hidden states of a ViT"),
+        ("convnext", {}, "its vision tower is a convnext, but LLaVA needs the hidden states of a ViT"),
         ("mobilenet_v2", {}, "its vision tower is a mobilenet_v2"),
         ("dinov2_with_registers", {}, "has register tokens"),
         ("clip_vision_model", {"projector_type": "linear"}, "its projector is 'linear'"),
         ("clip_vision_model", {"use_pseudo_image_features": True}, "pseudo image features"),
     ],
 )
-def test_what_stock_llava_cannot_express(vtlmm, tmp_path, vision, values, said):
+def test_unsupported_models_are_rejected_with_the_reason(vtlmm, tmp_path, vision, values, said):
     with pytest.raises(ValueError, match=said):
         export_to_llava(vtlmm("llama", vision, **values)[0], tmp_path / "twin")
 
 
-def test_a_twin_is_made_of_a_complete_vtlmm(vtlmm, tmp_path):
+def test_incomplete_vtlmm_is_not_exported(vtlmm, tmp_path):
     folder, _ = vtlmm()
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     name = "model.language_model.layers.1.mlp.up_proj.weight"
     file = folder / index["weight_map"].pop(name)
     tensors = load_file(file)
     save_file({"model.extra": torch.zeros(2), **{key: t for key, t in tensors.items() if key != name}}, file)
-    with pytest.raises(ValueError, match=f"{file.name} lacks tensors that its index says it has: {name}"):
+    with pytest.raises(ValueError, match=f"{file.name}: tensors that the index lists are missing: {name}"):
         export_to_llava(folder, tmp_path / "twin")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    said = rf"missing from .*{file.name}.*: {name}; without a place in the model: model.extra \({file.name}\)\.$"
+    said = rf"missing from .*{file.name}.*: {name}; unexpected: model.extra \({file.name}\)\.$"
     with pytest.raises(ValueError, match=said):
         export_to_llava(folder, tmp_path / "twin")
     LlavaConfig().save_pretrained(folder)
-    with pytest.raises(ValueError, match="`model_type` is 'llava'; a twin is made of a VT-LMM only"):
+    with pytest.raises(ValueError, match="`model_type` is 'llava'; only a VT-LMM can be exported"):
         export_to_llava(folder, tmp_path / "twin")
 
 
-# --- from the llava-hf format, and back
+# ---- From the llava-hf format and back ----
 
 OLD, MODULES, SAVED = "as llava-hf has them", "the modules' own", "as transformers saves them today"
 
@@ -291,20 +291,20 @@ def test_llava_hf_and_back(llava, processor, tmp_path, style, text):
 
 
 @pytest.mark.parametrize("style", [OLD, MODULES])
-def test_llava_tensors_that_do_not_fit_are_named(llava, tmp_path, style):
+def test_unfitting_llava_tensors_are_named(llava, tmp_path, style):
     name = llava_name("model.language_model.layers.1.mlp.up_proj.weight", style)
 
     def change(tensors):
         return {"image_newline": torch.zeros(2), **{key: t for key, t in tensors.items() if key != name}}
 
-    said = rf"missing from model-00001-.*: {name}; without a place in the model: image_newline \(model-00001-of-0"
+    said = rf"missing from model-00001-.*: {name}; unexpected: image_newline \(model-00001-of-0"
     with pytest.raises(ValueError, match=said):
         convert_checkpoint(llava(style, change=change), tmp_path / "out")
 
 
 @pytest.mark.parametrize("mark", ["", "{% generation %}{% endgeneration %}"])
-def test_the_processor_of_a_llava(llava, tmp_path, caplog, mark):
-    """One of an older folder, which has no patch size; its template marks no answers, or without an end of turn."""
+def test_processor_of_an_older_llava_folder(llava, tmp_path, caplog, mark):
+    """Older folders have no patch size. The template has no generation marks, or no end-of-turn token."""
     tokenizer, side = build_tokenizer(), {"height": 28, "width": 28}
     folder = llava()
     values = json.loads((folder / "config.json").read_text())
@@ -325,11 +325,11 @@ def test_the_processor_of_a_llava(llava, tmp_path, caplog, mark):
     generation = GenerationConfig.from_pretrained(tmp_path / "vtlmm")
     assert generation.suppress_tokens == [image_token_id] and generation.pad_token_id == tokenizer.pad_token_id
 
-    assert "Only the middle of a image is seen" in caplog.text
+    assert "crops the center of each image" in caplog.text
 
     caplog.clear()
     command = ["convert", str(folder), "--output", str(tmp_path / "named"), "--chat-template", "vicuna_v1"]
-    assert main([*command, "--pad-to-square"]) == 0 and "Only the middle" not in caplog.text
+    assert main([*command, "--pad-to-square"]) == 0 and "crops the center" not in caplog.text
     named = VTLMMProcessor.from_pretrained(tmp_path / "named")
     assert named.chat_template == load_template("vicuna_v1") and named.image_processor.do_pad
     wide = Image.new("RGB", (56, 28), "red")
@@ -343,7 +343,7 @@ def test_the_processor_of_a_llava(llava, tmp_path, caplog, mark):
     assert main([*command, "--tokenizer", "x"]) == 1
 
 
-def test_images_of_any_size_are_refused(llava, tmp_path):
+def test_pixtral_is_rejected(llava, tmp_path):
     folder = llava()
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "vision_config": {"model_type": "pixtral"}}))

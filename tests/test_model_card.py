@@ -1,19 +1,23 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The card that a folder writes itself."""
+"""The generated model card."""
 
+import html
 import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from conftest import build_config
+from conftest import build_config, build_processor
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from matplotlib.axes import Axes
 from PIL import Image
 
+from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.hub.model_card import write_card
+from vtlmm.hub.private_values import remove_private_values
 
 
 LINE = {"n": 40, "images": 9, "score": 0.75, "low": 0.6, "high": 0.9, "blind": 0.25, "blind_low": 0.1}
@@ -27,6 +31,8 @@ RUN = {
         "image_folder": "/home/me/p",
         "seed": 3,
         "hub_token": "hf_SECRET",
+        "run_name": "me at home",
+        "wandb": {"api_key": "12345", "note": "a|b", "folder": "/home/me/logs"},
     },
     "learning_rate": 2e-5,
     "steps": 100,
@@ -57,7 +63,7 @@ def write_results(path, data: str, subset: str | None = None, scorer: str = "exa
     return path
 
 
-def test_a_card_says_what_was_done_and_measured(folder, tmp_path):
+def test_card_describes_training_and_results(folder, tmp_path):
     results = [
         write_results(tmp_path / "a.json", "someone/questions"),
         write_results(tmp_path / "b.json", "/home/me/rows.json", "the first 40 of 90 rows"),
@@ -78,16 +84,18 @@ def test_a_card_says_what_was_done_and_measured(folder, tmp_path):
         "base_model_relation": "finetune",
         "datasets": ["someone/images"],
     }
-    (result,) = index[0]["results"]  # that of the subset is no result on the data set
+    (result,) = index[0]["results"]
     assert result["dataset"] == {"name": "someone/questions", "type": "someone/questions", "split": "test"}
     assert [metric["value"] for metric in result["metrics"]] == [0.75, 0.25]
     assert "| joint | start | someone/images | 800 | 100 | 1 | 2e-05 | 8 × a GPU | 2 |" in card.text
     assert "lm_loss 1.25, visual_loss 0.5 |" in card.text and "commit abc1234" in card.text
     assert "| count | 40 | 75.0% | 60.0% – 90.0% | 25.0% | 10.0% – 40.0% |" in card.text
-    assert "hf_SECRET" not in card.text  # old records have it
-    assert "SUBSET: the first 40 of 90 rows" in card.text and "![patches.png](patches.png)" in card.text
+    assert not any(text in card.text for text in ("hf_SECRET", "12345", "me at home"))
+    assert "a&#124;b" in card.text and "# VT-LMM: tower + decoder" in card.text
+    assert "subset: the first 40 of 90 rows" in card.text and "![patches.png](patches.png)" in card.text
     assert "](0_row%203%2C%20image%201.png)" in card.text
-    assert '"revision": "…"' in card.text and "inproceedings{peng2024multimodal" in card.text
+    assert "| setting | decoder | joint |" in card.text and "| seed | 3 | 3 |" in card.text
+    assert "…" not in card.text and "inproceedings{peng2024multimodal" in card.text
     published = [card.text, *(file.read_text() for file in (folder / "results").iterdir())]
     assert len(published) == 3 and not any("/home/me" in text for text in published)
     (file,) = (folder / ".eval_results").iterdir()
@@ -96,13 +104,13 @@ def test_a_card_says_what_was_done_and_measured(folder, tmp_path):
 
 
 def test_results_do_not_replace_each_other(folder, tmp_path):
-    """A part of the data is not the whole; a file is one split, whatever the loader calls it."""
+    """A subset and the whole data set are two results. A local file has no split."""
     whole = write_results(tmp_path / "a.json", "/home/me/one/test.parquet")
     part = write_results(tmp_path / "b.json", "/home/me/one/test.parquet", "the first 40 of 90 rows")
     write_card(folder, "me/model", license="mit", results=[whole, part])
     text = (folder / "README.md").read_text()
     assert len(list((folder / "results").iterdir())) == 2 and "split test" not in text
-    assert "**test.parquet**, scorer exact." in text
+    assert "**test.parquet**, scorer exact\n" in text
     scored = [write_results(tmp_path / f"{name}.json", "someone/set", scorer=name) for name in ("exact", "vqa")]
     write_card(folder, "me/model", license="mit", results=scored)
     entries = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results/someone_set.yaml").read_text()))
@@ -112,14 +120,14 @@ def test_results_do_not_replace_each_other(folder, tmp_path):
         table = write_results(tmp_path / "d.json", "someone/other", split=split)
         write_card(folder, "me/model", license="mit", results=[table])
         card = ModelCard.load(folder / "README.md")
-        assert f"split {split}" in card.text and "someone/other" not in str(card.data.to_dict())
-    assert not (folder / ".eval_results/someone_other.yaml").exists()  # it would stand on the data set's leaderboard
+        assert f"split {split}" in html.unescape(card.text) and "someone/other" not in str(card.data.to_dict())
+    assert not (folder / ".eval_results/someone_other.yaml").exists()
     other = write_results(tmp_path / "c.json", "/home/me/two/test.parquet")
-    with pytest.raises(ValueError, match="Two of the results would be one file"):
+    with pytest.raises(ValueError, match="Two results files would both be published as"):
         write_card(folder, "me/model", license="mit", results=[whole, other])
 
 
-def test_a_card_is_written_again_as_it_was_and_one_by_hand_stays(folder, tmp_path):
+def test_card_is_reproducible_and_a_card_by_hand_stays(folder, tmp_path):
     results = [write_results(tmp_path / "a.json", "someone/questions")]
     write_card(folder, "me/model", license="mit", base_models=["someone/else"], results=results)
     first = (folder / "README.md").read_text()
@@ -133,8 +141,8 @@ def test_a_card_is_written_again_as_it_was_and_one_by_hand_stays(folder, tmp_pat
     assert (folder / "README.md").read_text() == by_hand
 
 
-def test_the_curves_of_all_stages(folder, monkeypatch):
-    """A stage begins where the one before it ended. Without matplotlib there is no image, and the card says none."""
+def test_curves_of_all_stages(folder, monkeypatch):
+    """Each stage starts at the last step of the one before. Without matplotlib there is no plot."""
     drawn, plot = [], Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda *args, label: drawn.append((label, args[1:])) or plot(*args, label=label))
     write_card(folder, "me/model")
@@ -151,7 +159,7 @@ def test_the_curves_of_all_stages(folder, monkeypatch):
     assert "curves.png" not in (folder / "README.md").read_text()
 
 
-def test_the_licence_s_text_is_there_when_it_is_ours(folder):
+def test_license_text_is_written_for_our_license(folder):
     write_card(folder, "me/model", license="apache-2.0")
     assert (folder / "LICENSE").read_text() == Path(__file__).parents[1].joinpath("LICENSE").read_text()
     write_card(folder, "me/model", license="llama2")
@@ -164,20 +172,55 @@ def test_the_licence_s_text_is_there_when_it_is_ours(folder):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "`vtlmm convert me/model --to llava"),
-        ({"use_pseudo_image_features": True}, "There is no native twin .* its decoder reads pseudo image features"),
-        ({"vision": "convnext"}, "There is no native twin .* its vision tower is a convnext"),
+        ({}, "`vtlmm export me/model --to llava"),
+        ({"use_pseudo_image_features": True}, "(?s)cannot be exported .* its decoder reads pseudo image features"),
+        ({"vision": "convnext"}, "(?s)cannot be exported .* its vision tower is a convnext"),
     ],
 )
-def test_a_twin_is_promised_where_there_is_one(tmp_path, options, said):
+def test_card_says_whether_the_model_can_be_exported(tmp_path, options, said):
     build_config(**options).save_pretrained(tmp_path)
     write_card(tmp_path, "me/model")
     assert re.search(said, (tmp_path / "README.md").read_text())
 
 
-def test_results_that_are_none_are_refused(folder, tmp_path):
+def test_results_beside_the_model_are_published(folder, tmp_path):
+    (tmp_path / "eval").mkdir()
+    write_results(tmp_path / "eval/results.json", "someone/questions")
+    values = json.loads((tmp_path / "eval/results.json").read_text())
+    (tmp_path / "eval/results.json").write_text(json.dumps({**values, "model": str(folder)}))
+    (tmp_path / "other").mkdir()
+    write_results(tmp_path / "other/results.json", "someone/other")  # of another model
+    write_card(folder, "me/model", license="mit")
+    assert [file.name for file in (folder / "results").iterdir()] == ["someone_questions_test_exact.json"]
+    assert "someone/other" not in (folder / "README.md").read_text()
+
+
+def test_snippet_of_the_card_runs(tmp_path, monkeypatch):
+    """Only the repository and the image are replaced by local files."""
+    torch.manual_seed(0)
+    model = tmp_path / "model"
+    VTLMMForConditionalGeneration(build_config()).save_pretrained(model)
+    build_processor().save_pretrained(model)
+    write_card(model, "me/model", license="mit")
+    snippet = re.findall(r"```python\n(.*?)```", (model / "README.md").read_text(), re.DOTALL)[0]
+    Image.new("RGB", (40, 30)).save(tmp_path / "bee.png")
+    snippet = re.sub(r"https://\S+bee\.jpg", str(tmp_path / "bee.png"), snippet).replace("me/model", str(model))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    exec(compile(snippet, "card", "exec"), {})
+
+
+def test_private_values_are_removed_at_every_depth():
+    values = {"a": {"hub_token": "x", "list": ["hf_abcdefgh", "/home/me/data.json"], "url": "https://me:pw@host/x"}}
+    assert remove_private_values(values) == {"a": {"list": ["data.json"]}}
+    assert remove_private_values({"max_new_tokens": 3, "dataset_name": "someone/set"}) == {
+        "max_new_tokens": 3,
+        "dataset_name": "someone/set",
+    }
+
+
+def test_invalid_results_and_images_are_rejected(folder, tmp_path):
     (tmp_path / "a.json").write_text('{"accuracy": 1}')
-    with pytest.raises(ValueError, match="a.json holds no results: pass a results.json"):
+    with pytest.raises(ValueError, match="a.json contains no results. Pass a results.json"):
         write_card(folder, "me/model", results=[tmp_path / "a.json"])
-    with pytest.raises(ValueError, match="a.json is no PNG"):
+    with pytest.raises(ValueError, match="a.json is not a PNG file"):
         write_card(folder, "me/model", images=[tmp_path / "a.json"])

@@ -2,9 +2,6 @@
 """Load a saved folder in a process that cannot import this package, so that all code comes from the folder."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -12,21 +9,9 @@ import torch
 from PIL import Image
 
 from modeling_vtlmm.configuration_vtlmm import AUTO_MAP
+from vtlmm.hub.isolated_load import run_without_package
 
 
-# A locally registered class takes precedence over the code in the folder, so the import of the package must fail.
-BLOCK = textwrap.dedent(
-    """
-    import importlib.abc, sys
-
-    class Block(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if path is None and name in ("modeling_vtlmm", "vtlmm"):
-                raise ImportError(f"{name} is not installed here")
-
-    sys.meta_path.insert(0, Block())
-    """
-)
 LOAD = textwrap.dedent(
     """
     import json
@@ -62,9 +47,7 @@ LOAD = textwrap.dedent(
 
 
 def in_clean_process(code: str, *arguments, cache) -> dict:
-    environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    command = [sys.executable, "-c", BLOCK + code, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache)
+    result = run_without_package(code, *arguments, folder=cache)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.split("FOUND")[-1])
 

@@ -225,7 +225,7 @@ def test_answers_that_cannot_be_marked_are_said(tokenizer):
 
     later = "(message['content'] if loop.index < 3 else message['content'] | upper)"
     upper = CHATML.replace("message['content']", later)
-    with pytest.warns(UserWarning, match="the marks do not cover the answers"):
+    with pytest.warns(UserWarning, match="the marks do not enclose the answers"):
         add_images_and_marks(upper, tokenizer)
 
     adapted = add_images_and_marks(THINKING, tokenizer)

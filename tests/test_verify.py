@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Damaged folders, each damage named. (An intact one: test_push.py, by id and as a twin.)"""
+"""`vtlmm verify` names each kind of damage. Complete repositories are tested in test_push.py."""
 
 import json
 import shutil
@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 from vtlmm.cli.main import main
-from vtlmm.hub import isolated_load
+from vtlmm.hub import isolated_load, verify
 from vtlmm.hub.isolated_load import differences, probe
 from vtlmm.hub.model_card import write_card
 from vtlmm.hub.push import record_logits
+from vtlmm.hub.verify import verify_checkpoint
 
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -22,7 +23,7 @@ SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A complete folder in two shards, in bfloat16."""
+    """Return a complete folder in bfloat16, with two shards."""
     path = tmp_path_factory.mktemp("whole") / "model"
     torch.manual_seed(0)
     model = VTLMMForConditionalGeneration(build_config()).bfloat16()
@@ -32,9 +33,9 @@ def whole(tmp_path_factory):
     write_card(path, "somebody/model", license="apache-2.0")
     (path / ".eval_results").mkdir()
     (path / ".eval_results/vqa.yaml").write_text("- dataset: {id: someone/vqa, task_id: default}\n  value: 0.5\n")
-    # what training leaves beside a model is no part of it
+    # Files of a training, which are not published.
     (path / "checkpoint-2").mkdir()
-    for name in ("checkpoint-2/optimizer.bin", "training_args.bin"):
+    for name in ("checkpoint-2/optimizer.bin", ".env"):
         (path / name).write_bytes(b"")
     return path
 
@@ -71,89 +72,126 @@ DAMAGES = {
     "code file": (lambda f: (f / "layers_vtlmm.py").unlink(), "layers_vtlmm.py: this code file is missing"),
     "class": (
         lambda f: edit_text(f / "processing_vtlmm.py", "class VTLMMProcessor(", "class Processor("),
-        "processing_vtlmm.py: the class VTLMMProcessor, which the auto_map names, is not in it",
+        "processing_vtlmm.py: the class VTLMMProcessor, which `auto_map` names, is missing",
     ),
     "auto_map": (
         lambda f: edit_json(f / "config.json", lambda c: c["auto_map"].pop("AutoModelForCausalLM")),
-        "config.json: auto_map should have AutoModelForCausalLM: modeling_vtlmm.VTLMMForConditionalGeneration",
+        "config.json: `auto_map` must map AutoModelForCausalLM to modeling_vtlmm.VTLMMForConditionalGeneration",
     ),
     "processor's auto_map": (
         lambda f: edit_json(f / "processor_config.json", lambda c: c.pop("auto_map")),
-        "processor_config.json: auto_map should have AutoProcessor",
+        "processor_config.json: `auto_map` must map AutoProcessor",
     ),
-    "shard": (lambda f: (f / SHARDS[1]).unlink(), f"index.json names files that are not there: {SHARDS[1]}"),
+    "shard": (lambda f: (f / SHARDS[1]).unlink(), f"index.json names missing files: {SHARDS[1]}"),
     "shard of another": (
         lambda f: shutil.copy(f / SHARDS[0], f / SHARDS[1]),
-        f"{SHARDS[1]} lacks tensors that its index says it has: ",
+        f"{SHARDS[1]}: tensors that the index lists are missing: ",
     ),
     "shard too many": (
         lambda f: shutil.copy(f / SHARDS[0], f / "model.safetensors"),
-        "model.safetensors: the index does not name it: remove it",
+        "model.safetensors: the index does not name this file; remove it",
     ),
     "tensor": (
         lambda f: change_weight(f, "model.vm_head.weight", without),
-        "lacks tensors that its index says it has: model.vm_head.weight",
+        "tensors that the index lists are missing: model.vm_head.weight",
     ),
     "shape": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(visual_vocab_size=40)),
-        "of another shape than the config says: model.vm_head.weight",
-    ),
-    "pickle": (
-        lambda f: (f / "pytorch_model.bin").write_bytes(b""),
-        "pytorch_model.bin: only safetensors are published",
+        "of a shape that differs from the config: model.vm_head.weight",
     ),
     "processor": (lambda f: (f / "processor_config.json").unlink(), "processor_config.json: missing"),
     "tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: missing"),
     "chat template": (lambda f: (f / "chat_template.jinja").unlink(), "chat_template.jinja: missing"),
     "end of answers": (
         lambda f: edit_json(f / "generation_config.json", lambda c: c.update(eos_token_id=99)),
-        "generation_config.json: eos_token_id is 99, and the decoder has 64 words",
+        "generation_config.json: `eos_token_id` is 99, but the vocabulary has 64 tokens",
     ),
     "generation": (
         lambda f: edit_json(f / "generation_config.json", lambda c: c.update(temperature=0.5, do_sample=False)),
         "generation_config.json: ",
     ),
-    "card": (lambda f: (f / "README.md").unlink(), "README.md: missing"),
+}
+CARD_DAMAGES = {
     "front matter": (
         lambda f: edit_text(f / "README.md", "tags:\n", "tags: [\n"),
-        "README.md: the front matter cannot be read: while parsing",
+        "README.md: the front matter is invalid: while parsing",
     ),
     "license": (
         lambda f: edit_text(f / "README.md", "license: apache-2.0\n", ""),
-        "README.md: the front matter has no `license`",
+        "README.md: `license` is missing in the front matter",
     ),
     "library": (
         lambda f: edit_text(f / "README.md", "library_name: transformers", "library_name: peft"),
-        "README.md: `library_name` of the front matter is 'peft', not 'transformers'",
+        "README.md: `library_name` in the front matter is 'peft'; it must be 'transformers'",
     ),
     "base": (
         lambda f: edit_text(f / "README.md", "tags:\n", "base_model: /models/vicuna\ntags:\n"),
-        "README.md: the base model '/models/vicuna' is no Hub id",
+        "README.md: the base model '/models/vicuna' is not a Hub id",
     ),
     "model-index": (
         lambda f: edit_text(f / "README.md", "tags:\n", "model-index:\n- name: model\n  results: [{}]\ntags:\n"),
-        "README.md: the front matter cannot be read: ",
+        "README.md: the front matter is invalid: ",
     ),
     "results": (
         lambda f: edit_text(f / ".eval_results/vqa.yaml", "task_id", "task"),
-        ".eval_results/vqa.yaml: no list of evaluation results: ",
+        ".eval_results/vqa.yaml: not a list of evaluation results: ",
     ),
-    "record": (lambda f: (f / "vtlmm_check.json").unlink(), "vtlmm_check.json: no recorded logits"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_named(folder, capsys, name):
-    damage, said = DAMAGES[name]
+    damage, text = DAMAGES[name]
     damage(folder)
     assert main(["verify", str(folder)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert said in lines[1] and "2 problems" in lines[0], lines  # that one, and that it was not loaded
-    assert lines[2].strip() == "not loaded: first mend what is named above"
+    assert text in lines[1] and "2 problems" in lines[0], lines  # the second problem: the model was not loaded
+    assert lines[2].strip() == "not loaded: fix the problems above first"
 
 
-def test_a_changed_weight_is_seen_in_the_logits(folder, capsys):
-    """One row of each head, by the process that loads the folder and compares as far as bfloat16 allows."""
+@pytest.mark.parametrize("name", CARD_DAMAGES)
+def test_invalid_card_is_named_and_the_model_still_loads(folder, monkeypatch, name):
+    damage, text = CARD_DAMAGES[name]
+    damage(folder)
+    monkeypatch.setattr(verify, "load_in_new_process", lambda *arguments: ["loaded"])
+    problem, loaded = verify_checkpoint(folder).problems
+    assert text in problem and loaded == "loaded"
+
+
+def test_folder_without_card_and_record_gives_warnings(tmp_path, capsys):
+    """A composed or trained model that was never pushed is loaded, and is not a failure."""
+    torch.manual_seed(0)
+    VTLMMForConditionalGeneration(build_config()).save_pretrained(tmp_path)
+    build_processor().save_pretrained(tmp_path)
+    (tmp_path / "optimizer.pt").write_bytes(b"")
+    assert main(["verify", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(": OK, 3 warnings")
+    assert [line.split(": ")[1] for line in lines[1:]] == ["optimizer.pt", "README.md", "vtlmm_check.json"]
+
+
+FOREIGN_CODE = {
+    "changed module": lambda f: (f / "layers_vtlmm.py").write_text((f / "layers_vtlmm.py").read_text() + "RUN"),
+    "new module": lambda f: (f / "extra_vtlmm.py").write_text("RUN"),
+    "module elsewhere": lambda f: edit_json(
+        f / "tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": ["someone/code--tokens.T", None]})
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN_CODE)
+def test_foreign_code_runs_only_with_trust(folder, monkeypatch, name):
+    text = FOREIGN_CODE[name]
+    text(folder)
+    loads = []
+    monkeypatch.setattr(verify, "load_in_new_process", lambda *arguments: loads.append(arguments) or [])
+    (problem,) = verify_checkpoint(folder).problems
+    assert problem.startswith("not loaded: its code is not that of the installed package") and not loads
+    assert not verify_checkpoint(folder, trust_remote_code=True).problems and len(loads) == 1
+
+
+def test_changed_weight_changes_the_logits(folder, capsys):
+    """One row of each head is changed; the tolerance of bfloat16 does not hide it."""
 
     def change(tensors, name):
         tensors[name][7] *= 1.5
@@ -166,36 +204,36 @@ def test_a_changed_weight_is_seen_in_the_logits(folder, capsys):
     assert "2 problems" in lines[0] and [line.split()[0] for line in lines[1:]] == ["logits", "visual_logits"]
 
 
-def test_as_much_may_differ_as_16_bits_round(whole):
-    """The same weights added up in float32 are another machine to the record in bfloat16: more than float32 allows,
-    less than bfloat16 does. A layer less is more than either."""
+def test_tolerance_depends_on_the_dtype(whole):
+    """The weights computed in float32 differ from the bfloat16 record by more than float32's tolerance."""
     recorded = json.loads((whole / "vtlmm_check.json").read_text())
     model = VTLMMForConditionalGeneration.from_pretrained(whole, dtype=torch.float32)
-    found = probe(model, VTLMMProcessor.from_pretrained(whole))
-    assert len(differences(found, recorded, torch.float32)) == 2
-    assert not differences(found, recorded, torch.bfloat16)
+    values = probe(model, VTLMMProcessor.from_pretrained(whole))
+    assert len(differences(values, recorded, torch.float32)) == 2
+    assert not differences(values, recorded, torch.bfloat16)
     model.model.language_model.layers = model.model.language_model.layers[:1]
-    found = probe(model, VTLMMProcessor.from_pretrained(whole))
-    (said,) = differences(found, recorded, torch.bfloat16)
-    assert said.startswith("logits differ from the recorded ones")
+    values = probe(model, VTLMMProcessor.from_pretrained(whole))
+    (text,) = differences(values, recorded, torch.bfloat16)
+    assert text.startswith("logits differ from the recorded ones")
 
 
 @pytest.mark.parametrize(("change", "device"), [({}, "cpu"), ({"quantization_config": {"load_in_8bit": True}}, None)])
-def test_the_pipeline_takes_no_gpu(folder, monkeypatch, change, device):
-    """A model that is too large for this machine's is right all the same; bitsandbytes places its own."""
-    found = {}
-    monkeypatch.setattr(isolated_load, "pipeline", lambda *args, **kwargs: found.update(kwargs))
+def test_pipeline_runs_on_the_cpu(folder, monkeypatch, change, device):
+    """A GPU may be too small. Models of bitsandbytes choose their device."""
+    options = {}
+    monkeypatch.setattr(isolated_load, "pipeline", lambda *args, **kwargs: options.update(kwargs))
     edit_json(folder / "config.json", lambda config: config.update(change))
     isolated_load.load(
         {"name": str(folder), "revision": None, "trust_remote_code": True, "classes": [], "recorded": None}
     )
-    assert found["device"] == device
+    assert options["device"] == device
 
 
-def test_no_model_and_no_folder(tmp_path, capsys):
+def test_folder_without_a_model_is_rejected(tmp_path, capsys):
     assert main(["verify", str(tmp_path)]) == 1
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert main(["verify", str(tmp_path)]) == 1
     assert main(["verify", "some/model/that/is/not"]) == 1
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 3 and "no model is in it" in said[0] and "is 'bert'; it must be" in said[1]
+    lines = capsys.readouterr().err.splitlines()
+    assert "contains no model" in lines[0] and "is 'bert'; it must be" in lines[1]
+    assert "The folder 'some/model/that/is/not' does not exist" in lines[2] and len(lines) == 3

@@ -20,12 +20,12 @@ from vtlmm.evaluation.runner import task_scores
 from vtlmm.inference.loading import require_fit
 
 from .adapters import add_adapter
-from .card import write_card
 from .checkpoints import SafeCheckpoints
 from .collator import VTLMMCollator
 from .config import VTLMMTrainingConfig
 from .metrics import LossSums, blank_words
 from .packing import prepare_packs, with_lengths
+from .publish import push_checkpoint, push_trained_model, write_run_card
 from .stages import describe, set_trainable
 from .visual_targets import set_visual_target
 from .vm_head_search import add_candidates, format_table, keep_candidate, vm_heads
@@ -419,11 +419,18 @@ class VTLMMTrainer(SafeCheckpoints, SFTTrainer):
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
         if isinstance(self.model, PeftModel) and self.args.should_save:
-            write_card(self, Path(output_dir or self.args.output_dir), Path(self.args.output_dir).name)
+            write_run_card(self, Path(output_dir or self.args.output_dir), Path(self.args.output_dir).name)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, license=None):
-        """TRL's card describes its own trainers; a checkpoint gets a short true one, which `vtlmm push` replaces.
-        `push_to_hub` hands its further arguments here."""
+        """Write the model card of the run so far, which `vtlmm push` replaces."""
         if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            write_card(self, folder, model_name or folder.name, dataset_name, tags, license)
+            write_run_card(self, Path(self.args.output_dir), model_name, dataset_name, tags, license)
+
+    def _push_from_checkpoint(self, checkpoint_folder) -> None:
+        """Upload a complete repository without pickles; the base class uploads its settings with `hub_token`."""
+        if not self._staging:  # called again when the folder has its final name
+            push_checkpoint(self, Path(checkpoint_folder))
+
+    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **card):
+        """As in the base class, but upload only the files of a model; `card` goes to [`create_model_card`]."""
+        return push_trained_model(self, commit_message, blocking, token, revision, **card)

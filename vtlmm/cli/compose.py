@@ -27,6 +27,9 @@ def compose(
     chat_template: Annotated[
         str | None, Option(help="vicuna_v1, mistral or a .jinja file. Default: the decoder's own template.")
     ] = None,
+    drop_system_prompt: Annotated[
+        bool, Option("--drop-system-prompt", help="Leave out the default system prompt of the decoder's template.")
+    ] = False,
     dtype: Annotated[options.DtypeName, Option(help="dtype of the model. auto: the decoder's dtype.")] = "auto",
     seed: options.Seed = 0,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -44,6 +47,7 @@ def compose(
         vm_head_init=vm_head_init,
         vision_feature_layer=vision_feature_layer,
         chat_template=chat_template,
+        drop_system_prompt=drop_system_prompt,
         dtype=None if dtype == "auto" else dtype,
         seed=seed,
         trust_remote_code=trust_remote_code,

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from typer import Argument, Exit, Option
 
+from . import options
+
 
 EXAMPLES = (
     "vtlmm push outputs/joint user/name --license apache-2.0 --dry-run",
@@ -17,16 +19,20 @@ def push(
     folder: Annotated[Path, Argument(help="Folder of a VT-LMM, an exported LLaVA or an adapter.")],
     repo_id: Annotated[str, Argument(metavar="USER/NAME", help="Repository. It is created if it does not exist.")],
     form: Annotated[
-        Literal["adapter", "nf4", "int8", "twin"] | None,
+        Literal["adapter", "nf4", "int8", "llava"] | None,
         Option(
-            help="Push another form of the model: its LLaVA export (twin), or a quantized decoder (nf4, int8). "
+            help="Push another form of the model: its LLaVA export (llava), or a quantized decoder (nf4, int8). "
             "adapter: refuse a folder that is not an adapter."
         ),
     ] = None,
     private: Annotated[bool | None, Option("--private", help="Create a private repository.")] = None,
     revision: Annotated[str | None, Option(help="Branch. It is created if it does not exist.")] = None,
     tag: Annotated[str | None, Option(help="Tag for the commit.")] = None,
+    include: Annotated[
+        list[str] | None, Option(metavar="PATTERN", help="Upload further files, e.g. 'docs/*.md'; repeat it.")
+    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Verify and list the files, but push nothing.")] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     license: Annotated[str | None, Option(help="License of the weights, e.g. apache-2.0 or llama2.")] = None,
     base_model: Annotated[list[str] | None, Option(metavar="ID", help="Base model; repeat it for several.")] = None,
     results: Annotated[
@@ -44,7 +50,9 @@ def push(
         private=private,
         revision=revision,
         tag=tag,
+        include=include or [],
         dry_run=dry_run,
+        trust_remote_code=trust_remote_code,
         license=license,
         base_models=base_model or [],
         results=results or [],

@@ -1,0 +1,157 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""What a trainer publishes: the model card of its run so far, and uploads of complete repositories without pickles."""
+
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from datasets import IterableDataset
+from peft import PeftModel
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
+
+from vtlmm.hub.model_card import write_card
+from vtlmm.hub.push import stage_files, upload_published_files
+from vtlmm.hub.repository import ADAPTER, RUN_RECORD, VTLMM, read_json
+
+from .stages import describe
+
+
+UPLOADING = ".uploading"  # folder in the output folder
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vtlmm")
+SETTINGS = (
+    *("lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "num_train_epochs"),
+    *("max_steps", "max_length", "bf16", "seed"),
+)
+
+
+def write_run_card(
+    trainer: Any,
+    folder: Path,
+    name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | list[str] | None = None,
+    license: str | None = None,
+) -> None:
+    r"""
+    Write the model card of a run into `folder`, unless a card written by hand is there.
+
+    Args:
+        trainer ([`VTLMMTrainer`])
+        name (`str`, *optional*): name of the repository; by default the trainer's `hub_model_id`, or the folder's
+            name.
+        dataset_name, tags, license (*optional*): see [`~transformers.Trainer.create_model_card`].
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = trainer.model
+    if isinstance(model, PeftModel):
+        kind, config = ADAPTER, {**model.active_peft_config.to_dict(), "base_model_name_or_path": base_name(model)}
+    else:
+        kind, config = VTLMM, model.config.to_dict()
+    earlier = read_json(Path(model.name_or_path or "", RUN_RECORD))
+    finished = (folder / RUN_RECORD).is_file()
+    write_card(
+        folder,
+        trainer.args.hub_model_id or getattr(trainer, "hub_model_id", None) or name or folder.name,
+        license=license,
+        datasets=[dataset_name] if dataset_name else [],
+        tags=[tags] if isinstance(tags, str) else tags or [],
+        runs=None if finished else [*(earlier if isinstance(earlier, list) else []), run_so_far(trainer)],
+        kind_and_config=(kind, config),
+    )
+
+
+def base_name(model: PeftModel) -> str | None:
+    """Return the name of an adapter's base model."""
+    config = model.active_peft_config
+    return config.base_model_name_or_path or getattr(model, "name_or_path", None)
+
+
+def run_so_far(trainer: Any) -> dict[str, Any]:
+    """Return an entry for the training record, from the trainer's settings and logs."""
+    args = trainer.args
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: getattr(value, "value", value) for name, value in settings.items()}
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    losses: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        losses |= {name: value for name, value in entry.items() if name in ("eval_lm_loss", "eval_visual_loss")}
+    curves = {
+        name: [[entry["step"], entry[name]] for entry in trainer.state.log_history if name in entry]
+        for name in ("lm_loss", "visual_loss", "eval_lm_loss", "eval_visual_loss")
+    }
+    rows = None if isinstance(trainer.train_dataset, IterableDataset) else len(trainer.train_dataset)
+    return {
+        "stage": trainer.stage.name,
+        "plan": describe(trainer.model, trainer.stage).splitlines(),
+        "settings": {"batch_size": batch_size, **settings},
+        "learning_rate": args.learning_rate,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "rows": rows,
+        "processes": args.world_size,
+        "device": str(args.device.type),
+        "metrics": losses,
+        "curves": {name: points for name, points in curves.items() if points},
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
+    """
+    Upload a checkpoint during training, for every `hub_strategy` but `"end"`.
+
+    The root of the repository becomes the model of the checkpoint. `"checkpoint"` and `"all_checkpoints"` also keep it
+    in a folder of its own. Optimizer states are pickles and stay on this machine.
+    """
+    args = trainer.args
+    if not trainer.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+        return
+    running = trainer.push_in_progress
+    if running is not None and not running.is_done() and not args.hub_always_push:
+        return
+    # A copy with links, because the checkpoint must not change, and may be deleted before the upload ends.
+    stage = Path(args.output_dir, UPLOADING, checkpoint.name)
+    shutil.rmtree(stage, ignore_errors=True)
+    stage_files(checkpoint, stage)
+    write_run_card(trainer, stage)
+    folders = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
+    job: Any = upload_published_files(
+        stage,
+        trainer.hub_model_id,
+        follow_links=True,
+        also_in=folders.get(args.hub_strategy),
+        commit_message=f"Training in progress, step {trainer.state.global_step}",
+        revision=args.hub_revision,
+        token=args.hub_token,
+        run_as_future=True,
+    )
+    job.add_done_callback(lambda _: shutil.rmtree(stage, ignore_errors=True))
+    if running is None or running.is_done():
+        trainer.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]  # the annotation is wrong
+    else:
+        running.jobs.append(job)
+
+
+def push_trained_model(
+    trainer: Any, commit_message: str, blocking: bool, token: str | None, revision: str | None, **card: Any
+) -> Any:
+    """Save the trainer's model with its card and upload it; see [`~transformers.Trainer.push_to_hub`]."""
+    token = token or trainer.args.hub_token
+    if trainer.hub_model_id is None:
+        trainer.init_hf_repo(token=token, private=card.pop("private", None))
+    card.pop("private", None)
+    trainer.save_model(_internal_call=True)
+    if not trainer.is_world_process_zero():
+        return None
+    trainer.create_model_card(**card)
+    trainer._finish_current_push()
+    return upload_published_files(
+        trainer.args.output_dir,
+        trainer.hub_model_id,
+        commit_message=commit_message,
+        revision=revision or trainer.args.hub_revision,
+        token=token,
+        run_as_future=not blocking,
+    )
