@@ -37,7 +37,7 @@ def read_results(path: str | Path) -> Results:
 
 
 def find_results(folder: Path) -> list[Path]:
-    """Return the `results.json` files in `folder`, its subfolders and the folders beside it that are of its model."""
+    """Return the `results.json` files of the model, in `folder`, its subfolders and its sibling folders."""
     candidates = [*folder.glob("results.json"), *folder.glob("*/results.json"), *folder.parent.glob("*/results.json")]
     files = {}
     for path in candidates:

@@ -34,7 +34,7 @@ Tensors = dict[str, "StoredTensor | torch.Tensor"]
 # Tensors that older libraries saved. They are computed from the config.
 DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
 
-# Tensors that bitsandbytes stores beside a weight in 4 or 8 bits.
+# Quantization state that bitsandbytes stores with a weight in 4 or 8 bits.
 QUANTIZED = re.compile(r"\.weight\.(nested_)?(absmax|quant_map)$|\.weight\.quant_state\.\w+$|\.(SCB|weight_format)$")
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -47,7 +47,7 @@ LM_HEAD = "lm_head.weight"
 @dataclass(frozen=True)
 class StoredTensor:
     """
-    A tensor in a file that was not read yet.
+    A tensor that was not read from its file yet.
 
     file (`Path`), key (`str`, its name in the file), meta (`torch.Tensor`: shape and dtype, without values),
     num_rows (`int`, *optional*): number of rows to resize it to when it is read, see [`fit_rows`].
@@ -84,7 +84,7 @@ def list_tensors(folder: Path, names: Names = ()) -> dict[str, StoredTensor]:
     values.
 
     Raises:
-        `ValueError`: if there is no such file, a file is corrupted, or the index names a missing file or tensor.
+        `ValueError`: if such a file is missing, a file is corrupted, or the index names a missing file or tensor.
     """
     tensors = {}
     for file, indexed in _weight_files(folder).items():
@@ -154,7 +154,7 @@ def check_tensors(
     may_lack: tuple[str, ...] = (),
 ) -> None:
     r"""
-    Check that the tensors of the checkpoint in `folder` are those that `save_pretrained` of `model` writes.
+    Compare the tensors of the checkpoint in `folder` with those of `model`, by their names in a saved folder.
 
     Args:
         tensors (`dict`): our names to [`StoredTensor`] or `torch.Tensor`. An `lm_head` that is tied to the embeddings

@@ -72,8 +72,8 @@ def convert_checkpoint(
             `mm_vision_tower` of the config, in the checkpoint's folder if it is a path. Its weights are read only if
             the checkpoint contains none; its config and image processor always.
         tokenizer (`str`, *optional*): Hub id or folder, for the original formats; by default the checkpoint's.
-        chat_template (`str`, *optional*): `"vicuna_v1"`, `"mistral"` or a `.jinja` file; by default that of the
-            checkpoint's class, or of its processor.
+        chat_template (`str`, *optional*): `"vicuna_v1"`, `"mistral"` or a `.jinja` file; by default the template
+            of the checkpoint's class or processor.
         pad_to_square (`bool`, *optional*, defaults to `False`): for a LLaVA-1.5 in the llava-hf format, whose folders
             crop the center of an image: pad the image instead, as in the training of that model. The original formats
             have this setting in their config.
@@ -168,7 +168,7 @@ def _new_vm_head(tensors: Tensors, model: VTLMMForConditionalGeneration, source:
         return weight.normal_(std=std, generator=torch.Generator().manual_seed(0))
     tied = source == "input_embeddings" or config.tie_word_embeddings
     start = cast(StoredTensor, tensors[embeddings_name(model) if tied else LM_HEAD])
-    return start.with_rows(config.visual_vocab_size)
+    return start.with_rows(cast(int, config.visual_vocab_size))
 
 
 def _save_without_weights(

@@ -54,8 +54,8 @@ def download(name: str, revision: str | None = None, patterns: list[str] | None 
         patterns (`list[str]`, *optional*): names of the files to download.
 
     Raises:
-        `ValueError`: if the download fails. `name` may also be a mistyped folder, so the message says that there is no
-            such folder.
+        `ValueError`: if the download fails. `name` may also be a mistyped folder, so the message names the
+            missing folder too.
     """
     try:
         with hub_errors(name, revision):
@@ -63,4 +63,4 @@ def download(name: str, revision: str | None = None, patterns: list[str] | None 
     except HFValidationError as error:
         raise ValueError(f"'{name}' is not a folder, and it is not a valid Hub id (user/name).") from error
     except ValueError as error:
-        raise ValueError(f"{error} There is no local folder '{name}' either.") from error
+        raise ValueError(f"{error} The local folder '{name}' does not exist either.") from error

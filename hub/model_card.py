@@ -77,7 +77,7 @@ def write_card(
     kind_and_config: tuple[str, dict[str, Any]] | None = None,
 ) -> None:
     r"""
-    Write `README.md` into `folder`, with plots, results and license text beside it.
+    Write `README.md` into `folder`, with plots, results and license text.
 
     A card that was written or changed by hand is kept. License, base models, results and images of an earlier
     generated card are kept where they are not given.
@@ -85,11 +85,11 @@ def write_card(
     Args:
         repo_id (`str`): the repository in the card's examples.
         license (`str`, *optional*): the Hub's name of the license of the weights, such as `"apache-2.0"`.
-        base_models (`list[str]`, *optional*): Hub ids; by default those that the folder names.
+        base_models (`list[str]`, *optional*): Hub ids; by default the ids in the config.
         datasets (`list[str]`, *optional*): Hub ids of training data, besides those in the training record.
         tags (`list[str]`, *optional*): additional tags.
-        results (`list`, *optional*): `results.json` files of `vtlmm eval`; by default those in the folder or beside it
-            that are of this model.
+        results (`list`, *optional*): `results.json` files of `vtlmm eval`; by default this
+            model's files in the folder or its siblings.
         images (`list`, *optional*): PNG files to show first, such as `vtlmm tokens` writes.
         runs (`list[dict]`, *optional*): entries of the training record; by default those of `vtlmm_run.json`.
         kind_and_config (`tuple`, *optional*): see [`checkpoint_kind`], for a folder without a model yet.

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""A VT-LMM with its decoder in 4 or 8 bits as a folder of its own, which `from_pretrained` alone loads."""
+"""Write a VT-LMM with a quantized decoder (4 or 8 bits) as a folder that `from_pretrained` loads."""
 
 import logging
 from pathlib import Path
@@ -46,9 +46,10 @@ def quantization_config(quantization: str, compute_dtype: torch.dtype = torch.bf
 
 def write_quantized(folder: str | Path, output: str | Path, quantization: str) -> None:
     r"""
-    Write the VT-LMM in `folder` with the decoder's projections in nf4 or int8 (bitsandbytes) and the rest (tower,
-    projector, embeddings, both heads) in bfloat16. The folder says so itself: loading it needs bitsandbytes and no
-    further argument. A processor is taken along.
+    Write the VT-LMM in `folder` with the decoder's projections in nf4 or int8 (bitsandbytes).
+
+    Vision tower, projector, embeddings and both heads become bfloat16. The config stores the quantization, so loading
+    needs bitsandbytes and no further argument. The processor is copied.
 
     Args:
         folder (`str` or `Path`): a VT-LMM, not quantized.
@@ -56,7 +57,7 @@ def write_quantized(folder: str | Path, output: str | Path, quantization: str) -
         quantization (`str`): `"nf4"` or `"int8"`.
 
     Raises:
-        `ValueError`: when `folder` is no VT-LMM or is quantized already, and when bitsandbytes is not installed.
+        `ValueError`: if `folder` is not a VT-LMM or is already quantized, or bitsandbytes is not installed.
     """
     model_type = read_config_file(Path(folder)).get("model_type")
     if model_type != VTLMMConfig.model_type:

@@ -88,7 +88,7 @@ def card_images(card: str) -> list[str]:
 
 def foreign_code(folder: Path) -> list[str]:
     r"""
-    Return what in `folder` would run code other than that of the installed package, one line each.
+    Return which files in `folder` would run code that differs from the installed package, one line each.
 
     Loading with `trust_remote_code=True` runs the modules that an `auto_map` names. That is safe if each is equal to
     the installed module of the same name and no `auto_map` names a module elsewhere.

@@ -29,7 +29,7 @@ def check_weights(folder: Path, files: list[str], kind: str) -> tuple[int, list[
     if kind == ADAPTER:
         return 0, [] if "adapter_model.safetensors" in shards else ["adapter_model.safetensors: missing"]
     if not shards:
-        return 0, ["model.safetensors: missing, and there are no shards"]
+        return 0, ["model.safetensors: missing, and no shards were found"]
     problems = []
     for file in shards:
         size = (folder / file).stat().st_size

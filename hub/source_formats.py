@@ -186,7 +186,7 @@ def original_class(values: dict[str, Any], folder: Path) -> Original:
 def original_config(values: dict[str, Any], kind: Original, tower: str) -> VTLMMConfig:
     """Return our config for the original code's `config.json` and the vision tower that it names."""
     text_class: Any = CONFIG_MAPPING[kind.text_type]
-    # `rope_theta` was a key of its own then. `sliding_window` is kept even if it is null, because the released code
+    # `rope_theta` was a separate key then. `sliding_window` is kept even if it is null, because the released code
     # reads it, and the class has another default than Mistral v0.2.
     known = {*text_class().to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures", "dtype"}
     text_config = text_class(**{key: value for key, value in values.items() if key in known})

@@ -114,7 +114,7 @@ def set_generation_config(model: Any, tokenizer: Any, vocabulary: Vocabulary, so
     r"""
     Set greedy decoding, as in the release, that suppresses added tokens and stops at every end-of-text token.
 
-    These are the end-of-text tokens of `source`, that of the tokenizer, and the one that its chat template writes
+    These are the end-of-text tokens of `source` and the tokenizer, and the token that its chat template writes
     after an answer.
 
     Args:

@@ -113,11 +113,11 @@ def verify_checkpoint(
 def _load_if_trusted(
     folder: Path, source: tuple[str, str | None], kind: str, recorded: dict[str, Any], trust_remote_code: bool
 ) -> list[str]:
-    """Load the model of `source` in a process of its own, unless its code is unknown and not trusted."""
+    """Load the model of `source` in a new process, unless its code is unknown and not trusted."""
     unknown = foreign_code(folder) if kind == VTLMM else []
     if unknown and not trust_remote_code:
         return [
-            f"not loaded: its code is not that of the installed package ({'; '.join(unknown)}). Read the code, then "
+            f"not loaded: its code differs from the installed package ({'; '.join(unknown)}). Read the code, then "
             "set `trust_remote_code=True` (`--trust-remote-code`) to run it"
         ]
     return load_in_new_process(*source, kind, recorded if "logits" in recorded else None)

@@ -172,5 +172,5 @@ def test_tokens_and_repositories(facts):
 
 def test_without_a_hub(facts):
     assert_rejected(facts["push to no Hub"], "somebody/whole: the Hub cannot be reached", "Connection refused")
-    reasons = "somebody/nothing: the Hub cannot be reached", "There is no local folder 'somebody/nothing' either"
+    reasons = "somebody/nothing: the Hub cannot be reached", "The local folder 'somebody/nothing' does not exist"
     assert_rejected(facts["verify without a Hub"], *reasons)

@@ -186,7 +186,7 @@ def test_foreign_code_runs_only_with_trust(folder, monkeypatch, name):
     loads = []
     monkeypatch.setattr(verify, "load_in_new_process", lambda *arguments: loads.append(arguments) or [])
     (problem,) = verify_checkpoint(folder).problems
-    assert problem.startswith("not loaded: its code is not that of the installed package") and not loads
+    assert problem.startswith("not loaded: its code differs from the installed package") and not loads
     assert not verify_checkpoint(folder, trust_remote_code=True).problems and len(loads) == 1
 
 

@@ -103,7 +103,7 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
     Upload a checkpoint during training, for every `hub_strategy` but `"end"`.
 
     The root of the repository becomes the model of the checkpoint. `"checkpoint"` and `"all_checkpoints"` also keep it
-    in a folder of its own. Optimizer states are pickles and stay on this machine.
+    in a separate folder. Optimizer states are pickles and stay on this machine.
     """
     args = trainer.args
     if not trainer.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
