@@ -1,21 +1,26 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""What the pages of docs/ name exists: `file.py:symbol` and `test_file.py::test`."""
+"""The documentation: names and links exist, commands are accepted, and snippets run at toy size."""
 
 import ast
 import re
 from pathlib import Path
 
 import pytest
+import typer
+from doc_snippets import PAGES, ROOT, blocks, commands, write_demo_outputs
+
+import vtlmm
+from vtlmm.cli.main import build_app, main
 
 
-ROOT = Path(__file__).parents[1]
 FOLDERS = ("modeling_vtlmm", "train", "hub", "vtlmm/*", "tests", "benchmarks")
-# A test without its file belongs to the file named last
-NAMED = re.compile(r"`(?:[\w/]*/)?(?P<file>\w+\.py)?(?P<colons>::?)(?P<symbol>[A-Za-z_][\w.]*)")
+NAMED = re.compile(r"`(?:[\w/]*/)?(?P<file>\w+\.py):(?P<symbol>[A-Za-z_][\w.]*)")
+TEST_FILE = re.compile(r"`(?:tests/)?(test_\w+\.py)`")
+LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 
 
 def symbols(path: Path) -> set[str]:
-    """Functions, classes, `Class.method`s and constants."""
+    """Return the functions, classes, `Class.method`s and constants of a file."""
     found = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -24,35 +29,116 @@ def symbols(path: Path) -> set[str]:
             found |= {f"{node.name}.{method.name}" for method in node.body if isinstance(method, ast.FunctionDef)}
         if isinstance(node, ast.Assign):
             found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id)
     return found
 
 
-def missing(text: str) -> tuple[int, list[str]]:
-    """How many names a page has, and which of them there are not."""
+def missing_symbols(text: str) -> tuple[int, list[str]]:
+    """Return how many `file.py:symbol` a text has, and those that do not exist."""
     files = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}/*.py"))]
-    known = {}
-    number, lacking, last = 0, [], None
-    for match in NAMED.finditer(text):
-        last = match["file"] or last
-        number += 1
-        if last not in known:
-            known[last] = set().union(*(symbols(path) for path in files if path.name == last))
-        if match["symbol"] not in known[last] or (match["colons"] == "::") != str(last).startswith("test_"):
-            lacking.append(f"{last}{match['colons']}{match['symbol']}")
-    return number, lacking
+    matches = list(NAMED.finditer(text))
+    known = {
+        name: set().union(*(symbols(path) for path in files if path.name == name))
+        for name in {match["file"] for match in matches}
+    }
+    return len(matches), [match[0][1:] for match in matches if match["symbol"] not in known[match["file"]]]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_what_a_page_names_exists(page):
-    assert missing(page.read_text(encoding="utf-8"))[1] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_symbols_files_and_links_of_a_page_exist(page):
+    text = page.read_text(encoding="utf-8")
+    assert missing_symbols(text)[1] == []
+    assert [name for name in TEST_FILE.findall(text) if not (ROOT / "tests" / name).is_file()] == []
+    assert [link for link in LINK.findall(text) if not (page.parent / link).exists()] == []
 
 
-def test_the_names_are_found_and_a_wrong_one_is_too():
-    assert missing((ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8"))[0] > 40
-    assert missing((ROOT / "docs" / "traps.md").read_text(encoding="utf-8"))[0] > 20
-    names = "`losses_vtlmm.py:visual_loss_sum` `train/trainer.py:VTLMMTrainer.log` `test_docs.py::test_nothing[x]`"
-    assert missing(f"{names} `::missing`") == (4, ["test_docs.py::test_nothing"])
-    assert missing("`nowhere.py:something`") == (1, ["nowhere.py:something"])
+def test_a_missing_symbol_is_found():
+    assert missing_symbols((ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8"))[0] > 15
+    text = "`stages.py:STAGES` `train/trainer.py:VTLMMTrainer.log` `trainer.py:VTLMMTrainer.nothing` `nowhere.py:x`"
+    assert missing_symbols(text) == (4, ["trainer.py:VTLMMTrainer.nothing", "nowhere.py:x"])
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+# ---- Commands ----
+
+
+def check_command(words: list[str]) -> None:
+    """Raise an error if `vtlmm` does not accept the options of a command. Nothing is run."""
+    command, name, rest = typer.main.get_command(build_app()), "vtlmm", words[1:]
+    while hasattr(command, "commands") and rest and rest[0] in command.commands:
+        command, name, rest = command.commands[rest[0]], rest[0], rest[1:]
+    context = command.make_context(name, list(rest))
+    if name == "train" and "--list-settings" not in rest:
+        from vtlmm.train.recipe import parse_arguments
+
+        parse_arguments(context.args)
+
+
+COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), COMMANDS, ids=[f"{page.stem}-{number}" for number, (page, _) in enumerate(COMMANDS)]
+)
+def test_command_of_a_page_is_accepted(page, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    check_command(words)
+
+
+def test_a_wrong_command_is_found():
+    with pytest.raises(Exception, match="--dataste"):
+        check_command(["vtlmm", "eval", "model", "--dataste", "rows.json"])
+    with pytest.raises(ValueError, match="learning_rat"):
+        check_command(["vtlmm", "train", "--learning_rat", "1"])
+
+
+# These use only files of the demo.
+RUN = ("ask", "tokens", "eval", "analyze", "verify", "push", "export")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN)
+def test_commands_of_the_readme_run(name, tmp_path, monkeypatch):
+    write_demo_outputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    pages = [page for page in PAGES if page.name in ("README.md", "quickstart.md", "serving.md")]
+    words = next(words for page in pages for words in commands(page) if words[1] == name and "demo" in words[2])
+    assert main(words[1:]) == 0
+
+
+# ---- Python ----
+
+SNIPPETS = [(page, code) for page in PAGES for code in blocks(page, "python")]
+IDS = [f"{page.stem}-{number}" for number, (page, _) in enumerate(SNIPPETS)]
+HUB_IDS = {"facebook/dinov2-small": "mobilenet_v2", "HuggingFaceTB/SmolLM2-135M-Instruct": "stories260k"}
+
+
+@pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=IDS)
+def test_snippet_imports_names_that_exist(page, code):
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module == "vtlmm":
+            assert [alias.name for alias in node.names if not hasattr(vtlmm, alias.name)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=IDS)
+def test_snippet_runs(page, code, tmp_path, monkeypatch, request):
+    if "OpenAI(" in code:
+        pytest.skip("needs a running server; see test_serve.py")
+    write_demo_outputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    if any(name in code for name in HUB_IDS):
+        shared = request.getfixturevalue("shared")
+        for name, folder in HUB_IDS.items():
+            code = code.replace(name, str(shared / "weights" / folder))
+    (tmp_path / "outputs" / "own").mkdir()
+    (tmp_path / "outputs" / "own" / "start").symlink_to(tmp_path / "outputs" / "demo" / "model")
+    code = code.replace("num_train_epochs=1", 'max_steps=1, use_cpu=True, report_to="none"')
+    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
 
 
 def test_the_wheel_has_every_package():

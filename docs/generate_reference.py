@@ -1,0 +1,83 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Write the reference pages from the code: the Python API, the commands and the training settings."""
+
+import contextlib
+import inspect
+import io
+import os
+import re
+from pathlib import Path
+
+import vtlmm
+from vtlmm.cli.main import GROUPS, main
+
+
+SECTION = re.compile(r"(Args|Parameters|Returns|Raises|Example|Examples|Source|Equation):$")
+
+
+def write_pages(folder: Path) -> None:
+    """Write `api.md`, `commands.md` and `settings.md` into `folder`."""
+    folder.mkdir(exist_ok=True)
+    for name, text in {"api": api_page(), "commands": commands_page(), "settings": settings_page()}.items():
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def api_page() -> str:
+    """Return the page of all public names: signature and docstring."""
+    parts = ["# Python API", "Import every name from `vtlmm`. `import vtlmm` does not import torch."]
+    for name in vtlmm.__all__:
+        if name == "__version__":
+            continue
+        value = getattr(vtlmm, name)
+        target = value.__init__ if inspect.isclass(value) else value
+        signature = str(inspect.signature(target)).replace("(self, ", "(")
+        code = signature if len(signature) < 1500 else "(…)"  # a configuration has about 200 arguments
+        parts += [f"## {name}", f"```python\n{name}{code}\n```", docstring_to_markdown(inspect.getdoc(value) or "")]
+    return "\n\n".join(parts) + "\n"
+
+
+def docstring_to_markdown(text: str) -> str:
+    """Turn the sections of a docstring into headings and its arguments into list items."""
+    lines, in_section = [], False
+    for line in re.sub(r"\[(`[^`]+`)\]", r"\1", text).splitlines():
+        if SECTION.fullmatch(line):
+            in_section = True
+            lines += ["", f"**{line.removesuffix(':')}**", ""]
+        elif in_section and line.startswith("    "):
+            lines.append(f"  {line.strip()}" if line.startswith("     ") else f"- {line.strip()}")
+        else:
+            in_section = in_section and not line
+            lines.append(line)
+    return "\n".join(lines).strip()
+
+
+def commands_page() -> str:
+    """Return the page of all commands with their help."""
+    parts = ["# Commands", "`vtlmm --version` prints the version. Every command has `--help`."]
+    for heading, commands in GROUPS.items():
+        parts.append(f"## {heading}")
+        parts += [f"### vtlmm {words}\n\n```text\n{help_of(words)}\n```" for words in commands]
+    return "\n\n".join(parts) + "\n"
+
+
+def help_of(words: str) -> str:
+    """Return the help of the command `words`."""
+    os.environ["COLUMNS"] = "100"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main([*words.split(), "--help"])
+    return out.getvalue().strip()
+
+
+def settings_page() -> str:
+    """Return the page of all settings of `vtlmm train`."""
+    from vtlmm.train.recipe import settings_table
+
+    parts = ["# Training settings", "Settings of `vtlmm train`: keys of a recipe, or options `--name value`."]
+    group = None
+    for setting in settings_table():
+        if setting.group != group:
+            group = setting.group
+            parts.append(f"\n## {group.capitalize()}\n\n| setting | type | default | meaning |\n|---|---|---|---|")
+        cells = (f"`{setting.name}`", f"`{setting.type}`", f"`{setting.default}`", setting.help)
+        parts[-1] += "\n| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+    return "\n\n".join(parts) + "\n"
