@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["vtlmm"]
 # ///
-"""Score a model on a dataset, beside the same model with shuffled images.
+"""Score a model on a dataset, with its own images and with shuffled images.
 
 python examples/evaluate.py outputs/demo/model outputs/demo/held_out.parquet
 """

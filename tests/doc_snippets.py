@@ -33,7 +33,7 @@ def commands(page: Path) -> list[list[str]]:
         for line in re.sub(r"\\\n\s*", "", block).splitlines()
         if line.strip().startswith("vtlmm ")
     ]
-    return [shlex.split(line.partition("   #")[0].partition("  # ")[0]) for line in lines]
+    return [shlex.split(line.partition("  # ")[0].replace("$seed", "0")) for line in lines]
 
 
 def write_demo_outputs(folder: Path) -> None:

@@ -35,7 +35,7 @@ def symbols(path: Path) -> set[str]:
 
 
 def missing_symbols(text: str) -> tuple[int, list[str]]:
-    """Return how many `file.py:symbol` a text has, and those that do not exist."""
+    """Return the number of `file.py:symbol` in a text, and the missing ones."""
     files = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}/*.py"))]
     matches = list(NAMED.finditer(text))
     known = {

@@ -253,7 +253,7 @@ def test_chat(work, model_and_processor, monkeypatch, capsys):
     assert "broken.png: the file is not an image" in found[2] and found[3].startswith("Unknown command /jump")
     assert found[4].removeprefix("> ") == answered(third)
     assert " ".join(found[5:7]).split() == words and len(set(words)) > 1
-    assert "no image yet" in found[7] and found[8:] == [answered(turns("hello")), ""]
+    assert "Add an image first" in found[7] and found[8:] == [answered(turns("hello")), ""]
 
 
 # ---- How a model is loaded ----

@@ -105,7 +105,7 @@ def print_words(model, processor, images: list) -> None:
     from vtlmm.analysis.visual_tokens import format_patch_words
 
     if not images:
-        raise ValueError("There is no image yet. Add one with /image PATH.")
+        raise ValueError("Add an image first: /image PATH.")
     if model.config.model_type != "vtlmm":
         raise ValueError(f"This model is a {model.config.model_type} without a VM head. Visual tokens need a VT-LMM.")
     print(format_patch_words(model, processor, images[-1], shutil.get_terminal_size().columns))

@@ -18,7 +18,7 @@ def convert(
     checkpoint: Annotated[str, Argument(help="LLaVA-1.5 or VW-LMM checkpoint: a folder or a Hub id.")],
     output: options.Output,
     vision_tower: Annotated[
-        str | None, Option(help="CLIP tower: a folder or a Hub id. Default: the one that the checkpoint names.")
+        str | None, Option(help="CLIP tower: a folder or a Hub id. Default: the tower that the checkpoint names.")
     ] = None,
     tokenizer: Annotated[str | None, Option(help="Tokenizer, if the checkpoint has none.")] = None,
     chat_template: Annotated[

@@ -60,7 +60,7 @@ def eval(
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Answer and score the questions of a dataset, beside a control with shuffled images."""
+    """Answer and score the questions of a dataset, and repeat it with shuffled images."""
     args = SimpleNamespace(**{name: value for name, value in locals().items() if name != "ctx"}, data=dataset)
     if not (dataset or tasks):
         raise ValueError("The questions are missing. Pass --dataset or --tasks.")

@@ -19,7 +19,7 @@ def merge(
     adapter: Annotated[Path, Argument(help="Folder that `vtlmm train` wrote with LoRA or DoRA.")],
     output: options.Output,
     base: Annotated[
-        str | None, Option(help="Base model: a folder or a Hub id. Default: the one that the adapter names.")
+        str | None, Option(help="Base model: a folder or a Hub id. Default: the model that the adapter names.")
     ] = None,
     dequantize: Annotated[
         bool, Option("--dequantize", help="Merge into the base as nf4 or int8 rounded it in training.")
