@@ -31,7 +31,7 @@ def api_page() -> str:
         value = getattr(vtlmm, name)
         target = value.__init__ if inspect.isclass(value) else value
         signature = str(inspect.signature(target)).replace("(self, ", "(")
-        code = signature if len(signature) < 1500 else "(…)"  # a configuration has about 200 arguments
+        code = signature if len(signature) < 1500 else "(...)"  # a configuration has about 200 arguments
         parts += [f"## {name}", f"```python\n{name}{code}\n```", docstring_to_markdown(inspect.getdoc(value) or "")]
     return "\n\n".join(parts) + "\n"
 
