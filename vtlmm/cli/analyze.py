@@ -2,7 +2,7 @@
 """`vtlmm analyze MODEL --dataset …`"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
@@ -54,7 +54,7 @@ def analyze(
     require_vtlmm(model, revision, trust_remote_code)
     if previous:
         require_vtlmm(previous, trust_remote_code=trust_remote_code)
-    loading = {
+    loading: dict[str, Any] = {
         "dtype": dtype,
         "load_in_4bit": load_in_4bit,
         "load_in_8bit": load_in_8bit,
@@ -63,10 +63,12 @@ def analyze(
         "trust_remote_code": trust_remote_code,
     }
     folder = output or Path("outputs", "analysis", Path(model).name)
+    loaded, processor = load(model, revision=revision, **loading)
     result = analyze_dataset(
-        *load(model, revision=revision, **loading),
+        loaded,
+        processor,
         dataset,
-        image_folder=image_folder,
+        image_folder=None if image_folder is None else str(image_folder),
         split=split,
         labels=labels,
         limit=limit,

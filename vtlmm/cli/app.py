@@ -33,7 +33,7 @@ def app(
     from .load import load, require_vtlmm
 
     require_vtlmm(model, revision, trust_remote_code)
-    loaded = load(
+    loaded, processor = load(
         model,
         dtype=dtype,
         load_in_4bit=load_in_4bit,
@@ -43,6 +43,6 @@ def app(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    page = build_page(*loaded, model, max_new_tokens)
+    page = build_page(loaded, processor, model, max_new_tokens)
     print(f"The page for {model} is at http://{host}:{port}", flush=True)
     launch(page, host, port)

@@ -3,7 +3,7 @@
 
 from os.path import isfile  # `Path.is_file` raises an error for a long question
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -53,7 +53,7 @@ def ask(
 
     from .load import load
 
-    loading = {
+    loading: dict[str, Any] = {
         "dtype": dtype,
         "load_in_4bit": load_in_4bit,
         "load_in_8bit": load_in_8bit,
@@ -65,9 +65,12 @@ def ask(
     if dataset is None:
         *paths, question = prompt
         images = [open_image(path) for path in paths]
-        [answer] = answer_batch(*load(model, **loading), [{"images": images, "question": question}], max_new_tokens)
+        loaded, processor = load(model, **loading)
+        [answer] = answer_batch(loaded, processor, [{"images": images, "question": question}], max_new_tokens)
         print(answer)
         return
-    questions, load_image = read_rows(Path(dataset), image_folder)
-    answer_rows(output, *load(model, **loading), questions, load_image, batch_size, max_new_tokens, model)
+    assert output is not None  # checked above
+    questions, load_image = read_rows(Path(dataset), None if image_folder is None else str(image_folder))
+    loaded, processor = load(model, **loading)
+    answer_rows(output, loaded, processor, questions, load_image, batch_size, max_new_tokens, model)
     print(f"{len(questions)} answers: {output}")

@@ -36,7 +36,7 @@ def chat(
     with contextlib.suppress(ImportError):  # not every Python has it
         import readline  # noqa: F401 - gives `input` a history
     images = [open_image(path) for path in image or []]
-    loaded = load(
+    loaded, processor = load(
         model,
         dtype=dtype,
         load_in_4bit=load_in_4bit,
@@ -47,7 +47,7 @@ def chat(
         trust_remote_code=trust_remote_code,
     )
     print(HELP)
-    converse(*loaded, images, max_new_tokens)
+    converse(loaded, processor, images, max_new_tokens)
 
 
 def converse(model, processor, images: list, max_new_tokens: int) -> None:
@@ -57,7 +57,8 @@ def converse(model, processor, images: list, max_new_tokens: int) -> None:
     from vtlmm.data.images import open_image
     from vtlmm.inference.generation import conversation
 
-    messages, waiting, shown = [], list(images), list(images)
+    messages: list[dict] = []
+    waiting, shown = list(images), list(images)
     while True:
         try:
             line = input("> ").strip()

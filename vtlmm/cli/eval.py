@@ -3,7 +3,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Option
@@ -18,7 +18,17 @@ EXAMPLES = (
 )
 
 # Options that a harness uses; the others have no effect with --tasks
-TASK_OPTIONS = ("model", "tasks", "harness", "include_path", "dataset", "limit", "batch_size", "output", "dtype")
+TASK_OPTIONS: tuple[str, ...] = (
+    "model",
+    "tasks",
+    "harness",
+    "include_path",
+    "dataset",
+    "limit",
+    "batch_size",
+    "output",
+    "dtype",
+)
 TASK_OPTIONS += ("revision", "trust_remote_code")
 
 
@@ -79,7 +89,7 @@ def refuse_unused(ctx: typer.Context) -> None:
     unused = [
         f"--{name.replace('_', '-')}"
         for name in ctx.params
-        if name not in TASK_OPTIONS and ctx.get_parameter_source(name).name == "COMMANDLINE"
+        if name not in TASK_OPTIONS and getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
     ]
     if unused:
         raise ValueError(f"{', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect with --tasks.")
@@ -155,7 +165,7 @@ def check_submission(questions: list[dict], subset: str | None) -> None:
     """A server wants every question once, by its id."""
     if subset:
         raise ValueError(f"--submission wants the whole set, not {subset}: leave --limit out.")
-    seen = {}
+    seen: dict[Any, int] = {}
     for number, question in enumerate(questions):
         if question["id"] is None:
             raise ValueError(f"--submission: question {number} ({question['question'][:60]!r}) has no id.")

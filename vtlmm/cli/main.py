@@ -1,7 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """The command `vtlmm`. Each command imports the library inside its function, so that `--help` does not load torch."""
 
-import inspect
+import importlib
 import logging
 import sys
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class GroupedHelp(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
         for name, command in self.commands.items():
-            heading = str(command.rich_help_panel or "Commands")
+            heading = str(getattr(command, "rich_help_panel", None) or "Commands")
             groups.setdefault(heading, []).append((name, command.get_short_help_str(90)))
         for heading, rows in groups.items():
             with formatter.section(heading):
@@ -89,12 +89,12 @@ def build_app() -> typer.Typer:
             if parent and parent not in groups:
                 groups[parent] = typer.Typer(no_args_is_help=True, help=data.__doc__, **settings)
                 root.add_typer(groups[parent], name=parent, rich_help_panel=heading)
-            examples = inspect.getmodule(function).EXAMPLES
+            module = importlib.import_module(function.__module__)
             (groups[parent] if parent else root).command(
                 name,
                 rich_help_panel=heading,
-                epilog="Examples:\n\n\b\n" + "\n".join(f"  {line}" for line in examples),
-                context_settings=getattr(inspect.getmodule(function), "CONTEXT_SETTINGS", None),
+                epilog="Examples:\n\n\b\n" + "\n".join(f"  {line}" for line in module.EXAMPLES),
+                context_settings=getattr(module, "CONTEXT_SETTINGS", None),
             )(function)
     return root
 

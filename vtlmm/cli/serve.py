@@ -33,7 +33,7 @@ def serve(
         raise ValueError(f"`vtlmm serve` needs more packages: pip install 'vtlmm[serve]' ({error}).") from error
     from .load import load
 
-    loaded = load(
+    loaded, processor = load(
         model,
         dtype=dtype,
         load_in_4bit=load_in_4bit,
@@ -43,6 +43,6 @@ def serve(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    api = build_app(model, *loaded, compile=compile)
+    api = build_app(model, loaded, processor, compile=compile)
     print(f"{model} answers at http://{host}:{port}/v1", flush=True)
     uvicorn.run(api, host=host, port=port, log_level="warning")

@@ -43,11 +43,11 @@ def tokens(
 
     # The images come first, so that a wrong path is found before the model is loaded.
     if dataset:
-        names, opened = images_of_rows(dataset, image_folder, split, limit)
+        names, opened = images_of_rows(dataset, None if image_folder is None else str(image_folder), split, limit)
     else:
-        names, opened = open_images(images)
+        names, opened = open_images(images or [])
     require_vtlmm(model, revision, trust_remote_code)
-    loaded = load(
+    loaded, processor = load(
         model,
         dtype=dtype,
         load_in_4bit=load_in_4bit,
@@ -58,5 +58,5 @@ def tokens(
         trust_remote_code=trust_remote_code,
     )
     folder = output or Path("outputs", "tokens", Path(model).name)
-    save_visual_tokens(*loaded, folder, images=opened, names=names, top_k=top_k, overwrite=overwrite)
+    save_visual_tokens(loaded, processor, folder, images=opened, names=names, top_k=top_k, overwrite=overwrite)
     print(f"{len(opened)} images: a PNG each, {TOKENS_PAGE} and JSON in {folder}")
