@@ -142,3 +142,17 @@ def build_model():
         return model.eval()
 
     return build
+
+
+# Files whose tests start processes, train several stages or load Hub repositories; `make test-fast` leaves them out.
+SLOW_FILES = {
+    *("test_ablate.py", "test_adapters.py", "test_distributed.py", "test_harness.py", "test_merge.py"),
+    *("test_out_of_domain.py", "test_push.py", "test_remote_code.py", "test_run.py", "test_serve.py"),
+    *("test_task_scores.py", "test_transformers_suite.py", "test_verify.py"),
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)

@@ -18,18 +18,10 @@ EXAMPLES = (
 )
 
 # Options that a harness uses; the others have no effect with --tasks
-TASK_OPTIONS: tuple[str, ...] = (
-    "model",
-    "tasks",
-    "harness",
-    "include_path",
-    "dataset",
-    "limit",
-    "batch_size",
-    "output",
-    "dtype",
-)
-TASK_OPTIONS += ("revision", "trust_remote_code")
+TASK_OPTIONS = {
+    *("model", "tasks", "harness", "include_path", "dataset", "limit", "batch_size", "output"),
+    *("dtype", "revision", "trust_remote_code"),
+}
 
 
 def eval(
