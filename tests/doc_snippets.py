@@ -45,9 +45,10 @@ def write_demo_outputs(folder: Path) -> None:
     PILImage.new("RGB", (28, 28), "red").save(demo / "image.png")
     (folder / "images").mkdir()
     for number, color in enumerate(("red", "blue"), 1):
-        PILImage.new("RGB", (28, 28), color).save(folder / "images" / f"{number}.jpg")
+        for place in (folder, folder / "images"):
+            PILImage.new("RGB", (28, 28), color).save(place / f"{number}.jpg")
     (folder / "rows.csv").write_text(
-        "image,question,answer\nimages/1.jpg,what is it ?,a red boat\nimages/2.jpg,what is it ?,a blue boat\n"
+        "image,question,answer\n1.jpg,what is it ?,a red boat\n2.jpg,what is it ?,a blue boat\n"
     )
     rows = [
         {"image": str(demo / "image.png"), "question": "what is it ?", "answer": answer, "kind": "color"}

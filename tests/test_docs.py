@@ -135,8 +135,7 @@ def test_snippet_runs(page, code, tmp_path, monkeypatch, request):
         shared = request.getfixturevalue("shared")
         for name, folder in HUB_IDS.items():
             code = code.replace(name, str(shared / "weights" / folder))
-    (tmp_path / "outputs" / "own").mkdir()
-    (tmp_path / "outputs" / "own" / "start").symlink_to(tmp_path / "outputs" / "demo" / "model")
+    (tmp_path / "outputs" / "start").symlink_to(tmp_path / "outputs" / "demo" / "model")
     code = code.replace("num_train_epochs=1", 'max_steps=1, use_cpu=True, report_to="none"')
     exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
 
