@@ -181,10 +181,9 @@ def test_a_file_of_questions(work, model_and_processor, tmp_path, kind):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('[{"image": "red.png"}]', "row 0 has no text in `question`"),
-        ('[{"question": "what", "image": "nowhere.png"}]', "row 0: there is no image 'nowhere.png'"),
-        ('{"question": "what"}', "must hold a list of records"),
-        ('{"question": "what"}\n{"question": "is"}', "name it .jsonl"),
+        ('[{"image": "red.png"}]', "row 0 has columns ['image'], which match no supported format"),
+        ('[{"question": "what", "image": "nowhere.png"}]', "nowhere.png does not exist"),
+        ('{"question": "what"}', "must hold a list of rows"),
         ("[]", "has no rows"),
         ('{"question": "what"}\n\n{"question"', "rows.jsonl, line 3 is not JSON"),
     ],

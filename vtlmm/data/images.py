@@ -170,7 +170,7 @@ def _file(source: Any) -> str | BinaryIO:
 
 
 def _load_complete(image: Image.Image) -> None:
-    """Decode all pixels. A truncated file is an error even if other code told Pillow to fill the rest with gray."""
+    """Decode all pixels. A truncated file is an error, with any `LOAD_TRUNCATED_IMAGES`."""
     if not ImageFile.LOAD_TRUNCATED_IMAGES:
         image.load()
         return

@@ -193,7 +193,7 @@ def check_rows(
         images (`bool`, *optional*, defaults to `True`): False does not open images, for the lengths alone.
         require_answers (`bool`, *optional*, defaults to `True`): False accepts rows that end with a question.
         max_positions (`int`, *optional*): number of positions of the decoder (`text_config.max_position_embeddings`).
-            Rows are never longer than this, whatever `max_length` is.
+            It bounds `max_length`.
 
     Raises:
         `ValueError`: if the chat template does not mark the answers or their end, or there are no rows.

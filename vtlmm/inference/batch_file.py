@@ -1,95 +1,65 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Questions without known answers: rows of a file, answered into a file that a stopped run goes on with."""
+"""Answer a file of questions; resumable."""
 
-import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-from datasets import Dataset, Image, List
+from PIL import Image
 from tqdm.auto import tqdm
 
 from vtlmm.data.images import image_key, open_image
+from vtlmm.data.questions import split_questions
+from vtlmm.data.rows import load_rows, undecoded_images
 
 from .resumable import answer_all, digest, open_run, run_key
 
 
-def read_rows(path: Path, image_folder: str | None = None) -> tuple[list[dict], Callable]:
+def load_questions(
+    dataset: str | Path, image_folder: str | Path | None = None
+) -> tuple[list[dict], Callable[[str], Image.Image]]:
     r"""
-    The questions of a file, and the function that gives the image from PIL of a key in their `images`.
+    Load questions, with or without answers, in any format of [`load_rows`].
 
-    Args:
-        path (`Path`): `.json` (a list), `.jsonl` or `.parquet` with `question`, and `image` or `images`, each a path
-            or, in a parquet file, the bytes; an `id` is kept.
-        image_folder (`str`, *optional*): where relative paths start; by default beside the file.
+    Returns:
+        The questions (see [`split_questions`]; `images` are names, `id` is kept), and a function that opens the image
+        of a name.
 
     Raises:
-        `ValueError`: naming the row that has no question or names a image that is not there.
-        `FileNotFoundError`: without the file.
+        `ValueError`: if there are no rows, and see [`load_rows`].
+        `FileNotFoundError`: naming the row of an image file that does not exist.
     """
-    folder = Path(image_folder or path.parent)
-    questions, embedded = [], {}
-    rows = _read_table(path)
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get("question"), str):
-            raise ValueError(f"{path}, row {index} has no text in `question`.")
-        images, keys = row.get("images") or row.get("image") or [], []
-        for position, image in enumerate(images if isinstance(images, list) else [images]):
-            key = image.get("path") if isinstance(image, dict) else image
-            if isinstance(image, bytes) or (isinstance(image, dict) and image.get("bytes") is not None):
-                key = f"row {index}, image {position}"
-                embedded[key] = (index, position)
-            elif not isinstance(key, str) or not (folder / key).is_file():
-                raise ValueError(f"{path}, row {index}: there is no image {key!r} in {folder}.")
-            keys.append(key)
-        named = {"id": row["id"]} if row.get("id") is not None else {}
-        questions.append({"images": keys, "question": row["question"], **named})
-    if not questions:
-        raise ValueError(f"{path} has no rows.")
+    rows = load_rows(dataset, image_folder=image_folder, require_answers=False, keep_columns=["id"])
+    rows = undecoded_images(rows)
+    folder = os.path.abspath(image_folder or (dataset if os.path.isdir(dataset) else os.path.dirname(dataset)))
+    places: dict[str, tuple[int, int]] = {}
 
-    def load_image(key: str):
-        if key not in embedded:
-            return open_image(folder / key)
-        index, position = embedded[key]
-        images = rows[index].get("images") or rows[index]["image"]
-        image = images[position] if isinstance(images, list) else images
-        try:
-            return open_image(io.BytesIO(image if isinstance(image, bytes) else image["bytes"]))
-        except ValueError as error:
-            raise ValueError(f"{path}, {key} is none that can be read.") from error
+    def image_name(image: dict, index: int, position: int) -> str:
+        name = f"row {index}, image {position}"
+        if image["bytes"] is None:
+            if not os.path.isfile(image["path"]):
+                raise FileNotFoundError(f"{dataset}, row {index}: the image file {image['path']} does not exist.")
+            name = os.path.relpath(image["path"], folder)
+        places.setdefault(name, (index, position))
+        return name
+
+    questions = []
+    for index, row in enumerate(rows):
+        names = [image_name(image, index, position) for position, image in enumerate(row["images"])]
+        row_id = json.loads(row["id"])
+        for question in split_questions([{**row, "images": names}], unanswered=True):
+            # the answer is not compared here: `vtlmm eval` scores answers
+            kept = {key: value for key, value in question.items() if key not in ("row", "answer")}
+            questions.append({**kept, **({} if row_id is None else {"id": row_id})})
+    if not questions:
+        raise ValueError(f"{dataset} has no rows with a question.")
+
+    def load_image(name: str) -> Image.Image:
+        index, position = places[name]
+        return open_image(rows[index]["images"][position])
 
     return questions, load_image
-
-
-def _read_table(path: Path):
-    """The rows; those of a parquet file stay on the disk, with their images undecoded."""
-    if path.suffix == ".parquet":
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: there is no such file.")
-        rows = Dataset.from_parquet(str(path))
-        for name, feature in rows.features.items():
-            if isinstance(feature, Image):
-                rows = rows.cast_column(name, Image(decode=False))
-            elif isinstance(getattr(feature, "feature", None), Image):
-                rows = rows.cast_column(name, List(Image(decode=False)))
-        return rows
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".json":
-        return [_read_line(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}. With one record a line, name it .jsonl.") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} must hold a list of records, not a {type(rows).__name__}.")
-    return rows
-
-
-def _read_line(path: Path, number: int, line: str):
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
 
 
 def answer_rows(
