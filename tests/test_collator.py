@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The collator against a slow one of another make, and its labels read back as words."""
+"""Compare the collator with a slow implementation, and read its labels back as words."""
 
 import pickle
 
@@ -20,7 +20,7 @@ BOS, EOS, PAD = 1, 2, 3
 
 
 def parts(text):
-    """`■` is a image."""
+    """`■` is an image."""
     pieces = [("image", None) if piece == "■" else ("text", piece) for piece in text.split("|")]
     # a loaded dataset fills keys with None
     return [{"type": kind, "text": text, "image": None} for kind, text in pieces]
@@ -44,7 +44,7 @@ ROWS = [
 
 
 def slow_collate(processor, rows):
-    """Word by word for the template of `conftest`; shares no code with the collator."""
+    """Encode word by word for the template of `conftest`. Shares no code with the collator."""
 
     def words(text):
         return processor.tokenizer.encode(text, add_special_tokens=False)
@@ -76,7 +76,7 @@ def slow_collate(processor, rows):
 
 
 def collate_by_template(processor, rows):
-    """The processor's own way, as in generation: the marks in the text are repeated before it is tokenized."""
+    """Encode as the processor does for generation: image marks are repeated before tokenization."""
     conversations = []
     for item in rows:
         images = iter(item["images"])
@@ -113,7 +113,7 @@ def assert_equal_batches(batch, expected):
 
 
 def supervised_words(processor, labels):
-    """The decoded runs of targets of one row."""
+    """Return the decoded runs of supervised tokens of one row."""
     runs, last = [], -100
     for label in labels.tolist():
         if label != -100:
@@ -127,7 +127,7 @@ def test_equals_slow_collator(processor):
 
 
 @pytest.mark.parametrize("template", ["conftest", "vicuna_v1", "mistral", "with BOS"])
-def test_equals_the_processors_own_way(template):
+def test_equals_the_processor(template):
     processor = build_processor()
     if template == "with BOS":
         processor.chat_template = "{{ bos_token }}" + processor.chat_template
@@ -149,7 +149,7 @@ def test_labels_are_the_answers(processor):
     ]
 
 
-def test_what_is_never_a_target(processor):
+def test_tokens_that_are_never_supervised(processor):
     # an answer that shows a image
     rows = [*ROWS, row("what ?", "yes", images=[make_image()])]
     rows[-1]["messages"][1]["content"] = parts("yes|■")
@@ -174,7 +174,7 @@ def test_text_only_batch_and_padding(processor):
 
 
 def test_images_of_all_kinds(processor):
-    """In the order of the rows; of every mode; as float32."""
+    """Images are in the order of the rows, of every mode, and float32."""
     colors = ["red", "green", "blue"]
     rows = [row("■", "yes", images=[make_image(c)]) for c in colors]
     rows += [row("■|■", "yes", images=[make_image("white", "L"), make_image("white", "RGBA", size=(30, 90))])]
@@ -216,7 +216,7 @@ def test_rows_are_not_changed(processor):
 
 
 def test_token_that_crosses_the_mark(processor):
-    """A word half in the answer is a target, as in transformers."""
+    """A word that is partly in the answer is supervised, as in transformers."""
     own = build_processor()
     own.chat_template = own.chat_template.replace("' ASSISTANT :'", "' ASSISTANT : re'").replace("{{ ' ' +", "{{")
     _, supervised = encode_messages(own, row("what ?", "d")["messages"])
@@ -290,8 +290,8 @@ def test_templates_that_cannot_supervise():
         VTLMMCollator(own)([ROWS[1]])
 
 
-def test_a_token_that_ends_after_the_mark_is_no_target():
-    """A tokenizer of the SentencePiece kind takes the space before a word into the word's token."""
+def test_a_token_that_ends_after_the_mark_is_not_supervised():
+    """A SentencePiece tokenizer includes the space before a word in the token of the word."""
     vocabulary = ["<unk>", "<s>", "</s>", "▁USER", "▁:", "▁ASSISTANT", "▁red", "▁what", "▁"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -307,8 +307,8 @@ def test_a_token_that_ends_after_the_mark_is_no_target():
     assert targets == ["▁red", "</s>", "▁red", "</s>", "▁"]
 
 
-def test_an_end_of_turn_that_takes_the_line_break_behind_it_is_a_target():
-    """As Phi-3's: its token reaches over the mark."""
+def test_an_end_of_turn_with_a_line_break_is_supervised():
+    """The end-of-turn token of Phi-3 extends past the mark."""
     own = build_processor()
     own.tokenizer.add_special_tokens({"eos_token": AddedToken("<|end|>", rstrip=True, special=True)})
     own.chat_template = own.chat_template.replace("{% endgeneration %}{{ ' ' }}", "{% endgeneration %}{{ '\n' }}")
@@ -317,7 +317,7 @@ def test_an_end_of_turn_that_takes_the_line_break_behind_it_is_a_target():
     assert (input_ids[supervised] == own.tokenizer.eos_token_id).sum() == 3
 
 
-def test_words_that_the_tokenizer_lacks_are_no_end_of_turn():
+def test_unknown_words_are_not_an_end_of_turn():
     own = build_processor()
     words = {word: i for word, i in own.tokenizer.get_vocab().items() if word != "answer"}
     own.tokenizer.backend_tokenizer.model = models.WordLevel(words, unk_token="<unk>")
@@ -337,7 +337,7 @@ def test_dataloader_workers(processor):
 
 @pytest.mark.parametrize("name", ["easy_vqa/test.parquet", "llava_pretrain_2k/chat.json"])
 def test_shared_rows(shared, name):
-    """Words that the tokenizer lacks are one token each too, so the slow collator still has an opinion."""
+    """Unknown words are one token each, so the slow implementation still applies."""
     processor = build_processor()
     folder = shared / "data/llava_pretrain_2k/images"
     rows = list(load_rows(shared / "data" / name, image_folder=folder, max_rows=6))
@@ -355,7 +355,7 @@ def test_shared_rows(shared, name):
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "mistral"])
 def test_sentencepiece_tokenizer(shared, template):
-    """A real Llama tokenizer, which writes spaces into its tokens and falls back to bytes."""
+    """A Llama tokenizer with spaces in its tokens and byte fallback."""
     tokenizer = AutoTokenizer.from_pretrained(shared / "weights/stories260k")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.pad_token = tokenizer.eos_token

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Rows of every accepted form become rows of one form, in order, and no image is decoded meanwhile."""
+"""Rows of all formats load in order in one format, and no image is decoded during loading."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def write(path, rows):
 
 
 def short(row):
-    """`role: text` of each message, a image as ■, parts joined by |."""
+    """`role: text` of each message, an image as ■, parts joined by |."""
     return [
         f"{m['role']}: {'|'.join('■' if p['type'] == 'image' else p['text'] for p in m['content'])}"
         for m in row["messages"]
@@ -123,7 +123,7 @@ def test_every_form_in_one_file(tmp_path, streaming):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("typed", [False, True])
 def test_parquet(tmp_path, streaming, typed):
-    """With images as an Image column, and as the bare struct of a file without the metadata of `datasets`."""
+    """Images as an Image column, and as a struct without the metadata of `datasets`."""
     content = make_image(tmp_path / "a.png").read_bytes()
     features = {"questions": List(Value("string")), "answers": List(Value("string")), "id": Value("string")}
     features["image"] = Image() if typed else {"bytes": Value("binary"), "path": Value("string")}
@@ -146,7 +146,7 @@ def test_parquet(tmp_path, streaming, typed):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_one_question_per_row(tmp_path, streaming):
-    """With the image and the system message of the conversation; context is not asked, and what is broken stays."""
+    """Each question keeps the images, the system message and the context. Invalid rows stay for the check."""
     make_image(tmp_path / "a.png")
     system = [{"role": "system", "content": "be good"}]
     rows = [
@@ -195,7 +195,7 @@ def test_folder_of_images_with_captions(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_other_columns_are_kept_on_request(tmp_path, form, streaming):
-    """As JSON texts, so that rows of one file may differ; the converted rows are not those of a load without."""
+    """Columns are kept as JSON texts, because their types may differ between rows."""
     kinds = ["yes/no", "other"] if form == "parquet" else [["yes/no", 2], None]
     rows = [{"question": "what ?", "answer": "yes", "kind": kind} for kind in kinds]
     path = tmp_path / f"rows.{form}"
@@ -242,7 +242,7 @@ def test_splits_slices_and_max_rows(tmp_path):
 
 
 def test_configurations(tmp_path):
-    """That of the training data is the evaluation's where both are one data set."""
+    """The configuration of the training data is used for evaluation if the datasets are the same."""
     tables = {}
     for name in ("train", "other"):  # folders with a configuration each
         folder = tmp_path / name
@@ -274,7 +274,7 @@ def test_an_edited_file_is_read_again(tmp_path):
 
 
 def test_paths_of_images(tmp_path):
-    """Relative to `image_folder`, else to the file; one that leaves the folder keeps its `..`."""
+    """Paths start from `image_folder`, else from the file. A path that leaves the folder keeps its `..`."""
     path = write(tmp_path / "rows.jsonl", [llava("q", image=i) for i in ("x/./a.png", "../a.png", "/a/../b.png")])
     (tmp_path / "other").mkdir()
     for folder in (None, str(tmp_path / "other")):
@@ -284,7 +284,7 @@ def test_paths_of_images(tmp_path):
         assert [row["images"][0]["path"] for row in rows] == [f"{base}/x/a.png", f"{base}/../a.png", "/b.png"]
 
 
-def test_broken_rows_stay_for_the_check(tmp_path):
+def test_invalid_values_stay_for_the_check(tmp_path):
     turns = [{"from": "human", "value": 3}, {"from": "bot", "value": "\ud800"}, "x"]
     rows = [{"conversations": turns}, {"messages": []}, {"questions": ["a", "b"], "answers": ["c"]}]
     first, second, third = load_rows(write(tmp_path / "rows.jsonl", rows))
@@ -343,7 +343,7 @@ def test_shared_llava_sample(shared):
     for row, record in zip(rows.select_columns("messages"), records, strict=True):
         question, answer = (turn["value"] for turn in record["conversations"])
         parts = row["messages"][0]["content"]
-        # the template writes the mark on a line of its own
+        # the template writes the mark on a separate line
         assert "\n".join("<image>" if p["type"] == "image" else p["text"] for p in parts) == question
         assert row["messages"][1]["content"][0]["text"] == answer
     assert rows[0]["images"][0].size == (336, 224)

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Cached features of the tower: the same training without the tower, and never those of another one."""
+"""Training with cached features equals training with pixels, and caches of other towers are not used."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size":
 
 
 def counted(trainer):
-    """How many images the tower gets from now on: a list of numbers."""
+    """Return a list that gets the number of images of each later call of the tower."""
     images = []
     tower = trainer.model.model.vision_tower
     tower.register_forward_pre_hook(lambda module, inputs: images.append(len(inputs[0])))
@@ -43,7 +43,7 @@ def test_training_is_the_same_without_the_tower(tmp_path, settings):
 
 
 def test_features_of_a_convolutional_tower(tmp_path):
-    """Its map lies in memory channel by channel, and safetensors stores no such tensor."""
+    """Its map is not contiguous, which safetensors does not store."""
     cache, rows = VisionFeatureCache(str(tmp_path), "tower"), build_rows((2, 1))
     maps = torch.randn(3, 6, 4)
     assert cache.fill(rows, lambda images: maps[: len(images)].transpose(1, 2)) == 3
@@ -51,8 +51,8 @@ def test_features_of_a_convolutional_tower(tmp_path):
     assert torch.equal(cache[images], maps.transpose(1, 2))
 
 
-def test_a_image_is_encoded_once_for_all_runs(tmp_path, monkeypatch):
-    """Its copies in other rows too; the losses of an evaluation are those with pixels."""
+def test_an_image_is_encoded_once_for_all_runs(tmp_path, monkeypatch):
+    """Copies in other rows are not encoded again, and evaluation losses equal those with pixels."""
     encoded = []
     original = VTLMMForConditionalGeneration.get_image_features
     monkeypatch.setattr(
@@ -135,19 +135,19 @@ def test_features_of_another_tower_are_named_and_not_used(tmp_path, capsys):
     trainer = build_trainer(tmp_path / "two", cache_image_features=str(folder), **other)
     cache = trainer.data_collator.feature_cache
     assert len(list(folder.iterdir())) == 2 and len(cache.files) == sum(IMAGES_PER_ROW)
-    assert "1 other folders beside it are of another tower" in cache.describe()
+    assert "not used: 1 caches of another tower" in cache.describe()
     expected = update(build_trainer(tmp_path / "pixels", **other))
     assert_same_update(update(trainer), expected, tolerance=1e-5)
 
 
-def test_a_image_that_changes_is_not_taken_from_the_cache(tmp_path):
+def test_a_changed_image_does_not_hit_the_cache(tmp_path):
     PILImage.new("RGB", (28, 28), (200, 30, 30)).save(tmp_path / "red.png")
     talk = '[{"from": "human", "value": "<image>\\nwhat"}, {"from": "gpt", "value": "red boat"}]'
     Path(tmp_path / "rows.json").write_text(f'[{{"image": "red.png", "conversations": {talk}}}]')
     rows = load_rows(str(tmp_path / "rows.json"))
     trainer = build_trainer(tmp_path / "run", rows, cache_image_features=str(tmp_path / "features"))
     PILImage.new("RGB", (28, 28), (30, 30, 200)).save(tmp_path / "red.png")
-    with pytest.raises(ValueError, match="red.png has no features .* its file has changed"):
+    with pytest.raises(ValueError, match="red.png has no features .* its file changed"):
         trainer.train()
     again = build_trainer(tmp_path / "run", rows, cache_image_features=str(tmp_path / "features"))
     assert len(again.data_collator.feature_cache.files) == 2
@@ -184,7 +184,7 @@ def test_a_disk_without_room_for_all_is_refused_at_the_first_images(tmp_path, mo
         encoded.extend(images)
         return torch.zeros(len(images), 4, 16)
 
-    with pytest.raises(ValueError, match="features of 9 images take .* free: name a larger disk"):
+    with pytest.raises(ValueError, match="features of 9 images need .* free. Set a folder on a larger disk"):
         cache.fill(rows, encode, batch_size=2)
     assert len(encoded) == 2 and not cache.files
 
@@ -193,5 +193,5 @@ def test_what_cannot_be_cached_is_refused(tmp_path):
     cached = {"cache_image_features": str(tmp_path / "features")}
     with pytest.raises(ValueError, match="The tower learns"):
         build_trainer(tmp_path, trainable_modules=["vision_tower", "lm_head"], **cached)
-    with pytest.raises(ValueError, match="not streamed"):
+    with pytest.raises(ValueError, match="does not support streaming"):
         build_trainer(tmp_path, build_rows().to_iterable_dataset(), **cached)

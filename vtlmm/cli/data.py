@@ -25,7 +25,7 @@ def check(
     """Check every row and image of the training data. The exit code is 1 if a row has a problem."""
     from dataclasses import fields
 
-    from transformers import AutoProcessor
+    from transformers import AutoConfig, AutoProcessor
 
     import modeling_vtlmm  # noqa: F401 - registers the processor
     from vtlmm.data.validation import check_rows
@@ -47,6 +47,12 @@ def check(
         revision=settings.get("model_revision"),
         trust_remote_code=settings.get("trust_remote_code", False),
     )
+    model_config = AutoConfig.from_pretrained(
+        settings["model_name_or_path"],
+        revision=settings.get("model_revision"),
+        trust_remote_code=settings.get("trust_remote_code", False),
+    )
+    max_positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     num_problems, checked = 0, []
     for run in split_stages(settings):  # stages may have data of their own
         data_config = DatasetConfig(**{f.name: run[f.name] for f in fields(DatasetConfig) if f.name in run})
@@ -57,7 +63,7 @@ def check(
         for split in ("train", "eval"):
             rows = data_config.load(split)
             if rows is not None:
-                report = check_rows(rows, processor, length)
+                report = check_rows(rows, processor, length, max_positions=max_positions)
                 num_problems += len(report.problems)
                 print(f"{split}\n{report.format()}")
     raise Exit(1 if num_problems else 0)

@@ -1,9 +1,8 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The frozen tower's features of every image, computed once and kept on disk: a image is not even decoded again.
+"""Cache the features of a frozen vision tower on disk. Cached images are not decoded again.
 
-`<folder>/<tower>/*.safetensors` hold tensors named by the images' content. The name of the tower is a hash of all
-that its features depend on, so those of another tower are never found; a image is found by its bytes, so a changed
-file is not found either.
+`<folder>/<tower>/*.safetensors` hold one tensor per image. The keys are content hashes of the tower (weights and
+settings) and of the image file, so a different tower or a changed image never hits the cache.
 """
 
 import functools
@@ -26,12 +25,12 @@ from .images import image_key, open_image
 
 
 IMAGES_PER_FILE = 1024
-# What a configuration says of its origin or gets by being saved; the weights' dtype is hashed with the weights.
+# Config keys that do not affect the computed features. The dtype is hashed with the weights.
 ORIGIN = ("_name_or_path", "architectures", "auto_map", "dtype", "processor_class", "transformers_version")
 
 
 def tower_key(model, image_processor, mixed_precision: str) -> str:
-    """Hash of what the features depend on: the tower's weights, both configurations, layers and precision."""
+    """Return a hash of the tower's weights, both configurations, the feature layers and the precision."""
     config = model.config
     settings = [
         config.vision_config.to_dict(),
@@ -60,57 +59,57 @@ class VisionFeatureCache:
     Features of images on disk.
 
     Args:
-        folder (`str`): may hold the caches of several towers.
-        tower (`str`): the name of this one's, from [`tower_key`].
+        folder (`str`): folder of the caches of one or more towers.
+        tower (`str`): key of this tower, from [`tower_key`].
     """
 
     def __init__(self, folder: str, tower: str):
         self.folder = Path(folder, tower)
-        self.files: dict[str, str] = {}  # of each image: the file that holds it
+        self.files: dict[str, str] = {}  # image key -> safetensors file
         self.refresh()
 
     def refresh(self) -> None:
-        """Learns what is on disk."""
+        """Update the list of cached images from the files on disk."""
         for path in sorted(self.folder.glob("*.safetensors")):
             self.files.update(dict.fromkeys(_open(str(path)).keys(), str(path)))
 
     def __getitem__(self, images: list[dict]) -> torch.Tensor:
         r"""
-        `(num_images, num_patches, vision_feature_size)` of images that are not decoded.
+        Return the features of undecoded images, `(num_images, num_patches, vision_feature_size)`.
 
         Raises:
-            `ValueError`: for a image whose features were not computed: its file has changed since.
+            `ValueError`: if the features of an image were not computed because its file changed.
         """
         keys = [image_key(image) for image in images]
         for key, image in zip(keys, images, strict=True):
             if key not in self.files:
                 raise ValueError(
-                    f"The image {image['path'] or key[:12]} has no features in {self.folder}: its file has changed "
-                    "since the run began. Start again, and the new one is computed."
+                    f"The image {image['path'] or key[:12]} has no features in {self.folder}: its file changed after "
+                    "the run started. Start the run again to compute them."
                 )
-        if not keys:  # of a batch without images: their shape alone
+        if not keys:  # a batch without images: no features, with the shape of the others
             key, path = next(iter(self.files.items()))
             return _open(path).get_tensor(key)[None][:0]
         return torch.stack([_open(self.files[key]).get_tensor(key) for key in keys])
 
     def fill(self, dataset: Dataset | None, encode: Callable[[list], torch.Tensor], batch_size: int = 16) -> int:
         r"""
-        Computes what is missing; a run that was killed here goes on after the last whole file.
+        Compute the missing features of the images of a dataset. An interrupted run resumes after the last file.
 
-        The processes of a distributed run share the work, evenly and without a image twice, and all of them wait for
-        the last: each calls this with the same dataset, and the folder is one that all of them see.
+        The processes of a distributed run share the images and wait for each other. Each process must call this with
+        the same dataset, and a folder that all processes can read.
 
         Args:
-            dataset ([`~datasets.Dataset`]): its images are wanted; the same one may come many times.
-            encode (`Callable`): decoded images to features `(num_images, num_patches, vision_feature_size)`.
-            batch_size (`int`, *optional*, defaults to 16): images that the tower gets at once.
+            dataset ([`~datasets.Dataset`]): rows with `images`. An image may occur in several rows.
+            encode (`Callable`): function from RGB images to `(num_images, num_patches, vision_feature_size)`.
+            batch_size (`int`, *optional*, defaults to 16): images per call of `encode`.
 
         Returns:
-            `int`: how many images were computed.
+            `int`: number of computed images, of all processes.
 
         Raises:
-            `ValueError`: when the disk has no room for all of them, before the first file, and when a process does not
-                see what the others wrote.
+            `ValueError`: if the disk has too little space for all features (raised before the first file is written),
+                or a process cannot read the files of the others.
         """
         if dataset is None:
             return 0
@@ -140,13 +139,13 @@ class VisionFeatureCache:
         self.refresh()
         if missing.keys() - self.files.keys():
             raise ValueError(
-                f"Not every process sees what the others wrote into {self.folder}: name a folder that all machines "
-                "share, or fill it on each by a run on that machine alone."
+                f"Some processes cannot read the features that others wrote to {self.folder}. Set a folder that all "
+                "machines share, or compute the features on each machine with a single-process run."
             )
         return len(missing)
 
     def _missing(self, dataset: Dataset, indices: range) -> dict[str, tuple[int, int]]:
-        """Of each image in those rows that has no features: its row, and its number there."""
+        """Return the row and the position in the row of each image without features."""
         missing: dict[str, tuple[int, int]] = {}
         for index in indices:
             for number, image in enumerate(dataset[index]["images"]):
@@ -156,12 +155,12 @@ class VisionFeatureCache:
         return missing
 
     def describe(self) -> str:
-        """One line for people, and one more when the folder holds what is not used."""
+        """Return a summary: the number of cached images, and unused caches in the same folder."""
         others = [path for path in self.folder.parent.glob("*") if path.is_dir() and path != self.folder]
         lines = [f"Vision features of {len(self.files):,} images in {self.folder}"]
         if others:
-            text = "of another tower, image processor or precision, and are not used"
-            lines.append(f"  ({len(others)} other folders beside it are {text})")
+            text = "another tower, image processor or precision"
+            lines.append(f"  (not used: {len(others)} caches of {text} in {self.folder.parent})")
         return "\n".join(lines)
 
     def _require_room(self, num_images: int, image_bytes: int) -> None:
@@ -169,27 +168,27 @@ class VisionFeatureCache:
         needed, free = num_images * image_bytes, shutil.disk_usage(self.folder).free
         if needed > free:
             raise ValueError(
-                f"The features of {num_images:,} images take {needed / 1e9:.3g} GB, and {self.folder} has "
-                f"{free / 1e9:.3g} GB free: name a larger disk, or take `cache_image_features` out."
+                f"The features of {num_images:,} images need {needed / 1e9:.3g} GB, and {self.folder} has "
+                f"{free / 1e9:.3g} GB free. Set a folder on a larger disk, or remove `cache_image_features`."
             )
 
     def _write(self, features: dict[str, torch.Tensor]) -> None:
-        name = hashlib.sha256("".join(features).encode()).hexdigest()  # never that of other images
+        name = hashlib.sha256("".join(features).encode()).hexdigest()  # unique for these images
         path = self.folder / f"{name[:32]}.safetensors"
-        unfinished = path.with_suffix(f".{os.getpid()}")  # a file is there as a whole or not at all
+        unfinished = path.with_suffix(f".{os.getpid()}")  # renamed when complete
         save_file(features, unfinished)
         os.replace(unfinished, path)
 
 
 def undecoded(dataset):
     """
-    A dataset, or a `dict` of several, with images as `{"path", "bytes"}`, by which the cache knows them.
+    Return a dataset, or a `dict` of datasets, with undecoded images, `{"path", "bytes"}`.
 
     Raises:
-        `ValueError`: for a stream, whose images are not known before.
+        `ValueError`: for a stream, whose images are unknown before they are read.
     """
     if dataset is None or isinstance(dataset, dict):
         return dataset and {name: undecoded(one) for name, one in dataset.items()}
     if isinstance(dataset, IterableDataset):
-        raise ValueError("`cache_image_features` needs a dataset that is not streamed: its images must be known.")
+        raise ValueError("`cache_image_features` does not support streaming. Remove one of the two settings.")
     return dataset.cast_column("images", List(Image(decode=False)))
