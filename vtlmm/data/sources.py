@@ -273,5 +273,10 @@ def generator_dataset(generate: Callable, features, arguments: dict, split: str,
         if split != "train":
             raise ValueError(f"{name}: a stream of this file has the split train only, not {split!r}.")
         return IterableDataset.from_generator(generate, features=features, gen_kwargs=arguments)
-    rows = Dataset.from_generator(generate, features=features, gen_kwargs=arguments, fingerprint=fingerprint)
+    try:
+        rows = Dataset.from_generator(generate, features=features, gen_kwargs=arguments, fingerprint=fingerprint)
+    except ValueError as error:
+        if "corresponds to no data" in str(error):  # the message of `datasets` for a generator without rows
+            raise ValueError(f"{name} has no rows.") from error
+        raise
     return select_split({"train": rows}, split, name)
