@@ -28,14 +28,16 @@ from vtlmm.data.questions import split_questions
 from vtlmm.data.rows import load_rows
 from vtlmm.evaluation.questions import read_questions
 from vtlmm.evaluation.report import SAMPLES_FILE, by_kind, score_answers
+from vtlmm.evaluation.runner import evaluate
 from vtlmm.evaluation.statistics import bootstrap_interval, mcnemar
 from vtlmm.inference.generation import (
     accuracy_by_kind,
     answer,
-    answer_batch,
     conversation,
+    generate_batch,
     with_shuffled_images,
 )
+from vtlmm.inference.loading import load_model
 
 
 NUM_IMAGES, QUESTIONS_PER_IMAGE = 6, 3
@@ -103,11 +105,11 @@ def test_batches_give_the_answers_of_one_by_one(work, finished, tmp_path):
 def test_a_killed_run_goes_on_to_the_same_files(work, finished, tmp_path, monkeypatch):
     """SIGKILL in the middle, and as if it had hit the writing of a line."""
 
-    def slow_answers(*args):
+    def slow_answers(*args, **kwargs):
         time.sleep(0.05)  # or the kill might come too late
-        return answer_batch(*args)
+        return generate_batch(*args, **kwargs)
 
-    monkeypatch.setattr("vtlmm.inference.resumable.answer_batch", slow_answers)
+    monkeypatch.setattr("vtlmm.inference.resumable.generate_batch", slow_answers)
     command = arguments(work, tmp_path / "out", "--batch-size", "1")
     process = multiprocessing.get_context("fork").Process(target=main, args=(command,))  # spawned, it imports for long
     process.start()
@@ -127,7 +129,7 @@ def test_a_killed_run_goes_on_to_the_same_files(work, finished, tmp_path, monkey
 
 def test_a_finished_run_is_not_answered_again(work, finished, monkeypatch):
     before = read_files(finished)
-    monkeypatch.setattr("vtlmm.inference.resumable.answer_batch", None)
+    monkeypatch.setattr("vtlmm.inference.resumable.generate_batch", None)
     assert main(arguments(work, finished)) == 0
     assert read_files(finished) == before
 
@@ -419,3 +421,28 @@ def test_the_run_is_known_before_anything_is_written(work, tmp_path, capsys):
     (tmp_path / "out" / "answers.jsonl").write_text("")
     assert main(arguments(work, tmp_path / "out")) == 1
     assert "no run.json that says whose" in capsys.readouterr().err
+
+
+def test_evaluate_returns_the_scores_of_the_run(work, finished, monkeypatch):
+    """The tower encodes each image once for both runs, and the result is that of `vtlmm eval`."""
+    model, processor = load_model(work / "model0")
+    encoded, forward = [], model.model.vision_tower.forward
+
+    def count(pixel_values, **kwargs):
+        encoded.append(len(pixel_values))
+        return forward(pixel_values, **kwargs)
+
+    monkeypatch.setattr(model.model.vision_tower, "forward", count)
+    result = evaluate(model, processor, work / "rows.jsonl", kind="kind", max_new_tokens=4)
+    expected = {record["index"]: record["answer"] for record in records(finished / "answers.jsonl")}
+    assert len(result.answers) == len(expected) == result.num_questions
+    assert sum(encoded) == NUM_IMAGES and result.kinds[-1]["kind"] == "all" and "| all |" in result.format()
+
+
+def test_evaluate_rejects_invalid_rows_before_the_first_answer(work, tmp_path):
+    model, processor = load_model(work / "model0")
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"question": "what", "answer": "red"}, {"question": "what </s>", "answer": "red"}]))
+    with pytest.raises(ValueError, match="row 1"):
+        evaluate(model, processor, rows, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,8 @@ import torch
 from accelerate.utils import align_module_device
 from tqdm.auto import tqdm
 
-from .generation import answer_batch, conversation
+from .generation import VisionFeatures, conversation, generate_batch
+from .prompt_encoding import Prompt
 
 
 def asking_order(questions: list[dict]) -> list[int]:
@@ -116,7 +117,16 @@ def finished_answers(path: Path) -> list[tuple[dict, int]]:
     return records
 
 
-def answer_all(path: Path, model, processor, questions: list[dict], load_image, batch_size, max_new_tokens):
+def answer_all(
+    path: Path,
+    model,
+    processor,
+    questions: list[dict],
+    load_image,
+    batch_size: int,
+    max_new_tokens: int,
+    vision_features: VisionFeatures | None = None,
+) -> list[str]:
     r"""
     Answers every question that has none in the file `path` yet, and appends a batch as soon as it is answered.
 
@@ -124,7 +134,9 @@ def answer_all(path: Path, model, processor, questions: list[dict], load_image, 
 
     Args:
         questions (`list[dict]`): `images` are keys.
-        load_image (callable): key to image from PIL.
+        load_image (callable): image key to image.
+        vision_features ([`VisionFeatures`], *optional*): shared with other calls, so that the vision tower encodes
+            each image once.
 
     Returns:
         `list[str]`: all answers, in the order of `questions`.
@@ -132,7 +144,7 @@ def answer_all(path: Path, model, processor, questions: list[dict], load_image, 
     Raises:
         `ValueError`: for a file of other questions.
     """
-    order = asking_order(questions)
+    order, features = asking_order(questions), VisionFeatures() if vision_features is None else vision_features
     finished = finished_answers(path)
     if [record["index"] for record, _ in finished] != order[: len(finished)]:
         raise ValueError(f"{path} does not fit its run: it was changed by hand. Delete it.")
@@ -143,8 +155,16 @@ def answer_all(path: Path, model, processor, questions: list[dict], load_image, 
         file.truncate(finished[-1][1] if finished else 0)
         for start in range(len(finished), len(order), batch_size):
             batch = order[start : start + batch_size]
-            asked = [{**questions[i], "images": [load_image(key) for key in questions[i]["images"]]} for i in batch]
-            texts = answer_batch(model, processor, asked, max_new_tokens)
+            prompts = [Prompt(conversation(questions[i]), questions[i]["images"]) for i in batch]
+            found = generate_batch(
+                model,
+                processor,
+                prompts,
+                load_image,
+                max_new_tokens=max_new_tokens,
+                vision_features=features,
+            )
+            texts = [answer.text for answer in found]
             lines = []
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text
