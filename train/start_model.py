@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers.utils import find_adapter_config_file
 
-from vtlmm.hub.verify import is_hub_id
+from vtlmm.hub.repository import is_hub_id
 
 from .recipe import ModelConfig
 from .run_record import read_record
