@@ -49,8 +49,9 @@ test-fast: $(VENV)/ok ## run the tests that take seconds
 		$(CONSTRAINTS) -e '.[dev]' transformers==5.16.1
 	touch $@
 
-test-oldest: .venv-oldest/ok ## run the model's tests on the oldest supported transformers
-	.venv-oldest/bin/python -m pytest -q tests/test_losses.py tests/test_modeling.py tests/test_remote_code.py
+test-oldest: .venv-oldest/ok ## run the tests of the model and of private names on the oldest supported transformers
+	.venv-oldest/bin/python -m pytest -q tests/test_losses.py tests/test_modeling.py tests/test_remote_code.py \
+		tests/test_compat.py
 
 .venv-harness/ok: pyproject.toml
 	$(PY) -m venv .venv-harness
