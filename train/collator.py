@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Rows to batches: chat template, image tokens, and labels on the answers only."""
+"""Collate rows into batches: chat template, image tokens, and labels on the answers only."""
 
 import torch
 
@@ -9,26 +9,26 @@ from vtlmm.data.images import prepare_images
 
 class VTLMMCollator:
     r"""
-    Makes a batch of rows as [`load_rows`] gives them. Pads on the right, cuts nothing.
+    Collate rows of [`load_rows`] into a batch, padded on the right. Nothing is truncated.
 
-    Targets are the tokens between the generation marks of the chat template: answers with their end-of-turn token.
-    Image tokens, BOS and padding never are.
+    The supervised tokens are those between the generation marks of the chat template: answers with their end-of-turn
+    token. Image tokens, BOS and padding are never supervised.
 
     Args:
         processor ([`VTLMMProcessor`])
-        max_length (`int`, *optional*): longest row in tokens, image tokens included; a longer one is an error.
+        max_length (`int`, *optional*): maximum tokens of a row, image tokens included. Longer rows raise an error.
         pad_to_multiple_of (`int`, *optional*)
-        feature_cache ([`VisionFeatureCache`], *optional*): images that are not decoded become `vision_features`.
+        feature_cache ([`VisionFeatureCache`], *optional*): gives `vision_features` of images that are not decoded.
 
     Returns, when called on a `list[dict]`:
-        `dict`: `input_ids`, `attention_mask` and `labels` (-100 where there is no target), each a `torch.LongTensor`
-        of shape `(batch_size, sequence_length)`, and `pixel_values`, a `torch.FloatTensor` of shape
-        `(num_images, 3, height, width)` with the images of row 0 first; absent when no row has one. With a cache
-        `vision_features` of shape `(num_images, num_patches, vision_feature_size)` in its place, for no images too.
+        `dict`: `input_ids`, `attention_mask` and `labels` (-100 for tokens that are not supervised), each a
+        `torch.LongTensor` of shape `(batch_size, sequence_length)`, and `pixel_values`, a `torch.FloatTensor` of shape
+        `(num_images, 3, height, width)` in the order of the rows, if there are images. With a cache, it has
+        `vision_features` of shape `(num_images, num_patches, vision_feature_size)` instead, also without images.
 
     Raises:
-        `ValueError`: for a chat template without generation marks or end of turn, and for a row that is too long, has
-        no target, or whose images are not as many as its marks.
+        `ValueError`: if the chat template has no generation marks or no end-of-turn token, or a row is too long, has
+        no supervised token, or has another number of images than image placeholders.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class VTLMMCollator:
         return {**batch, **image_inputs}
 
     def _encode(self, row: dict, tokens_per_image: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and labels of one row, with all its image tokens; both of shape `(sequence_length,)`."""
+        """Return token ids and labels of one row, with all image tokens, both of shape `(sequence_length,)`."""
         try:
             input_ids, supervised = encode_messages(
                 self.processor, row["messages"], row.get("num_context_messages") or 0
@@ -69,26 +69,31 @@ class VTLMMCollator:
         is_image = input_ids == self.processor.image_token_id
         if is_image.sum() != len(row["images"]):
             raise ValueError(
-                f"{describe_row(row)} has {int(is_image.sum())} image marks and {len(row['images'])} images: give "
-                "every image one mark. `vtlmm data check` lists all such rows."
+                f"{describe_row(row)} has {int(is_image.sum())} image placeholders and {len(row['images'])} images. "
+                "Write one `<image>` for each image. `vtlmm data check` lists all such rows."
             )
         repeats = torch.where(is_image, tokens_per_image, 1)
         if self.max_length is not None and repeats.sum() > self.max_length:
             raise ValueError(
-                f"{describe_row(row)} is {int(repeats.sum())} tokens long, more than max_length={self.max_length}: "
-                "raise max_length, or drop such rows (bad_rows: skip). Rows are never cut."
+                f"{describe_row(row)} has {int(repeats.sum())} tokens, more than max_length={self.max_length}. Rows "
+                "are never truncated. Increase `max_length`, or drop such rows with `bad_rows: skip`."
             )
         if not supervised.any():
-            raise ValueError(f"{describe_row(row)} has no target: its answers are empty or all of them are context.")
+            raise ValueError(
+                f"{describe_row(row)} has no supervised token: all answers are empty, or are context messages."
+            )
         labels = torch.where(supervised, input_ids, -100)
         return input_ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
 
     def _pack(self, encoded: list[tuple[torch.Tensor, torch.Tensor]], num_rows: list[int]) -> dict[str, torch.Tensor]:
-        """Rows behind each other. Positions restart with each, which tells attention where a row begins; padding is a
-        row of its own that begins nowhere (position 1), and without an attention mask nothing else marks it."""
+        """
+        Concatenate the rows of each pack. Positions restart at 0 with each row, which separates the rows in attention.
+
+        Padding gets position 1, never 0, so that it does not look like the start of a row. There is no attention mask.
+        """
         rows = iter(encoded)
         packs = [[next(rows) for _ in range(number)] for number in num_rows]
-        joined = [tuple(torch.cat(column) for column in zip(*pack, strict=True)) for pack in packs]
+        joined = [(torch.cat([ids for ids, _ in pack]), torch.cat([labels for _, labels in pack])) for pack in packs]
         batch = self._pad(joined)
         position_ids = torch.ones_like(batch["input_ids"])
         for i, pack in enumerate(packs):
@@ -99,7 +104,7 @@ class VTLMMCollator:
 
     def _pad(self, encoded: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
-        # attention_mask says what is padding, so any id serves
+        # `attention_mask` marks the padding, so any token id works
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         length = max(len(input_ids) for input_ids, _ in encoded)
         if self.pad_to_multiple_of:

@@ -1,7 +1,8 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The four stages of VT-LMM (arXiv 2403.07720) as one table: what learns, which losses, who teaches."""
+"""The four stages of VT-LMM (arXiv 2403.07720) as one table: trainable modules, losses and teacher."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,18 +15,18 @@ VISUAL_TARGETS = ("next_patch", "same_patch", "feature", "basic")
 @dataclass(frozen=True)
 class Stage:
     """
-    One row of the table.
+    One row of [`STAGES`].
 
     Attributes:
-        name (`str`): see [`STAGES`].
-        trains (`tuple[str, ...]`): modules of `MODULES` that learn; everything else is frozen.
+        name (`str`): name of the stage.
+        trains (`tuple[str, ...]`): trainable modules, from `MODULES`. All others are frozen.
         lm_loss_coef (`float`): weight of the language loss.
         visual_loss_coef (`float`): weight of the visual loss.
-        visual_student (`str`, *optional*): the head that the visual loss teaches; the other one is the teacher.
+        visual_student (`str`, *optional*): head that the visual loss trains; the other head is the teacher.
             `"vm_head"` is KL(q ‖ p), `"lm_head"` is KL(p ‖ q).
-        learning_rate (`float`): used when the run does not set one.
-        detach_visual_teacher (`bool`): whether the teacher's side of the visual loss is a constant.
-        visual_target (`str`): what the visual loss is: the paper's, or one of its rivals in [`rivals`].
+        learning_rate (`float`): default learning rate.
+        detach_visual_teacher (`bool`): whether the teacher of the visual loss gets no gradient.
+        visual_target (`str`): target of the visual loss, from `VISUAL_TARGETS`; see `visual_targets.py`.
     """
 
     name: str
@@ -40,48 +41,53 @@ class Stage:
     def __post_init__(self):
         unknown = [name for name in self.trains if name not in MODULES]
         if unknown:
-            raise ValueError(f"Unknown modules to train: {', '.join(unknown)}. There are {', '.join(MODULES)}.")
+            raise ValueError(
+                f"Unknown modules in `trainable_modules`: {', '.join(unknown)}. Use {', '.join(MODULES)}."
+            )
         if not self.trains:
-            raise ValueError("A stage must train at least one module: set `trainable_modules`.")
+            raise ValueError("A stage must train at least one module. Set `trainable_modules`.")
         if self.visual_student not in (None, "vm_head", "lm_head"):
             raise ValueError(f"`visual_student` is {self.visual_student!r}; it must be 'vm_head' or 'lm_head'.")
         if self.lm_loss_coef < 0 or self.visual_loss_coef < 0:
             raise ValueError("`lm_loss_coef` and `visual_loss_coef` must not be negative.")
         if self.lm_loss_coef == 0 and self.visual_loss_coef == 0:
-            raise ValueError("Both losses have weight 0: nothing would be learnt.")
+            raise ValueError("`lm_loss_coef` and `visual_loss_coef` are both 0, so there is no loss.")
         if self.visual_loss_coef > 0 and self.visual_student is None:
-            raise ValueError("A visual loss needs a `visual_student`: 'lm_head' (stage IV) or 'vm_head' (stage III).")
+            raise ValueError("A visual loss needs `visual_student`: 'lm_head' (stage IV) or 'vm_head' (stage III).")
         if self.visual_target not in VISUAL_TARGETS:
             raise ValueError(f"`visual_target` is {self.visual_target!r}; it must be {', '.join(VISUAL_TARGETS)}.")
         if self.visual_target in ("feature", "basic") and self.visual_student == "vm_head":
             raise ValueError(
-                f"The VM head cannot learn by `visual_target: {self.visual_target}`, where it has no part."
+                f"`visual_target: {self.visual_target}` does not use the VM head. Set `visual_student: lm_head`."
             )
         if self.visual_target == "basic" and self.visual_loss_coef and "multi_modal_projector" not in self.trains:
             raise ValueError(
-                "`visual_target: basic` teaches the projector, which rests: add multi_modal_projector to "
+                "`visual_target: basic` trains the projector, but it is frozen. Add multi_modal_projector to "
                 "`trainable_modules`."
             )
-        taught = {"vm_head", "multi_modal_projector", "vision_tower"}
+        trained_by_vm_head_loss = {"vm_head", "multi_modal_projector", "vision_tower"}
         if self.visual_student == "vm_head" and self.visual_loss_coef and self.detach_visual_teacher:
-            if not taught & set(self.trains):
+            if not trained_by_vm_head_loss & set(self.trains):
                 raise ValueError(
-                    "The visual loss teaches the VM head, which rests: add vm_head to `trainable_modules`, or set "
+                    "The visual loss trains the VM head, but it is frozen. Add vm_head to `trainable_modules`, or set "
                     "`visual_student: lm_head`."
                 )
 
 
-# Section 3 of the paper as far as it is told. Learning rates are LLaVA-1.5's, whose stages I and II are the same;
-# III has no published one. In IV the projector rests: it makes the targets.
+# Section 3 of the paper. Learning rates are LLaVA-1.5's, whose stages I and II are the same; the one of stage III is
+# ours. Stage IV keeps the projector frozen because the projector makes the targets of the visual loss.
+# fmt: off
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("projector", ("multi_modal_projector",), 1.0, 0.0, None, 1e-3),
-        Stage("decoder", ("multi_modal_projector", "language_model", "lm_head"), 1.0, 0.0, None, 2e-5),
-        Stage("visual_head", ("vm_head",), 0.0, 1.0, "vm_head", 1e-3),
-        Stage("joint", ("language_model", "lm_head"), 1.0, 1.0, "lm_head", 2e-5),
+        #     name           trainable modules                                      L_lm  L_vm student    learning rate
+        Stage("projector",   ("multi_modal_projector",),                             1.0, 0.0, None,      1e-3),
+        Stage("decoder",     ("multi_modal_projector", "language_model", "lm_head"), 1.0, 0.0, None,      2e-5),
+        Stage("visual_head", ("vm_head",),                                           0.0, 1.0, "vm_head", 1e-3),
+        Stage("joint",       ("language_model", "lm_head"),                          1.0, 1.0, "lm_head", 2e-5),
     )
 }
+# fmt: on
 
 
 def resolve_stage(
@@ -94,17 +100,17 @@ def resolve_stage(
     visual_target: str = "next_patch",
 ) -> Stage:
     """
-    The row `name` of [`STAGES`] with the given columns replaced.
+    Return the row `name` of [`STAGES`] with the given columns replaced.
 
-    A visual loss in stage I or II teaches the decoder unless `visual_student` says otherwise.
+    A visual loss in stage I or II trains the LM head unless `visual_student` is set.
 
     Raises:
-        `ValueError`: for an unknown stage or module, or a row that cannot learn anything.
+        `ValueError`: if the stage or a module is unknown, or the losses do not reach a trainable module.
     """
     if name not in STAGES:
-        raise ValueError(f"Unknown stage {name!r}. There are {', '.join(STAGES)}.")
+        raise ValueError(f"Unknown stage {name!r}. Use {', '.join(STAGES)}.")
     stage = STAGES[name]
-    changes = {"detach_visual_teacher": detach_visual_teacher, "visual_target": visual_target}
+    changes: dict[str, Any] = {"detach_visual_teacher": detach_visual_teacher, "visual_target": visual_target}
     if trainable_modules is not None:
         changes["trains"] = tuple(trainable_modules)
     if lm_loss_coef is not None:
@@ -119,48 +125,48 @@ def resolve_stage(
 
 
 def module_of(parameter_name: str) -> str | None:
-    """Which of `MODULES` a parameter belongs to, by its name (also inside PEFT's or DDP's wrappers)."""
+    """Return the entry of `MODULES` that contains a parameter, also inside PEFT or DDP wrappers, or None."""
     parts = parameter_name.replace(".vm_head_candidates.", ".vm_head.").split(".")
     return next((module for module in MODULES if module in parts), None)
 
 
 def set_trainable(model: nn.Module, stage: Stage) -> None:
     """
-    Freezes everything but the modules of `stage.trains`.
+    Freeze all parameters except those of `stage.trains`.
 
-    With tied embeddings `lm_head` and the decoder's input embeddings are one parameter, which learns if either does.
+    With tied embeddings, `lm_head` and the decoder's input embeddings are one parameter. It is trainable if either is.
     """
-    learning = set()
+    trainable = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if module_of(name) in stage.trains:
-            learning.add(parameter)
+            trainable.add(parameter)
     for parameter in model.parameters():
-        # 4- and 8-bit weights are integers and cannot learn; adapters on them can
-        parameter.requires_grad = parameter in learning and torch.is_floating_point(parameter)
+        # 4- and 8-bit weights are integers and cannot be trained
+        parameter.requires_grad = parameter in trainable and torch.is_floating_point(parameter)
 
 
 def describe(model: nn.Module, stage: Stage) -> str:
-    """The plan of a run for people: its losses, and for each module how many parameters it has and how many learn."""
+    """Return the losses, and the number of parameters and of trainable parameters of each module, as text."""
     losses = []
     if stage.lm_loss_coef:
         losses.append(f"{stage.lm_loss_coef:g} · L_lm")
     if stage.visual_loss_coef:
-        direction = "KL(q ‖ p), lm_head teaches" if stage.visual_student == "vm_head" else "KL(p ‖ q), vm_head teaches"
+        direction = "KL(q ‖ p), teacher lm_head" if stage.visual_student == "vm_head" else "KL(p ‖ q), teacher vm_head"
         direction = {
-            "same_patch": f"{direction}, at the patch itself",
-            "feature": "smooth L1 of hidden states to image features",
-            "basic": "cosine and KL of image features to hidden states in the middle",
+            "same_patch": f"{direction}, at the same patch",
+            "feature": "smooth L1 between hidden states and image features",
+            "basic": "cosine and KL between image features and hidden states of the middle layer",
         }.get(stage.visual_target, direction)
         attached = "" if stage.detach_visual_teacher else ", teacher not detached"
         losses.append(f"{stage.visual_loss_coef:g} · L_vm [{direction}{attached}]")
     counts = {module: [0, 0] for module in MODULES}
     for name, parameter in model.named_parameters():
         module = module_of(name)
-        if module is not None and "original_module" not in name:  # PEFT's copy of what is saved in full
-            packed = getattr(parameter, "quant_state", None)  # of a 4-bit weight, which holds two numbers a byte
+        if module is not None and "original_module" not in name:  # PEFT's frozen copy of a module in `modules_to_save`
+            packed = getattr(parameter, "quant_state", None)  # a 4-bit weight stores two numbers per byte
             number = parameter.numel() if packed is None else packed.shape.numel()
             counts[module][0] += number
             counts[module][1] += number if parameter.requires_grad else 0
     changed = [] if stage == STAGES[stage.name] else ["  (changed from the paper's row)"]
-    rows = [f"  {module:<22}{total:>15,} parameters{learn:>15,} learn" for module, (total, learn) in counts.items()]
+    rows = [f"  {name:<22}{total:>15,} parameters{number:>15,} trainable" for name, (total, number) in counts.items()]
     return "\n".join([f"Stage {stage.name}: loss = {' + '.join(losses)}", *changed, *rows])
