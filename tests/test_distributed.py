@@ -21,6 +21,7 @@ from training_setup import build_rows, build_trainer, weights
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.data.validation import check_rows
+from vtlmm.train.parallelism import keep_exact_when_sharded
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +108,8 @@ def test_fsdp_1_is_refused(tmp_path, monkeypatch):
     trainer = build_trainer(tmp_path)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
     monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
-    with pytest.raises(ValueError, match="set fsdp_version: 2"):
-        trainer._keep_exact_when_sharded(trainer.model)
+    with pytest.raises(ValueError, match="Set fsdp_version: 2"):
+        keep_exact_when_sharded(trainer, trainer.model)
 
 
 @pytest.mark.parametrize("path", sorted(FSDP2.parent.glob("*.yaml")), ids=lambda path: path.stem)

@@ -191,7 +191,7 @@ def test_a_disk_without_room_for_all_is_refused_at_the_first_images(tmp_path, mo
 
 def test_what_cannot_be_cached_is_refused(tmp_path):
     cached = {"cache_image_features": str(tmp_path / "features")}
-    with pytest.raises(ValueError, match="The tower learns"):
+    with pytest.raises(ValueError, match="needs a frozen vision tower"):
         build_trainer(tmp_path, trainable_modules=["vision_tower", "lm_head"], **cached)
     with pytest.raises(ValueError, match="does not support streaming"):
         build_trainer(tmp_path, build_rows().to_iterable_dataset(), **cached)

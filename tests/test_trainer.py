@@ -151,7 +151,7 @@ def test_a_mixture_of_experts_learns_without_its_balance_loss_only_when_told(tmp
     config = trainer.model.config.text_config
     config.router_aux_loss_coef, config.output_router_logits = 0.01, False
     arguments = {"model": trainer.model, "train_dataset": build_rows(), "processing_class": build_processor()}
-    with pytest.raises(ValueError, match="set `router_aux_loss_coef: 0`"):
+    with pytest.raises(ValueError, match="Set `router_aux_loss_coef: 0`"):
         VTLMMTrainer(args=trainer.args, **arguments)
     VTLMMTrainer(args=dataclasses.replace(trainer.args, router_aux_loss_coef=0.0), **arguments)
     assert config.router_aux_loss_coef == 0.0 and not config.output_router_logits
@@ -265,7 +265,7 @@ def test_resuming_from_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
 
 
 def test_a_longer_row_than_max_length_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="Rows are never cut"):
+    with pytest.raises(ValueError, match="Rows are never truncated"):
         build_trainer(tmp_path, max_length=5).train()
 
 
@@ -299,15 +299,15 @@ def test_the_projector_can_have_its_own_learning_rate(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stage": "IV"}, "Unknown stage 'IV'. There are projector, decoder, visual_head, joint"),
-        ({"stage": "joint", "trainable_modules": ["adapter"]}, "Unknown modules to train: adapter"),
+        ({"stage": "IV"}, "Unknown stage 'IV'. Use projector, decoder, visual_head, joint"),
+        ({"stage": "joint", "trainable_modules": ["adapter"]}, "Unknown modules in `trainable_modules`: adapter"),
         ({"stage": "joint", "trainable_modules": []}, "at least one module"),
-        ({"stage": "projector", "lm_loss_coef": 0}, "Both losses have weight 0"),
+        ({"stage": "projector", "lm_loss_coef": 0}, "are both 0, so there is no loss"),
         ({"stage": "joint", "visual_loss_coef": -1}, "must not be negative"),
         ({"stage": "joint", "visual_student": "decoder"}, "must be 'vm_head' or 'lm_head'"),
-        ({"stage": "joint", "visual_student": "vm_head"}, "teaches the VM head, which rests"),
-        ({"stage": "joint", "label_smoothing_factor": 0.1}, "`label_smoothing_factor` has no effect"),
-        ({"stage": "joint", "loss_type": "dft"}, "`loss_type` has no effect"),
+        ({"stage": "joint", "visual_student": "vm_head"}, "trains the VM head, but it is frozen"),
+        ({"stage": "joint", "label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` is not supported"),
+        ({"stage": "joint", "loss_type": "dft"}, "`loss_type='dft'` is not supported"),
         ({"stage": "joint", "vm_head_init": "zeros"}, "`vm_head_init` is 'zeros'"),
     ],
 )
@@ -324,7 +324,7 @@ def test_lengths_are_padded_to_a_multiple(tmp_path):
 def test_a_stream_is_not_evaluated_on_several_processes(tmp_path, monkeypatch):
     """It has no length, so rows that fill up the last batch cannot be told from others."""
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
-    with pytest.raises(ValueError, match="load `eval_dataset` as a whole"):
+    with pytest.raises(ValueError, match="Load `eval_dataset` as a whole"):
         build_trainer(tmp_path, eval_dataset=build_rows().to_iterable_dataset())
 
 
@@ -350,7 +350,7 @@ def test_the_plan_says_what_learns(build_model):
     stage = resolve_stage("joint", visual_loss_coef=0.5)
     set_trainable(model, stage)
     text = describe(model, stage)
-    assert "1 · L_lm + 0.5 · L_vm [KL(p ‖ q), vm_head teaches]" in text and "changed from the paper's row" in text
+    assert "1 · L_lm + 0.5 · L_vm [KL(p ‖ q), teacher vm_head]" in text and "changed from the paper's row" in text
     head = model.lm_head.weight.numel()
     assert f"{head:,} parameters" in text
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -167,7 +167,7 @@ def test_invalid_candidates_are_rejected(tmp_path, candidates, message):
 
 
 def test_candidates_need_stage_iii_and_held_out_rows(tmp_path):
-    with pytest.raises(ValueError, match="belong to stage III"):
+    with pytest.raises(ValueError, match="needs a stage that trains only the VM head"):
         VTLMMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, stage="joint", vm_head_candidates=CANDIDATES)
     with pytest.raises(ValueError, match="one `eval_dataset`"):
         build_trainer(tmp_path, stage="visual_head", vm_head_candidates=CANDIDATES)
@@ -185,7 +185,7 @@ def test_settings_of_candidates(tmp_path):
     assert not torch.equal(first, model.lm_head.weight[:size])
     assert torch.equal(second, model.get_input_embeddings().weight[:size])
     text = describe(model, trainer.stage)
-    assert f"{2 * first.numel():,} learn" in text
+    assert f"{2 * first.numel():,} trainable" in text
     trainer.train()
     assert len(trainer.vm_head_table) == 2
     trainer.train()

@@ -1,18 +1,21 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""LoRA, DoRA and quantized bases: one table of what is quantized, what gets an adapter and what is saved in full."""
+"""LoRA and DoRA adapters on the decoder, also on a quantized one; the other modules of a stage are trained in full."""
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
-from peft import LoraConfig, PeftModel, get_peft_model
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from .stages import Stage, module_of
 
 
-# Only the decoder's projections: CLIP has modules of the same names, and `all-linear` reaches the tower too.
+# Only the decoder's projections: CLIP has modules of the same names.
 DECODER_PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+OTHER_MODULES = r".*(vision_tower|multi_modal_projector|vm_head|lm_head).*"
 
 
 @dataclass
@@ -47,18 +50,22 @@ class AdapterConfig:
 
 
 def keep_differentiable_on_cpu(model: nn.Module) -> None:
-    """On a CPU bitsandbytes repacks 4-bit weights in the first evaluation, and from then on there is no gradient
-    through them, without an error. It asks this attribute whether to; without a 4-bit layer nothing has it."""
+    """
+    Stop bitsandbytes from repacking 4-bit weights on a CPU.
+
+    It repacks them in the first evaluation if the CPU has bfloat16 instructions, and later backward passes then return
+    no gradient and no error. Only 4-bit layers have the attribute.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # not a tensor
 
 
 def peft_config(config: AdapterConfig, stage: Stage) -> LoraConfig | None:
     """
-    The adapter of a stage: LoRA or DoRA on the decoder if the stage trains it, its other modules in full.
+    Return the adapter of a stage: LoRA or DoRA on the decoder if the stage trains it, and its other modules in full.
 
-    In stages I and III the decoder rests: the adapter only carries the modules that are saved in full.
+    In stages I and III the decoder is frozen, and the adapter only holds the modules that are trained in full.
     """
     if not config.use_peft:
         return None
@@ -69,29 +76,111 @@ def peft_config(config: AdapterConfig, stage: Stage) -> LoraConfig | None:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout if with_adapter else 0.0,
         use_dora=config.use_dora and with_adapter,
-        # PEFT refuses an empty list; this name says that it is meant
+        # PEFT rejects an empty list; the dummy target opts out explicitly
         target_modules=config.lora_target_modules if with_adapter else DUMMY_TARGET_MODULES,
         modules_to_save=in_full or None,
         task_type="CAUSAL_LM" if with_adapter else None,
     )
 
 
-def add_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+def check_adapter_type(config: PeftConfig) -> None:
     """
-    `model` with the adapter of `config`, which alone learns.
+    Raises:
+        `ValueError`: if `config` is not a PEFT config, or is of prompt, prefix or P-tuning.
+    """
+    if not isinstance(config, PeftConfig):
+        raise ValueError(f"`peft_config` is a {type(config).__name__}. Pass a peft config, e.g. `LoraConfig(r=16)`.")
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{PeftType(config.peft_type).value} adds virtual tokens before the text, which shifts the image tokens "
+            "and their losses. VTLMMTrainer does not support it; use `LoraConfig`."
+        )
 
-    With tied embeddings the head and the input embeddings go on being one matrix, as in full training.
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """
+    Return `model` with the adapter of `config`, whose weights alone are trainable.
+
+    Without `target_modules` the adapter is on all projections of the decoder. Names of modules, and `"all-linear"`,
+    mean those of the decoder. With tied embeddings the LM head and the input embeddings remain one matrix.
 
     Raises:
-        `ValueError`: when LoRA would reach another module than the decoder.
+        `ValueError`: if the adapter has no support here, or a regular expression reaches modules outside the decoder.
     """
-    if model.config.tie_word_embeddings and "lm_head" in (config.modules_to_save or ()):
-        config.ensure_weight_tying = True
-    model = get_peft_model(model, config)
+    check_adapter_type(config)
+    if isinstance(config, LoraConfig):
+        if config.target_modules is None:
+            config.target_modules = DECODER_PROJECTIONS
+        elif config.exclude_modules is None and not is_expression(config.target_modules):
+            config.exclude_modules = OTHER_MODULES
+        if model.config.tie_word_embeddings and "lm_head" in (config.modules_to_save or ()):
+            config.ensure_weight_tying = True
+    return get_peft_model(model, config)
+
+
+def is_expression(target_modules: str | Collection[str]) -> bool:
+    """Return whether PEFT reads `target_modules` as a regular expression on full module names."""
+    return isinstance(target_modules, str) and target_modules != "all-linear"
+
+
+def adapted_stage(model: PeftModel, stage: Stage) -> Stage:
+    """
+    Return `stage` with the modules that the adapter of `model` trains.
+
+    Raises:
+        `ValueError`: if the adapter is of prompt tuning, has no trainable weight, trains a module that the stage does
+            not, or has LoRA weights outside the decoder.
+    """
+    check_adapter_type(model.active_peft_config)
+    trained = set()
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "lora_" in name and module_of(name) != "language_model":
+        if not parameter.requires_grad:
+            continue
+        module = module_of(name) or name
+        trained.add(module)
+        if "modules_to_save" not in name and module != "language_model":
             raise ValueError(
-                f"`lora_target_modules` {config.target_modules!r} reaches {name.split('.lora_')[0]}, outside the "
-                "decoder: begin it with `.*language_model.*`. Other modules learn in full, by `trainable_modules`."
+                f"The adapter's `target_modules` reach {name.split('.lora_')[0]}, outside the decoder. Start the "
+                "regular expression with `.*language_model.*`. To train another module in full, add it to "
+                "`modules_to_save`, or to `trainable_modules` of a recipe."
             )
-    return model
+    if not trained:
+        raise ValueError(
+            "The adapter has no trainable weight. Load it with `PeftModel.from_pretrained(…, is_trainable=True)`."
+        )
+    if trained - set(stage.trains):
+        raise ValueError(
+            f"The adapter trains {', '.join(sorted(trained - set(stage.trains)))}, but stage {stage.name} trains "
+            f"{', '.join(stage.trains)}. Change `stage` or `trainable_modules`, or the adapter's `modules_to_save`."
+        )
+    return replace(stage, trains=tuple(module for module in stage.trains if module in trained))
+
+
+def float32_copies(model: PreTrainedModel | PeftModel, args: TrainingArguments) -> dict[nn.Parameter, torch.Tensor]:
+    """
+    Return float32 values of an adapter's trainable parameters, to be restored after TRL casts them to bfloat16.
+
+    TRL casts trainable parameters on a quantized base to bfloat16. `modules_to_save` inherit the dtype of the base.
+    AdamW loses small updates in bfloat16.
+
+    Raises:
+        `ValueError`: if trainable weights of a model without an adapter are float16, or float32 modules meet a base in
+            half precision without mixed precision.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not isinstance(model, PeftModel):
+        half = [name for name, parameter in trainable.items() if parameter.dtype == torch.float16]
+        if half:
+            raise ValueError(
+                f"The trainable weights are float16 (e.g. {half[0]}), in which AdamW diverges. Load the model with "
+                '`dtype="float32"`, and set `fp16: true` or `bf16: true` for mixed precision.'
+            )
+        return {}
+    in_full = [parameter for name, parameter in trainable.items() if "modules_to_save" in name]
+    dtypes = {p.dtype for p in in_full} - {torch.float32}
+    if dtypes and not (args.bf16 or args.fp16):
+        raise ValueError(
+            f"The base is in {dtypes.pop()} and `modules_to_save` are trained in float32, which needs mixed "
+            'precision. Set `bf16: true`, or load the model with `dtype="float32"`.'
+        )
+    return {parameter: parameter.data.float() for parameter in trainable.values()}

@@ -85,7 +85,7 @@ PRIVATE_NAMES = (
     PrivateName("transformers.utils.find_adapter_config_file", "train/stage_runner.py", ("model_id", "revision")),
     # PEFT and datasets
     PrivateName("peft.utils.constants.DUMMY_TARGET_MODULES", "train/adapters.py"),
-    PrivateName("peft.utils.save_and_load.load_peft_weights", "train/adapters.py", ("model_id", "device")),
+    PrivateName("peft.utils.save_and_load.load_peft_weights", "vtlmm/inference/loading.py", ("model_id", "device")),
     PrivateName("peft.utils.integrations.dequantize_module_weight", "train/merge.py", ("module",)),
     PrivateName("datasets.Dataset.self._fingerprint", "vtlmm/data/rows.py"),
 )
