@@ -2,8 +2,8 @@
 """
 The runs of `test_distributed.py`: `python distributed_run.py folder`.
 
-Importing costs far more than training here, so everything is imported once and every pair of processes is forked.
-Every case leaves `case.safetensors`, the whole weights after it, or `case.json`, in the folder.
+Imports take longer than the training, so they run once and each pair of processes is forked. Each case writes its
+final weights to `case.safetensors`, or its results to `case.json`.
 """
 
 import json
@@ -66,7 +66,7 @@ class Kill(TrainerCallback):
 
 
 def build(name: str, folder: Path, rows, **settings):
-    """A trainer; one of FSDP2 is asked for as `accelerate launch --config_file fsdp2.yaml` does it."""
+    """Return a trainer; for FSDP2, with the environment of `accelerate launch --config_file fsdp2.yaml`."""
     if name.startswith("ddp"):
         return build_trainer(folder, rows, **settings)
     config = ClusterConfig.from_yaml_file(FSDP2).fsdp_config
@@ -74,7 +74,7 @@ def build(name: str, folder: Path, rows, **settings):
     initialize = AcceleratorState.__init__
 
     def shard_on_cpu(self, *args, **kwargs):
-        """accelerate shards on GPUs only and ignores the request elsewhere; FSDP2 itself runs on gloo."""
+        """Enable FSDP2 on a CPU; accelerate enables it on GPUs only."""
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         initialize(self, *args, **kwargs)
 
@@ -85,14 +85,14 @@ def build(name: str, folder: Path, rows, **settings):
 
 
 def broken_rows():
-    """Seven rows, of which the fourth has a mark too many."""
+    """Return seven rows; the fourth has one image placeholder too many."""
     rows = list(build_rows(RAGGED[:7]))
     rows[3]["messages"][0]["content"].append({"type": "image", "text": None})
     return Dataset.from_list(rows).cast_column("images", List(Image()))
 
 
 def with_scored_questions(trainer):
-    """Five questions, scored at evaluations: the truth of the second and fourth is what the model answers."""
+    """Score five questions at evaluations. The answers to the second and fourth are the model's."""
     rows = list(build_rows((1, 1, 2, 1, 1), seed=2))
     trainer.model.generation_config.eos_token_id = list(range(2, 64))  # a random model would hardly ever stop
     for row in (rows[1], rows[3]):
@@ -135,13 +135,13 @@ def run(name: str, folder: Path):
     trainer.train(resume_from_checkpoint=checkpoint)
     if what.startswith("evaluated"):
         metrics = trainer.evaluate(build_rows(TEXT_ON_ONE[:7]))
-        if trainer.is_world_process_zero():  # two processes writing one file would leave a mixture
+        if trainer.is_world_process_zero():  # only one process may write a file
             Path(folder, f"{name}.json").write_text(json.dumps(metrics))
     elif what == "bf16":
         batch = trainer._prepare_inputs(trainer.data_collator(list(build_rows())))
         sums = trainer.model(**batch, return_loss_sums=True, visual_student="lm_head").loss_sums
         dtypes = {key: str(value.dtype) for key, value in (sums | sums.pop("visual_tokens")).items()}
-        if trainer.is_world_process_zero():  # two processes writing one file would leave a mixture
+        if trainer.is_world_process_zero():  # only one process may write a file
             Path(folder, f"{name}.json").write_text(json.dumps(dtypes))
     else:
         save(trainer, folder / f"{name}.safetensors")
@@ -164,7 +164,7 @@ def start(folder: Path, cases: list[str]):
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     others = ["ddp_checked", *EVALUATED, "ddp_whole", "fsdp_bf16", "fsdp_whole"]
-    for kind in ("ddp", "fsdp"):  # in processes of their own, since FSDP is asked for by the environment
+    for kind in ("ddp", "fsdp"):  # in separate processes, because the environment selects FSDP
         start(folder, [case for case in (*UPDATES, *others) if case.startswith(kind)])
         try:
             start(folder, [f"{kind}_killed"])

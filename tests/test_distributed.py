@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Two processes on gloo, DDP and FSDP2, equal one: updates, evaluation, what is saved, resuming."""
+"""Two processes on gloo (DDP and FSDP2) equal one process: updates, evaluation, saving, resuming."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from vtlmm.train.parallelism import keep_exact_when_sharded
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where all cases have run; one run of each kind was killed, and resumed by other processes."""
+    """Run all cases, and return their folder. One run of each kind is killed and resumed."""
     folder = tmp_path_factory.mktemp("distributed")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, str(Path(__file__).with_name("distributed_run.py")), str(folder)]
@@ -49,13 +49,13 @@ def test_two_processes_equal_one(folder, tmp_path, name):
     assert_same_update({key: after[key] - before[key] for key in expected}, expected)
 
 
-def test_processes_share_the_images_of_a_cache(folder):
-    """Each computes its half, without a image twice."""
+def test_processes_share_the_work_of_a_feature_cache(folder):
+    """Each process computes one half of the images, and no image twice."""
     files = [load_file(path) for path in (folder / "image_features").glob("*/*.safetensors")]
     assert sorted(map(len, files)) == [4, 5] and len({key for file in files for key in file}) == sum(RAGGED)
 
 
-def test_processes_share_the_rows_of_a_check(folder):
+def test_processes_share_the_work_of_a_data_check(folder):
     expected = asdict(check_rows(broken_rows(), build_processor(), max_length=30))
     assert [problem["row"] for problem in expected["problems"] if problem["kind"] == "image count"] == [3]
     for rank in range(2):
@@ -64,7 +64,7 @@ def test_processes_share_the_rows_of_a_check(folder):
 
 @pytest.mark.parametrize("name", EVALUATED)
 def test_evaluation_counts_every_row_once(folder, tmp_path, name):
-    """Seven rows in batches of two: the last process gets a row a second time, and images stand on one side only."""
+    """Seven rows in batches of two: accelerate repeats one row. Only one process has images."""
     rows, stage = build_rows(TEXT_ON_ONE[:7]), "decoder" if name.endswith("decoder") else "joint"
     trainer = build_trainer(tmp_path, rows, stage=stage, per_device_eval_batch_size=7)
     alone = (with_scored_questions(trainer) if name.startswith("ddp") else trainer).evaluate(rows)
@@ -87,7 +87,7 @@ def test_sums_stay_float32_in_a_sharded_bfloat16_run(folder):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_killed_and_resumed_equals_uninterrupted(folder, kind):
-    """Of two processes, from a checkpoint after two of six steps; killed after three."""
+    """Two processes are killed after step 3 of 6, and resume from the checkpoint of step 2."""
     whole, resumed = (load_file(folder / f"{kind}_{name}.safetensors") for name in ("whole", "killed_resumed"))
     assert whole.keys() == resumed.keys()
     for name in whole:
@@ -104,7 +104,7 @@ def test_a_sharded_run_saves_a_complete_model(folder):
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
-def test_fsdp_1_is_refused(tmp_path, monkeypatch):
+def test_fsdp_1_is_rejected(tmp_path, monkeypatch):
     trainer = build_trainer(tmp_path)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
     monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
@@ -113,8 +113,8 @@ def test_fsdp_1_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted(FSDP2.parent.glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_knows_every_key(path):
-    """It refuses unknown keys at the top, and takes the others for options of `accelerate launch` without a look."""
+def test_accelerate_knows_every_key_of_the_recipes(path):
+    """accelerate rejects unknown keys at the top level, but does not check nested keys."""
     config = ClusterConfig.from_yaml_file(path)
     known = vars(launch_command_parser().parse_args(["train.py"]))
     assert {*config.fsdp_config, *config.deepspeed_config} <= known.keys()

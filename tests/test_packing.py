@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Packed rows: which share a sequence, and that they learn exactly what they learn alone."""
+"""Packing: which rows share a sequence, and that packed and unpacked rows give the same update."""
 
 import pytest
 import torch
@@ -20,11 +20,11 @@ def test_packs_hold_every_row_once_and_fit():
     packs = pack_lengths(lengths, 2048)
     assert sorted(row for pack in packs for row in pack) == list(range(500))
     assert all(sum(lengths[row] for row in pack) <= 2048 for pack in packs)
-    # best fit leaves little: no more than one in fifty above the least possible number of packs
+    # at most 2 % more packs than the lower bound
     assert len(packs) <= 1.02 * sum(lengths) / 2048 + 1
 
 
-def test_the_tightest_room_is_taken():
+def test_rows_go_to_the_pack_with_the_least_room():
     assert pack_lengths([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
     with pytest.raises(ValueError, match=r"Row 1 has 11 tokens, more than `max_length`"):
         pack_lengths([3, 11], 10)
@@ -32,8 +32,8 @@ def test_the_tightest_room_is_taken():
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention", ROW_BY_ROW])
 @torch.no_grad()
-def test_packed_loss_is_the_unpacked_one(build_model, implementation):
-    """Ragged images and text-only rows in three packs; both losses and both counts."""
+def test_packed_losses_equal_unpacked_losses(build_model, implementation):
+    """Three packs of rows with different numbers of images; both losses and both counts."""
     model = build_model()
     processor, rows = build_processor(), build_rows()
     collator = VTLMMCollator(processor)
@@ -49,7 +49,7 @@ def test_packed_loss_is_the_unpacked_one(build_model, implementation):
 
 
 def test_packed_rows_do_not_see_each_other(build_model):
-    """Another row in front changes nothing at the rows behind it."""
+    """The first row of a pack does not change the logits of the next row."""
     model = build_model()
     processor, rows = build_processor(), list(build_rows())
     collator = VTLMMCollator(processor)
@@ -63,8 +63,8 @@ def test_packed_rows_do_not_see_each_other(build_model):
 
 
 @torch.no_grad()
-def test_row_by_row_attention_is_sdpa_where_nothing_is_packed(build_model):
-    """Padding on the left, no mask, and generation with a cache, in the same model as in training."""
+def test_row_by_row_attention_equals_sdpa_without_packing(build_model):
+    """Check left padding, no mask, and generation with a cache."""
     model, processor = build_model(), build_processor()
     padded = processor.tokenizer(["hello there what is it", "hello"], padding=True, padding_side="left")
     batch = {name: torch.tensor(values) for name, values in padded.items() if name != "token_type_ids"}
@@ -88,11 +88,11 @@ def test_a_packed_step_is_the_padded_step(tmp_path):
     assert_same_update(update(packed), expected)
     logged = next(entry for entry in packed.state.log_history if "lm_loss" in entry)
     assert logged["samples_per_second"] > 0
-    assert packed.args.packing  # TRL is not told, but whoever reads the settings is
+    assert packed.args.packing  # hidden from TRL only
 
 
 def test_lengths_need_no_image(monkeypatch):
-    """Nor a column that rows of other makers lack."""
+    """Rows without `num_context_messages` work too."""
     rows, processor = build_rows(), build_processor()
     expected = check_rows(rows, processor).lengths
     monkeypatch.setattr(Image, "decode_example", lambda *_, **__: pytest.fail("decoded"))
@@ -100,7 +100,7 @@ def test_lengths_need_no_image(monkeypatch):
     assert found["length"][:] == expected
 
 
-def test_rows_to_evaluate_are_grouped_too(tmp_path):
+def test_evaluation_rows_are_grouped_by_length(tmp_path):
     grouped = build_trainer(
         tmp_path, eval_dataset=build_rows(seed=1), train_sampling_strategy="group_by_length", max_length=50
     )
@@ -118,7 +118,7 @@ def test_rows_to_evaluate_are_grouped_too(tmp_path):
 
 
 @pytest.mark.parametrize("layers", [["conv", "full_attention"], ["linear_attention", "full_attention"], None])
-def test_decoders_that_carry_a_state_are_not_packed(layers, tmp_path, monkeypatch):
+def test_stateful_decoders_cannot_be_packed(layers, tmp_path, monkeypatch):
     model = VTLMMForConditionalGeneration(build_config())
     if layers is None:
         monkeypatch.setattr(type(model.model.language_model), "_is_stateful", True)
@@ -129,6 +129,6 @@ def test_decoders_that_carry_a_state_are_not_packed(layers, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("settings", [{"packing": True}, {"train_sampling_strategy": "group_by_length"}])
-def test_a_stream_has_no_lengths(tmp_path, settings):
+def test_packing_a_stream_is_rejected(tmp_path, settings):
     with pytest.raises(ValueError, match="streamed dataset does not have"):
         build_trainer(tmp_path, rows=build_rows().to_iterable_dataset(), **settings)

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The trainer: exact normalization, what each stage changes, resuming, what is logged."""
+"""The trainer: exact normalization, trainable modules of each stage, resuming, logging."""
 
 import dataclasses
 import os
@@ -24,14 +24,14 @@ from vtlmm.train.trainer import VTLMMTrainer
 
 
 def update(trainer) -> dict[str, torch.Tensor]:
-    """What one optimizer step adds to each parameter."""
+    """Return the change of each parameter in one optimizer step."""
     before = weights(trainer.model)
     trainer.train()
     return {name: tensor - before[name] for name, tensor in weights(trainer.model).items()}
 
 
 def assert_same_update(found: dict, expected: dict, tolerance: float = 1e-6):
-    """Relative difference of the whole update, and no parameter that moves in one only."""
+    """Check the relative difference of the whole update, and that the same parameters change."""
     assert found.keys() == expected.keys()
     difference = sum((found[name] - expected[name]).double().square().sum() for name in expected).sqrt()
     size = sum(tensor.double().square().sum() for tensor in expected.values()).sqrt()
@@ -43,8 +43,8 @@ def whole_batch(tmp_path_factory):
     return update(build_trainer(tmp_path_factory.mktemp("whole")))
 
 
-def test_the_update_is_the_gradient_of_the_paper_s_loss(whole_batch, tmp_path):
-    """One step of plain autograd on the mean losses over the eight rows."""
+def test_the_update_is_the_gradient_of_the_papers_loss(whole_batch, tmp_path):
+    """Compare with one step of plain autograd on the mean losses over the eight rows."""
     trainer = build_trainer(tmp_path)
     model = trainer.model
     batch = trainer.data_collator(list(trainer.train_dataset))
@@ -66,15 +66,15 @@ def test_the_update_is_the_gradient_of_the_paper_s_loss(whole_batch, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_accumulation_equals_the_whole_batch(whole_batch, tmp_path, batch_size):
-    """Ragged images per row, text-only rows; eight micro-batches of one row, some without any image."""
+    """Rows have different numbers of images; some micro-batches of one row have no image."""
     accumulated = build_trainer(
         tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=8 // batch_size
     )
-    accumulated.model_accepts_loss_kwargs = False  # what Trainer reads off the forward's signature must not matter
+    accumulated.model_accepts_loss_kwargs = False  # Trainer derives it from the signature of forward
     assert_same_update(update(accumulated), whole_batch)
 
 
-# What a plain `loss / num_items_in_batch` would come to, as counts `[num_lm_targets, num_visual_targets]`
+# Counts of other normalizations `[num_lm_targets, num_visual_targets]`
 WRONG_COUNTS = {
     "mean of each micro-batch, added up": lambda own, whole, num_steps: own,
     "mean of the micro-batches' means": lambda own, whole, num_steps: own * num_steps,
@@ -84,9 +84,14 @@ WRONG_COUNTS = {
 
 @pytest.mark.parametrize("wrong", WRONG_COUNTS)
 def test_other_normalizations_would_be_wrong(tmp_path, wrong):
-    """The guard of the test above: each of the usual ways gives another update."""
-    rows = build_rows((1, 0, 0, 1, 0, 0, 0, 1))  # with about as many image tokens as words two counts would be alike
-    settings = {"visual_loss_coef": 20.0, "learning_rate": 1.0}  # or this tiny model's visual loss would hardly count
+    """Each common way to normalize gives another update, so the test above can fail."""
+    rows = build_rows(
+        (1, 0, 0, 1, 0, 0, 0, 1)
+    )  # with similar numbers of image and text tokens, two of the counts would be similar
+    settings = {
+        "visual_loss_coef": 20.0,
+        "learning_rate": 1.0,
+    }  # makes the visual loss of this tiny model large enough
     expected = update(build_trainer(tmp_path, rows, **settings))
     settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     assert_same_update(update(build_trainer(tmp_path, rows, **settings)), expected)
@@ -113,20 +118,20 @@ def test_other_normalizations_would_be_wrong(tmp_path, wrong):
     ids=lambda settings: "-".join(map(str, settings.values()))[:60],
 )
 def test_a_stage_changes_exactly_its_modules(tmp_path, settings):
-    """Compared before and after a step. The last layer of the tower gets no gradient: it is not used."""
+    """The last layer of the tower is not used, so it gets no gradient."""
     trainer = build_trainer(tmp_path, **settings)
     trains = trainer.stage.trains
     found = update(trainer)
     unused = ("vision_tower.encoder.layers.2.", "vision_tower.post_layernorm.", "embed_tokens")
     for name, difference in found.items():
         if module_of(name) in trains and not any(part in name for part in unused):
-            # a key bias moves every score of a row alike: its gradient is rounding
+            # a key bias adds the same number to all scores of a row, so its gradient is a rounding error
             assert difference.abs().max() > 0 or name.endswith("k_proj.bias"), name
         elif module_of(name) not in trains:
             assert difference.abs().max() == 0, name
 
 
-def test_evaluation_is_no_part_of_the_speed(tmp_path):
+def test_throughput_excludes_evaluation(tmp_path):
     rows = build_rows()
     settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
     trainer = build_trainer(tmp_path, rows, eval_dataset=rows, **settings)
@@ -146,7 +151,7 @@ def test_an_epoch_that_ends_with_an_evaluation_is_logged(tmp_path):
     assert logged == pytest.approx([evaluated["eval_lm_loss"]] * 2, rel=1e-5)
 
 
-def test_a_mixture_of_experts_learns_without_its_balance_loss_only_when_told(tmp_path):
+def test_a_mixture_of_experts_needs_router_aux_loss_coef_0(tmp_path):
     trainer = build_trainer(tmp_path)
     config = trainer.model.config.text_config
     config.router_aux_loss_coef, config.output_router_logits = 0.01, False
@@ -157,8 +162,8 @@ def test_a_mixture_of_experts_learns_without_its_balance_loss_only_when_told(tmp
     assert config.router_aux_loss_coef == 0.0 and not config.output_router_logits
 
 
-def test_the_control_sees_no_visual_loss(tmp_path):
-    """visual_loss_coef = 0 is the language loss alone: the VM head may be anything."""
+def test_the_baseline_does_not_use_the_vm_head(tmp_path):
+    """With visual_loss_coef = 0, the VM head does not change the update."""
     one = build_trainer(tmp_path, visual_loss_coef=0)
     other = build_trainer(tmp_path, visual_loss_coef=0)
     torch.nn.init.normal_(other.model.model.vm_head.weight)
@@ -167,7 +172,7 @@ def test_the_control_sees_no_visual_loss(tmp_path):
 
 
 def test_logged_values_are_exact_means(tmp_path):
-    """Over two optimizer steps of unequal micro-batches, against one evaluation of all rows."""
+    """Two optimizer steps of unequal micro-batches are logged as one evaluation of all rows."""
     rows = build_rows()
     trainer = build_trainer(
         tmp_path,
@@ -231,7 +236,7 @@ KILLED = textwrap.dedent(
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
-    """SIGKILL in the middle of stage IV, two steps after a checkpoint."""
+    """SIGKILL stops stage IV two steps after a checkpoint."""
     whole = build_trainer(tmp_path / "whole", **RESUMED)
     whole.train()
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
@@ -246,7 +251,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
         assert torch.equal(a, b), name
 
 
-def test_resuming_from_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
+def test_a_checkpoint_of_another_model_is_rejected(tmp_path):
     trainer = build_trainer(tmp_path, **RESUMED | {"max_steps": 3})
     trainer.train()
     path = tmp_path / "checkpoint-3" / "model.safetensors"
@@ -264,7 +269,7 @@ def test_resuming_from_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
         build_trainer(tmp_path, **RESUMED)._load_from_checkpoint(str(path.parent))
 
 
-def test_a_longer_row_than_max_length_is_refused(tmp_path):
+def test_a_row_longer_than_max_length_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="Rows are never truncated"):
         build_trainer(tmp_path, max_length=5).train()
 
@@ -311,7 +316,7 @@ def test_the_projector_can_have_its_own_learning_rate(tmp_path):
         ({"stage": "joint", "vm_head_init": "zeros"}, "`vm_head_init` is 'zeros'"),
     ],
 )
-def test_impossible_settings_are_refused_before_anything_is_loaded(tmp_path, settings, message):
+def test_contradicting_settings_are_rejected(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         VTLMMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
 
@@ -322,13 +327,13 @@ def test_lengths_are_padded_to_a_multiple(tmp_path):
 
 
 def test_a_stream_is_not_evaluated_on_several_processes(tmp_path, monkeypatch):
-    """It has no length, so rows that fill up the last batch cannot be told from others."""
+    """A stream has no length, so the rows that accelerate repeats in the last batch are unknown."""
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
     with pytest.raises(ValueError, match="Load `eval_dataset` as a whole"):
         build_trainer(tmp_path, eval_dataset=build_rows().to_iterable_dataset())
 
 
-def test_candidates_need_a_image_to_be_chosen_by(tmp_path):
+def test_candidates_need_an_evaluation_image(tmp_path):
     settings = {"stage": "visual_head", "vm_head_candidates": [{"learning_rate": 1e-2}, {"learning_rate": 1e-3}]}
     with pytest.raises(ValueError, match="no image"):
         build_trainer(tmp_path, eval_dataset=build_rows((0, 0)), **settings)
@@ -337,13 +342,13 @@ def test_candidates_need_a_image_to_be_chosen_by(tmp_path):
 def test_stage_defaults(tmp_path):
     config = VTLMMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, stage="visual_head")
     assert (config.learning_rate, config.vm_head_init, config.bf16) == (1e-3, "lm_head", False)
-    # a share, neither 0.03 of a step nor 30 steps
+    # a fraction of the steps, not 0.03 steps or 30 steps
     assert [config.get_warmup_steps(steps) for steps in (1000, 2000)] == [30, 60]
     early = resolve_stage("projector", visual_loss_coef=1.0)
     assert early.visual_student == "lm_head" and early.trains == ("multi_modal_projector",)
 
 
-def test_the_plan_says_what_learns(build_model):
+def test_the_plan_lists_trainable_parameters(build_model):
     from vtlmm.train.stages import set_trainable
 
     model = build_model()
@@ -358,7 +363,7 @@ def test_the_plan_says_what_learns(build_model):
     assert learning == decoder + head
 
 
-def test_tied_embeddings_learn_as_one(build_model):
+def test_tied_embeddings_are_trained_together(build_model):
     from vtlmm.train.stages import set_trainable
 
     model = build_model("qwen2")
@@ -368,8 +373,8 @@ def test_tied_embeddings_learn_as_one(build_model):
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["model.vm_head.weight"]
 
 
-def test_the_losses_see_the_copy_of_a_head_that_peft_trains(build_model):
-    """`head.weight` of PEFT's wrapper is the copy, whose gradient must not go to the original."""
+def test_losses_use_the_trainable_copy_of_a_head(build_model):
+    """`head.weight` of PEFT's wrapper is the trainable copy; the original gets no gradient."""
     from peft import LoraConfig, get_peft_model
 
     model = build_model().train()
@@ -389,8 +394,8 @@ def test_the_losses_see_the_copy_of_a_head_that_peft_trains(build_model):
         assert wrapper.original_module.weight.grad is None
 
 
-def test_a_model_by_its_folder_learns_in_float32(build_model, tmp_path):
-    """Whatever the folder is in; and a model by itself needs its processor."""
+def test_a_model_given_by_name_is_trained_in_float32(build_model, tmp_path):
+    """A bfloat16 checkpoint is loaded in float32. A model without a folder needs `processing_class`."""
     from vtlmm.train.trainer import VTLMMTrainer
 
     build_model().to(torch.bfloat16).save_pretrained(tmp_path / "model")

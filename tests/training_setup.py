@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""A tiny training run, for the tests and for the processes that they start."""
+"""A tiny training run for the tests and their subprocesses."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ IMAGES_PER_ROW = (1, 0, 2, 1, 0, 3, 1, 1)
 
 
 def build_rows(images_per_row=IMAGES_PER_ROW, seed: int = 0) -> Dataset:
-    """Conversations of different lengths, about different numbers of images of random colors, none in some."""
+    """Return conversations of different lengths, with different numbers of images of random colors."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for number in images_per_row:
@@ -45,7 +45,7 @@ def build_trainer(
     adapter: AdapterConfig | None = None,
     **settings,
 ):
-    """A trainer on a tiny random model (seeded); SGD, so that one step shows the gradient."""
+    """Return a trainer for a tiny random model, with SGD, so that one step shows the gradient."""
     torch.manual_seed(0)
     model = VTLMMForConditionalGeneration(build_config(**(model_options or {})))
     with torch.no_grad():  # see `build_model`
@@ -55,7 +55,7 @@ def build_trainer(
     model.initialize_vm_head("random")
     defaults = {
         "optim": "sgd",
-        "learning_rate": 10.0,  # a large step, so that the update is not lost in the rounding of the weights
+        "learning_rate": 10.0,  # a large step, so that the update is larger than the rounding of the weights
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
         "max_grad_norm": 0.0,
@@ -83,12 +83,12 @@ def build_trainer(
 
 
 def weights(model) -> dict[str, torch.Tensor]:
-    """A copy of all weights."""
+    """Return a copy of all weights."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def write_start(folder: Path, text: str = "llama", vision: str = "clip_vision_model", **options) -> dict:
-    """A tiny model as a folder, wide enough for nf4's blocks of 64, and rows; the settings of a run on them."""
+    """Write a tiny model, wide enough for nf4's blocks of 64, and rows; return the settings of a run."""
     torch.manual_seed(0)
     config = build_config(text, vision, **options).to_dict()
     config["text_config"].update(hidden_size=64, intermediate_size=128, head_dim=16)
