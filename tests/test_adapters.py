@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""LoRA, DoRA and quantized bases: what is quantized, what learns, what is saved, and resuming."""
+"""LoRA, DoRA and quantized bases: quantized layers, trainable parameters, saved files, and resuming."""
 
 import json
 import os
@@ -36,18 +36,18 @@ def settings(tmp_path_factory):
     return write_start(tmp_path_factory.mktemp("adapters"), vm_head_type="mlp")
 
 
-def learning(trainer) -> set[str]:
+def trainable(trainer) -> set[str]:
     return {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
 
 
-# ---- What is quantized, what learns ----
+# ---- Quantized layers and trainable parameters ----
 
 
 @pytest.mark.parametrize(
     ("quantization", "layer", "storage"), [("nf4", "Linear4bit", torch.uint8), ("int8", "Linear8bitLt", torch.int8)]
 )
 def test_layer_by_layer(settings, tmp_path, quantization, layer, storage):
-    """Exactly the decoder's projections are quantized; the rest keeps `dtype`, and what learns is float32."""
+    """Only the decoder's projections are quantized. Trainable parameters are float32, all others `dtype`."""
     chosen = {**QUANTIZED[quantization], "use_peft": True, "dtype": "bfloat16", "bf16": True}
     trainer = build_trainer({**settings, **chosen, "output_dir": str(tmp_path)})
     model = trainer.model.get_base_model()
@@ -88,8 +88,8 @@ def test_layer_by_layer(settings, tmp_path, quantization, layer, storage):
     ("adapter", "quantization"),
     [("lora", "none"), ("dora", "none"), ("lora", "nf4"), ("dora", "nf4"), ("lora", "int8")],
 )
-def test_exactly_this_learns(settings, tmp_path, stage, in_full, adapter, quantization):
-    """By name, for each stage and kind of adapter; and all of it is in the saved folder."""
+def test_trainable_and_saved_parameters_of_each_stage(settings, tmp_path, stage, in_full, adapter, quantization):
+    """Compare the names of trainable and of saved parameters with the expected ones."""
     options = {"stage": stage, **ADAPTERS[adapter], **QUANTIZED[quantization], "output_dir": str(tmp_path)}
     trainer = build_trainer({**settings, **options})
     parts = ["lora_A", "lora_B"] + ["lora_magnitude_vector"] * (adapter == "dora")
@@ -100,9 +100,9 @@ def test_exactly_this_learns(settings, tmp_path, stage, in_full, adapter, quanti
     for module in in_full:
         inside = [name.removeprefix(module) for name in start if name.startswith(module + ".")]
         expected |= {f"{module}.modules_to_save.default{name}" for name in inside}
-    found = {name.removeprefix("base_model.model.") for name in learning(trainer)}
+    found = {name.removeprefix("base_model.model.") for name in trainable(trainer)}
     assert found == expected
-    # neither type nor value went through bfloat16
+    # neither the dtype nor the values were rounded to bfloat16
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             assert parameter.dtype == torch.float32
@@ -121,17 +121,17 @@ def test_exactly_this_learns(settings, tmp_path, stage, in_full, adapter, quanti
     }
 
 
-def test_what_learns_moves_and_nothing_else(settings, tmp_path):
-    """In three steps: the first has learning rate 0, and LoRA's A rests until its B has left zero."""
+def test_only_trainable_parameters_change(settings, tmp_path):
+    """Three steps: the first has learning rate 0, and LoRA's A gets no gradient while its B is zero."""
     trainer = build_trainer({**settings, **QLORA, "max_steps": 3, "output_dir": str(tmp_path)})
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
     moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == learning(trainer)
+    assert moved == trainable(trainer)
 
 
-def test_a_seed_is_a_run(settings):
-    """LoRA's first values are drawn before TRL and transformers set the seed."""
+def test_the_seed_determines_initial_values(settings):
+    """LoRA's initial values are drawn before TRL and transformers set the seed."""
     one, other = (build_trainer({**settings, **LORA, "seed": 7}) for _ in range(2))
     for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -140,12 +140,12 @@ def test_a_seed_is_a_run(settings):
 @pytest.mark.parametrize(
     ("leaking", "reached"),
     [
-        (DECODER_PROJECTIONS.replace(".*language_model", ""), "vision_tower"),  # it has modules of the same names
+        (DECODER_PROJECTIONS.replace(".*language_model", ""), "vision_tower"),  # it has modules with the same names
         (r".*(language_model.*q_proj|linear_1)", "multi_modal_projector"),
         (r".*(language_model.*q_proj|vm_head\.residual_block\.input)", "vm_head"),
     ],
 )
-def test_lora_must_not_leave_the_decoder(settings, leaking, reached):
+def test_lora_outside_the_decoder_is_rejected(settings, leaking, reached):
     with pytest.raises(ValueError, match=rf"reach .*{reached}.*outside the decoder"):
         build_trainer({**settings, **LORA, "lora_target_modules": leaking})
 
@@ -163,13 +163,13 @@ def test_lora_must_not_leave_the_decoder(settings, leaking, reached):
         ({"vm_head_type": "mlp"}, "add vm_head to `trainable_modules`"),
     ],
 )
-def test_settings_that_do_not_go_together(settings, changes, message):
+def test_contradicting_settings_are_rejected(settings, changes, message):
     with pytest.raises(ValueError, match=message):
         build_trainer({**settings, **LORA, **changes})
 
 
 def test_learning_rates(settings):
-    """LoRA's own beside that of what learns in full."""
+    """`adapter_learning_rate` applies to LoRA, `learning_rate` to modules trained in full."""
     trainer = build_trainer({**settings, "use_peft": True, "adapter_learning_rate": 2e-4})
     rates = {p: group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
     for name, parameter in trainer.model.named_parameters():
@@ -190,7 +190,7 @@ def test_bitsandbytes_quantizes_the_decoder_only_by_default(settings, options):
 
 
 def gradients(trainer) -> dict[str, torch.Tensor]:
-    """Of one training batch, at a LoRA that is not zero any more."""
+    """Return the gradients of one training batch, with nonzero LoRA weights."""
     trainer.model.zero_grad()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in trainer.model.named_parameters():
@@ -204,7 +204,7 @@ def gradients(trainer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_gradient_checkpointing_changes_nothing(settings, tmp_path, quantization):
-    """Neither what two steps of SGD learn, nor that a frozen tower is not run backward."""
+    """Two steps of SGD give the same update, and a frozen tower stores no activations."""
     options = {"lora_dropout": 0.0, "optim": "sgd", "learning_rate": 0.1, "warmup_steps": 0, "max_grad_norm": 0.0}
     options = {**settings, **LORA, **options, **QUANTIZED[quantization], "output_dir": str(tmp_path)}
     learnt = {}
@@ -223,8 +223,8 @@ def test_gradient_checkpointing_changes_nothing(settings, tmp_path, quantization
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_a_resting_decoder_keeps_nothing_for_a_backward(settings, tmp_path, adapter):
-    """Stage III under gradient checkpointing, which makes transformers ask for gradients at the embeddings."""
+def test_a_frozen_decoder_stores_no_activations(settings, tmp_path, adapter):
+    """Gradient checkpointing makes transformers call `enable_input_require_grads`, also in stage III."""
     options = {"stage": "visual_head", **ADAPTERS[adapter], "gradient_checkpointing": True}
     trainer = build_trainer({**settings, **options, "output_dir": str(tmp_path)})
     trainer.train()
@@ -234,8 +234,8 @@ def test_a_resting_decoder_keeps_nothing_for_a_backward(settings, tmp_path, adap
     assert not model.model(**batch).last_hidden_state.requires_grad
 
 
-def test_evaluation_leaves_the_gradient_through_4_bit_weights(settings):
-    """On a CPU with bfloat16 instructions bitsandbytes would repack them, and the gradient be wrong without a word."""
+def test_evaluation_keeps_gradients_of_4_bit_weights(settings):
+    """On a CPU with bfloat16 instructions, bitsandbytes would repack the weights and return wrong gradients."""
     trainer = build_trainer({**settings, **QLORA, "lora_dropout": 0.0})
     expected = gradients(trainer)
     trainer.evaluate(trainer.train_dataset)
@@ -280,7 +280,7 @@ KILLED = textwrap.dedent(
 
 @pytest.fixture(scope="module")
 def killed(settings, tmp_path_factory):
-    """For each kind the folder of a run that SIGKILL ended one step after its checkpoint."""
+    """Return, for each kind, the folder of a run that SIGKILL stopped one step after its checkpoint."""
     folders = {kind: tmp_path_factory.mktemp("killed") for kind in KINDS}
     runs = [{**settings, **KINDS[kind], "output_dir": str(folder)} for kind, folder in folders.items()]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
@@ -296,7 +296,7 @@ def test_a_killed_run_resumes_to_the_same_weights(settings, killed, tmp_path, ki
     whole = run_training({**settings, **KINDS[kind], "output_dir": str(tmp_path)})
     options = {"output_dir": str(killed[kind]), "resume_from_checkpoint": True}
     resumed = run_training({**settings, **KINDS[kind], **options})
-    assert resumed.state.global_step == 6 and learning(resumed) == learning(whole)
+    assert resumed.state.global_step == 6 and trainable(resumed) == trainable(whole)
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == (
@@ -304,7 +304,7 @@ def test_a_killed_run_resumes_to_the_same_weights(settings, killed, tmp_path, ki
     ).read_bytes()
 
 
-def test_resuming_from_an_adapter_that_lacks_a_tensor_is_refused(settings, tmp_path):
+def test_resuming_an_adapter_with_a_missing_tensor_is_rejected(settings, tmp_path):
     options = {**settings, **LORA, **RESUMED, "max_steps": 2, "output_dir": str(tmp_path)}
     build_trainer(options).train()
     path = tmp_path / "checkpoint-2" / "adapter_model.safetensors"

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Questions answered at evaluation steps: what is scored, and that training does not notice."""
+"""Questions answered at evaluation steps: their scores, and that they do not change the training."""
 
 import json
 import random
@@ -25,7 +25,7 @@ COLORS = ("red", "green", "blue", "white")
 
 @pytest.fixture
 def questions(tmp_path):
-    """Three questions of different lengths about each of four images, and one about none."""
+    """Three questions of different lengths about each of four images, and one without an image."""
     rows = [{"question": "say hello", "answer": "hello"}]
     for i, color in enumerate(COLORS):
         PILImage.new("RGB", (28, 28), color).save(tmp_path / f"{color}.png")
@@ -38,12 +38,16 @@ def questions(tmp_path):
 
 
 @pytest.mark.parametrize(("num_images", "number"), [(3, 9), (9, 12)])
-def test_scores_are_those_of_one_by_one(questions, tmp_path, num_images, number):
+def test_scores_equal_those_of_single_questions(questions, tmp_path, num_images, number):
     """Of the questions about the first images only. Truths are what the model says to some, and the start of what it
     says to others, which is not enough."""
     model, processor = build_trainer(tmp_path).model, build_processor()
     model.generation_config.eos_token_id = list(range(2, 24))  # a random model would hardly ever stop
-    model.generation_config.suppress_tokens = [0, 1, *range(len(WORDS) + 4, 64)]  # and say what is no word
+    model.generation_config.suppress_tokens = [
+        0,
+        1,
+        *range(len(WORDS) + 4, 64),
+    ]  # and generate tokens that are not words
     asked = [
         {"images": row["images"], "question": row["messages"][0]["content"][1]["text"]}
         for row in questions
@@ -74,7 +78,7 @@ def test_scores_are_those_of_one_by_one(questions, tmp_path, num_images, number)
         assert model.training is training
 
 
-def test_questions_without_images_are_refused(questions):
+def test_questions_without_images_are_rejected(questions):
     with pytest.raises(ValueError, match="No question about images"):
         task_scores(questions.select([0]), build_processor(), 2)
 
@@ -110,8 +114,8 @@ def run(folder, **settings):
     return trainer
 
 
-def test_training_goes_on_as_without(questions, tmp_path):
-    """Bit by bit, with dropout and shuffled rows."""
+def test_scoring_does_not_change_the_training(questions, tmp_path):
+    """The weights are equal bit by bit, with dropout and shuffled rows."""
     plain = run(tmp_path / "plain")
     plain.train()
     scored = run(tmp_path / "scored")
@@ -125,7 +129,7 @@ def test_training_goes_on_as_without(questions, tmp_path):
 
 
 def test_a_recipe_scores_its_questions_and_keeps_the_best(tmp_path, capsys):
-    """Through the command line, and the record says what the model scored in the end."""
+    """Run `vtlmm train`; the run record has the final scores."""
     settings = write_start(tmp_path)
     rows = [{"image": "red.png", "question": "what is it", "answer": "red boat"}]
     (tmp_path / "questions.json").write_text(json.dumps(rows))
@@ -141,7 +145,7 @@ def test_a_recipe_scores_its_questions_and_keeps_the_best(tmp_path, capsys):
     logged = [log["eval_accuracy"] for log in state["log_history"] if "eval_accuracy" in log]
     assert state["best_metric"] == max(logged) == record["metrics"]["eval_accuracy"] == 1.0
     assert "eval_accuracy_shuffled_images" not in record["metrics"]  # one image has no other
-    # an adapter's weights and a head in float32 on a bfloat16 base, which only autocast multiplies
+    # float32 adapter and head on a bfloat16 base, which needs autocast
     lora = "--use_peft --lora_r 2 --dtype bfloat16 --bf16 true --stage joint --output_dir".split()
     lora.append(str(tmp_path / "lora"))
     assert main(["train", "--config", str(recipe), *lora]) == 0
