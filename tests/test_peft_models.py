@@ -24,7 +24,7 @@ PROJECTIONS = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "do
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    return write_start(tmp_path_factory.mktemp("peft"))["model"]
+    return write_start(tmp_path_factory.mktemp("peft"))["model_name_or_path"]
 
 
 def load(folder, **options) -> VTLMMForConditionalGeneration:

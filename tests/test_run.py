@@ -159,7 +159,7 @@ def test_adapters_are_merged_between_stages(recipe, tmp_path, capsys):
         ("  visual_head:\n  joint: {visual_student: decoder}", [], "must be 'vm_head' or 'lm_head'"),
         ("  visual_head: {model_name_or_path: here}\n  joint:", [], "sets stages.visual_head.model_name_or_path"),
         ("  visual_head:\n  joint: {use_peft: true, dtype: bfloat16}", [], "needs mixed precision"),
-        ("  visual_head:\n  joint: {packing: true, max_length: null}", [], "Packing needs `max_length`"),
+        ("  visual_head:\n  joint: {packing: true, max_length: null}", [], "`packing` needs `max_length`"),
         ("  visual_head:\n  joint: {router_aux_loss_coef: 0.1}", [], "router_aux_loss_coef"),
         ("  visual_head:\n  joint: {eval_task_data: gone.json}", [], "gone.json does not exist"),
         ("  visual_head:\n  joint: {bad_rows: raise}", [], "row 5: missing image"),
