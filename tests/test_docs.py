@@ -55,7 +55,7 @@ def test_symbols_files_and_links_of_a_page_exist(page):
 
 def test_a_missing_symbol_is_found():
     assert missing_symbols((ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8"))[0] > 15
-    text = "`stages.py:STAGES` `train/trainer.py:VTLMMTrainer.normalized_loss` `trainer.py:VTLMMTrainer.nothing` `nowhere.py:x`"
+    text = "`stages.py:STAGES` `train/trainer.py:VTLMMTrainer.train` `trainer.py:VTLMMTrainer.nothing` `nowhere.py:x`"
     assert missing_symbols(text) == (4, ["trainer.py:VTLMMTrainer.nothing", "nowhere.py:x"])
 
 
