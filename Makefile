@@ -56,7 +56,7 @@ test-oldest: .venv-oldest/ok ## run the tests of the model and of private names 
 .venv-harness/ok: pyproject.toml
 	$(PY) -m venv .venv-harness
 	.venv-harness/bin/pip install -q uv && .venv-harness/bin/uv pip install -q --python .venv-harness/bin/python \
-		$(CONSTRAINTS) -e '.[harness,figures,stats]' pytest pytest-timeout
+		$(CONSTRAINTS) -e '.[harness,figures]' pytest pytest-timeout
 	$(if $(CONSTRAINTS),.venv-harness/bin/uv pip uninstall -q --python .venv-harness/bin/python torchvision)
 	touch $@
 

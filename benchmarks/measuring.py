@@ -4,39 +4,25 @@
 import datetime
 import gc
 import os
-import platform
 import statistics
-import subprocess
 import time
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from vtlmm.data.environment import commit_of_code, gpu_name, package_versions, processor_name
+
 
 def machine(device):
     """Return the date, hardware, load and versions of a run."""
-    try:
-        cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-        cpu = cpu.partition(":")[2].strip()
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
-        commit = subprocess.check_output(
-            [*git, "describe", "--always", "--dirty"], text=True, stderr=subprocess.DEVNULL
-        )
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": cpu,
-        "gpu": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else None,
+        "cpu": processor_name(),
+        "gpu": gpu_name() if torch.device(device).type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],
-        "commit": commit.strip(),
-        **{name: version(name) for name in ("torch", "transformers", "trl")},
+        "commit": commit_of_code() or "unknown",
+        **package_versions(("torch", "transformers", "trl")),
     }
 
 

@@ -33,6 +33,8 @@ from pathlib import Path
 import torch
 from measuring import machine, ratio
 
+from vtlmm.data.markdown import markdown_table
+
 
 def sizes(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, **others):
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -295,11 +297,9 @@ def compare_steps(stage, arguments):
         for name in (LLAVA, SAME_TARGETS, *STEPS[stage])
     ]
     results = run_rounds(tasks, arguments.rounds)
-    lines = [
-        "| implementation | s a step | time / LLaVA | time / same targets | peak GB | memory / LLaVA "
-        "| memory / same targets |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    header = ["implementation", "s a step", "time / LLaVA", "time / same targets", "peak GB", "memory / LLaVA"]
+    header.append("memory / same targets")
+    rows = []
     for name, result in results.items():
         cells = [name]
         for key, unit, digits in (("seconds", 1, 3), ("peak_bytes", 1e9, 2)):
@@ -307,8 +307,8 @@ def compare_steps(stage, arguments):
             for label, reference in (("llava", LLAVA), ("same_targets", SAME_TARGETS)):
                 found = result[f"{key}_to_{label}"] = ratio(result[key], results[reference][key])
                 cells.append(interval(found))
-        lines.append(f"| {' | '.join(cells)} |")
-    return results, lines
+        rows.append(cells)
+    return results, [markdown_table(header, rows)]
 
 
 def compare_batches(data, arguments):
@@ -321,21 +321,17 @@ def compare_batches(data, arguments):
     }
     tasks = [Task(name, arguments, data, arguments.rows, settings=settings | changes[name]) for name in changes]
     results = run_rounds(tasks, arguments.rounds)
-    lines = [
-        "| batches | rows/s | speed / padded | peak GB | memory / padded | steps | L_lm | L_vm |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, result in results.items():
         result["speed_to_padded"] = ratio(results[PADDED]["seconds_of_pass"], result["seconds_of_pass"])
         result["memory_to_padded"] = ratio(result["peak_bytes"], results[PADDED]["peak_bytes"])
         result["rows_per_second"] = arguments.rows / statistics.median(result["seconds_of_pass"])
         losses = result["losses"][0]
-        lines.append(
-            f"| {name} | {result['rows_per_second']:.2f} | {interval(result['speed_to_padded'])} "
-            f"| {statistics.median(result['peak_bytes']) / 1e9:.3f} | {interval(result['memory_to_padded'])} "
-            f"| {result['steps_of_pass'][0]} | {losses['lm_loss']:.6f} | {losses['visual_loss']:.6f} |"
-        )
-    return results, lines
+        cells = [name, f"{result['rows_per_second']:.2f}", interval(result["speed_to_padded"])]
+        cells += [f"{statistics.median(result['peak_bytes']) / 1e9:.3f}", interval(result["memory_to_padded"])]
+        rows.append([*cells, result["steps_of_pass"][0], *(f"{losses[k]:.6f}" for k in ("lm_loss", "visual_loss"))])
+    header = ["batches", "rows/s", "speed / padded", "peak GB", "memory / padded", "steps", "L_lm", "L_vm"]
+    return results, [markdown_table(header, rows)]
 
 
 def interval(ratios):

@@ -30,6 +30,7 @@ from modeling_vtlmm.fused_losses_vtlmm import (
     fused_visual_loss_sum,
 )
 from modeling_vtlmm.losses_vtlmm import language_loss_sum, pseudo_image_features, visual_loss_sum
+from vtlmm.data.markdown import markdown_table
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -317,13 +318,9 @@ def measure(comparison, device, rounds):
 def table(comparison):
     """Return a markdown table, and add the ratios to the results."""
     results = comparison.results
-    lines = [
-        f"### {comparison.title}",
-        "",
-        f"| implementation | ms | time / plain | time / products | share of products | peak GB | peak / plain "
-        f"| error of {', '.join(comparison.names)} |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["implementation", "ms", "time / plain", "time / products", "share of products", "peak GB"]
+    header += ["peak / plain", f"error of {', '.join(comparison.names)}"]
+    rows = []
     for name, result in results.items():
         cells = [name, f"{statistics.median(result['milliseconds']):.1f}"]
         for key, reference in (("time_to_plain", PLAIN), ("time_to_products", PRODUCTS)):
@@ -337,8 +334,8 @@ def table(comparison):
             result["peak_to_plain"] = result["peak_bytes"] / results[PLAIN]["peak_bytes"]
             cells += [f"{result['peak_bytes'] / 1e9:.3f}", f"{result['peak_to_plain']:.2f}"]
             cells.append(", ".join(f"{error:.1e}" for error in result["errors"].values()))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return f"### {comparison.title}\n\n{markdown_table(header, rows)}"
 
 
 def parse_arguments():

@@ -6,6 +6,7 @@ import inspect
 import io
 import os
 import re
+from itertools import groupby
 from pathlib import Path
 
 import vtlmm
@@ -70,14 +71,11 @@ def help_of(words: str) -> str:
 
 def settings_page() -> str:
     """Return the page of all settings of `vtlmm train`."""
+    from vtlmm.data.markdown import markdown_table
     from vtlmm.train.recipe import settings_table
 
     parts = ["# Training settings", "Settings of `vtlmm train`: keys of a recipe, or options `--name value`."]
-    group = None
-    for setting in settings_table():
-        if setting.group != group:
-            group = setting.group
-            parts.append(f"\n## {group.capitalize()}\n\n| setting | type | default | meaning |\n|---|---|---|---|")
-        cells = (f"`{setting.name}`", f"`{setting.type}`", f"`{setting.default}`", setting.help)
-        parts[-1] += "\n| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+    for group, settings in groupby(settings_table(), key=lambda setting: setting.group):
+        rows = [(f"`{s.name}`", f"`{s.type}`", f"`{s.default}`", s.help) for s in settings]
+        parts.append(f"\n## {group.capitalize()}\n\n{markdown_table(('setting', 'type', 'default', 'meaning'), rows)}")
     return "\n\n".join(parts) + "\n"

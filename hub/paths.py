@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .hub_client import download
+from .repository import CHECK_FILE, RUN_RECORD
 
 
 # What a checkpoint folder holds. `overwrite=True` removes these files, so that the folder never mixes two checkpoints.
@@ -14,7 +15,7 @@ MODEL_FILES = (
     *("config.json", "generation_config.json", "adapter_config.json", "processor_config.json"),
     *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"),
     *("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
-    *("*_vtlmm.py", "vtlmm_check.json", "vtlmm_run.json"),
+    *("*_vtlmm.py", CHECK_FILE, RUN_RECORD),
 )
 FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".yaml", ".yml", ".safetensors", ".bin", ".gguf", ".csv", ".tsv")
 

@@ -294,5 +294,5 @@ def test_analyze_command_keeps_existing_results(work, tmp_path, capsys):
     assert "exists. Choose another output folder, or set `overwrite=True`" in capsys.readouterr().err
     assert (tmp_path / "analysis.json").read_text() == "{}"
     assert main([*command, "--output", str(tmp_path), "--overwrite"]) == 0
-    assert main([*command, "--labels", "nothing", "--output", str(tmp_path)]) == 1
+    assert main([*command, "--labels", "nothing", "--output", str(tmp_path), "--overwrite"]) == 1
     assert "'nothing'" in capsys.readouterr().err

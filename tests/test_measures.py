@@ -7,10 +7,8 @@ import pytest
 import torch
 from conftest import build_processor
 
-from vtlmm.analysis.accumulators import mean_estimate
 from vtlmm.analysis.labels import read_labels
 from vtlmm.analysis.metrics import (
-    auroc,
     best_mix,
     best_ranks,
     cosine_scores,
@@ -28,6 +26,7 @@ from vtlmm.analysis.metrics import (
     word_probabilities,
 )
 from vtlmm.analysis.vocabulary import WORD_CLASSES, content_words, label_ids, vocabulary_words, word_classes
+from vtlmm.evaluation.statistics import mean_estimate
 
 
 def normal(*shape, seed: int = 0) -> torch.Tensor:
@@ -126,14 +125,9 @@ def test_labels_come_from_answers_or_a_column():
         read_labels([{**questions[0], "id": [3]}], from_column=True)
 
 
-def test_overlap_and_auroc_by_hand():
+def test_top_word_overlap_by_hand():
     first, second = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[3, 2, 9], [6, 4, 5]])
     assert top_word_overlap(first, second).tolist() == pytest.approx([2 / 3, 1])
-    inside = torch.tensor([True, True, False, False, False])
-    # pairs of 0.9: 3 won; of 0.4: one won, one tied, one lost
-    assert auroc(torch.tensor([0.9, 0.4, 0.1, 0.4, 0.5]), inside) == pytest.approx(4.5 / 6)
-    assert auroc(torch.tensor([2.0, 3.0, 1.0, 1.0, 0.0]), inside) == 1
-    assert auroc(torch.ones(5), inside) == 0.5
 
 
 # ---- Neighborhoods ----

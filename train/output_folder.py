@@ -12,8 +12,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
+from vtlmm.hub.repository import RUN_RECORD
 
-RUN_RECORD = "vtlmm_run.json"
+
 LOCK_FILE = ".vtlmm.lock"
 # Files by which a folder is known to hold a model or an unfinished run.
 MODEL_FILES = ("config.json", "adapter_config.json", RUN_RECORD, "*.safetensors", "*.safetensors.index.json")

@@ -2,7 +2,6 @@
 """What a trainer publishes: the model card of its run so far, and uploads of complete repositories without pickles."""
 
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
+from vtlmm.data.environment import package_versions
 from vtlmm.hub.model_card import write_card
 from vtlmm.hub.push import stage_files, upload_published_files
 from vtlmm.hub.repository import ADAPTER, RUN_RECORD, VTLMM, read_json
@@ -94,7 +94,7 @@ def run_so_far(trainer: Any) -> dict[str, Any]:
         "device": str(args.device.type),
         "metrics": losses,
         "curves": {name: points for name, points in curves.items() if points},
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": package_versions(PACKAGES),
     }
 
 

@@ -2,14 +2,13 @@
 """The record of a training run, `vtlmm_run.json`: settings, data, losses, versions and commit of every stage."""
 
 import json
-import os
-import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import IterableDataset
+
+from vtlmm.data.environment import commit_of_code, gpu_name, package_versions
+from vtlmm.data.output_files import write_json
 
 from .output_folder import RUN_RECORD
 from .stages import describe
@@ -58,21 +57,18 @@ def write_record(trainer, settings: dict[str, Any], metrics: dict[str, float], s
             "epochs": trainer.state.epoch,
             "rows": None if isinstance(trainer.train_dataset, IterableDataset) else len(trainer.train_dataset),
             "processes": trainer.args.world_size,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "device": gpu_name() or "cpu",
             "seconds": round(seconds, 1),
             # `seconds` of a resumed run covers the steps after this checkpoint only
             "resumed_from": Path(resumed_from).name if resumed_from else None,
             "metrics": metrics,
             "curves": loss_curves(trainer.state.log_history),
             **({"vm_heads": trainer.vm_head_table} if trainer.vm_head_table else {}),
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": package_versions(PACKAGES),
             "commit": commit_of_code(),
         }
     )
-    path = Path(trainer.args.output_dir, RUN_RECORD)
-    draft = path.with_suffix(".saving")
-    draft.write_text(json.dumps(history, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    write_json(Path(trainer.args.output_dir, RUN_RECORD), history)
 
 
 def loss_curves(log_history: list[dict[str, float]], num_points: int = 100) -> dict[str, list]:
@@ -82,17 +78,3 @@ def loss_curves(log_history: list[dict[str, float]], num_points: int = 100) -> d
         points = [[entry["step"], float(f"{entry[name]:.5g}")] for entry in log_history if name in entry]
         curves[name] = points[:: -max(1, -(-len(points) // num_points))][::-1]
     return {name: points for name, points in curves.items() if points}
-
-
-def commit_of_code() -> str | None:
-    """Return the commit of the repository of this file, with `-dirty` after changes; None for an installed copy."""
-
-    def git(*command: str) -> str | None:
-        result = subprocess.run(["git", "-C", str(Path(__file__).parent), *command], capture_output=True, text=True)
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    try:
-        tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("describe", "--always", "--dirty") if tracked else None
-    except FileNotFoundError:  # git is not installed
-        return None

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from vtlmm.data.environment import commit_of_code
 from vtlmm.evaluation.report import score_answers
-from vtlmm.train.run_record import commit_of_code
 from vtlmm.train.stage_runner import run_training
 
 from .grid import Grid, read_grid

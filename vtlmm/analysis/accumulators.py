@@ -5,12 +5,11 @@ The distributions of a whole dataset, (patches, V), are never in memory together
 """
 
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
-from vtlmm.evaluation.statistics import bootstrap_interval
+from vtlmm.evaluation.statistics import DIFFERENCE_BOUNDS, SCORE_BOUNDS, Estimate, mean_estimate
 
 from .metrics import (
     best_ranks,
@@ -34,23 +33,6 @@ MAX_SAMPLE = 2048  # images that contribute a patch to the neighborhood metrics
 MIN_SAMPLE = 12  # the neighborhood metrics need at least this number of images
 # Visual tokens count as collapsed if a word carries less information (nats) about its patch or its image.
 COLLAPSE_NATS = {"patch": 0.1, "image": 0.01}
-
-
-@dataclass
-class Estimate:
-    """A value with its 95 % interval from `n` independent units."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-def mean_estimate(values: Iterable[float]) -> Estimate:
-    """Return the mean of one value per image, with its bootstrap interval over images."""
-    numbers = [float(value) for value in values]
-    low, high = bootstrap_interval(numbers, range(len(numbers)))
-    return Estimate(sum(numbers) / len(numbers), low, high, len(numbers))
 
 
 @dataclass
@@ -117,7 +99,10 @@ class Lens:
 
     def word_class_shares(self) -> dict[str, Estimate]:
         """Return the share of each word class among the patches' top words."""
-        return {name: mean_estimate(row[i] for row in self.class_shares) for i, name in enumerate(WORD_CLASSES)}
+        return {
+            name: mean_estimate([row[i] for row in self.class_shares], bounds=SCORE_BOUNDS)
+            for i, name in enumerate(WORD_CLASSES)
+        }
 
     def agreement(self, labels: torch.Tensor) -> dict[str, LabelAgreement]:
         """
@@ -144,10 +129,10 @@ class Lens:
 
 def _with_controls(values: torch.Tensor, shuffled: torch.Tensor, prior: torch.Tensor) -> LabelAgreement:
     return LabelAgreement(
-        agreement=mean_estimate(values),
+        agreement=mean_estimate(values, bounds=SCORE_BOUNDS),
         shuffled=shuffled.mean().item(),
-        lift=mean_estimate(values - shuffled),
-        lift_over_prior=mean_estimate(values - prior),
+        lift=mean_estimate(values - shuffled, bounds=DIFFERENCE_BOUNDS),
+        lift_over_prior=mean_estimate(values - prior, bounds=DIFFERENCE_BOUNDS),
         images=values.tolist(),
     )
 
@@ -243,7 +228,7 @@ class Neighborhood:
             groups = [torch.arange(number) % NUM_GROUPS != i for i in range(min(NUM_GROUPS, number // 4))]
             interval = jackknife_interval(cka, [unbiased_cka(a[kept][:, kept], b[kept][:, kept]) for kept in groups])
             found[f"{first} ~ {second}"] = SpaceAgreement(
-                mean_estimate(mutual["overlap"]),
+                mean_estimate(mutual["overlap"], bounds=SCORE_BOUNDS),
                 k,
                 mutual["chance"],
                 mutual["p_value"],

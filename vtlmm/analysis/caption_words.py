@@ -8,8 +8,9 @@ from datasets import Dataset, Image, List
 from tqdm.auto import tqdm
 
 from vtlmm.data.images import prepare_images
+from vtlmm.data.markdown import markdown_table
+from vtlmm.evaluation.statistics import DIFFERENCE_BOUNDS, SCORE_BOUNDS, Estimate, mean_estimate
 
-from .accumulators import Estimate, mean_estimate
 from .metrics import entropy
 from .vocabulary import content_words, vocabulary_words
 
@@ -47,19 +48,19 @@ class CaptionWords:
 
     def format(self) -> str:
         """Return the result as a Markdown table."""
-        lines = ["| | its captions | another image's captions |", "|---|---|---|"]
+        rows = []
         for label, name in (
             ("most likely word of the image", "top_word"),
             ("one of the ten most likely words", "top_10"),
             ("most likely word of a patch", "patch_word"),
         ):
             own, other = getattr(self, name), getattr(self, f"{name}_shuffled")
-            lines.append(f"| {label} | {_percent(own)} | {_percent(other)} |")
-        lines.append(
-            f"\n{self.top_word.n} images, {self.num_patch_words} different patch words, "
+            rows.append([label, _percent(own), _percent(other)])
+        table = markdown_table(["", "its captions", "another image's captions"], rows)
+        return (
+            f"{table}\n\n{self.top_word.n} images, {self.num_patch_words} different patch words, "
             f"entropy {self.entropy.value:.2f} nats."
         )
-        return "\n".join(lines)
 
 
 @torch.inference_mode()
@@ -103,10 +104,10 @@ def measure_caption_words(model, processor, rows: Dataset, *, batch_size: int = 
                 scores[f"top_word{suffix}"].append(image_words[0] in caption)
                 scores[f"top_10{suffix}"].append(not caption.isdisjoint(image_words))
                 scores[f"patch_word{suffix}"].append(sum(word in caption for word in words) / len(words))
-    estimates = {name: mean_estimate(values) for name, values in scores.items()}
+    estimates = {name: mean_estimate(values, bounds=SCORE_BOUNDS) for name, values in scores.items()}
     for name in ("top_word", "patch_word"):
         pairs = zip(scores[name], scores[f"{name}_shuffled"], strict=True)
-        estimates[f"{name}_lift"] = mean_estimate(own - other for own, other in pairs)
+        estimates[f"{name}_lift"] = mean_estimate((own - other for own, other in pairs), bounds=DIFFERENCE_BOUNDS)
     return CaptionWords(**estimates, num_patch_words=len(patch_words), entropy=mean_estimate(entropies))
 
 

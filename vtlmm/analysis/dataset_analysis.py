@@ -3,7 +3,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -11,22 +10,22 @@ import torch.nn.functional as F
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from vtlmm.data.environment import package_versions
 from vtlmm.data.rows import load_rows
 from vtlmm.evaluation.questions import image_loader, read_questions
+from vtlmm.evaluation.statistics import DIFFERENCE_BOUNDS, SCORE_BOUNDS, Estimate, auroc, mean_estimate
 
 from .accumulators import (
     TOP_KS,
     Diversity,
-    Estimate,
     LabelAgreement,
     Lens,
     Neighborhood,
     SpaceAgreement,
-    mean_estimate,
 )
 from .failure_modes import evenly_spaced, measure_failure_modes
 from .labels import Labels, read_labels
-from .metrics import auroc, best_mix, cosine_scores, reconstruction, top_word_overlap, word_probabilities
+from .metrics import best_mix, cosine_scores, reconstruction, top_word_overlap, word_probabilities
 from .patch_features import Patches, heads, patches_inside, read_patches
 from .report import check_analysis_output, format_analysis, save_analysis, summarize_analysis
 from .vocabulary import content_words, label_ids, vocabulary_words, word_classes
@@ -187,9 +186,10 @@ class Analysis:
         scores = []
         for label, boxes in labels.boxes.items():
             ids = sorted({token for word in content_words([label]) for token in self.ids[word]})
-            inside = patches_inside(self.processor, image, boxes, len(probabilities)).to(probabilities.device)
+            inside = patches_inside(self.processor, image, boxes, len(probabilities)).cpu()
             if ids and inside.any() and not inside.all():
-                scores.append(auroc(probabilities[:, ids].sum(1), inside))
+                mass = probabilities[:, ids].sum(1).cpu()
+                scores.append(auroc(mass[inside].numpy(), mass[~inside].numpy()))
         if scores:
             self.localities.append(sum(scores) / len(scores))
 
@@ -198,7 +198,7 @@ class Analysis:
         lenses = {name: lens.agreement(self.labels) for name, lens in self.lenses.items()}
         for metric, agreement in lenses["vm_head"].items():
             pairs = zip(agreement.images, lenses["random_head"][metric].images, strict=True)
-            agreement.lift_over_random_head = mean_estimate(a - b for a, b in pairs)
+            agreement.lift_over_random_head = mean_estimate((a - b for a, b in pairs), bounds=DIFFERENCE_BOUNDS)
         return AnalysisResult(
             num_images=self.num_seen,
             num_patches=self.num_patches,
@@ -208,12 +208,12 @@ class Analysis:
             num_label_words_in_vocabulary=sum(bool(ids) for ids in self.ids.values()),
             lenses=lenses,
             top_words={name: lens.word_class_shares() for name, lens in self.lenses.items()},
-            overlap={name: mean_estimate(values) for name, values in self.overlaps.items()},
+            overlap={name: mean_estimate(values, bounds=SCORE_BOUNDS) for name, values in self.overlaps.items()},
             neighborhood=self.neighborhood.result(self.vm_weight, self.seed),
             diversity={name: diversity.result() for name, diversity in self.diversity.items()},
             distinct_top_words={name: diversity.distinct_top_words for name, diversity in self.diversity.items()},
             reconstruction={name: mean_estimate(values) for name, values in self.mixes.items()},
-            locality=mean_estimate(self.localities) if self.localities else None,
+            locality=mean_estimate(self.localities, bounds=SCORE_BOUNDS) if self.localities else None,
             warnings=[text for name, found in self.diversity.items() for text in found.warnings(name)],
         )
 
@@ -327,7 +327,7 @@ def analyze(
         "split": split,
         "subset": subset,
         "seed": seed,
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": package_versions(PACKAGES),
     }
     if output is not None:
         result.save(output, overwrite)

@@ -6,18 +6,15 @@ from collections.abc import Callable, Sequence
 
 from vtlmm.evaluation.report import image_cluster, score_answers
 from vtlmm.evaluation.scorers import pope_answer
-from vtlmm.evaluation.statistics import bootstrap_interval
+from vtlmm.evaluation.statistics import DIFFERENCE_BOUNDS, SCORE_BOUNDS, Bounds, Estimate, mean_estimate
 from vtlmm.inference.generation import answer
 
-from .accumulators import Estimate
 
-
-def _estimate(scores: Sequence[float], questions: list[dict]) -> Estimate | None:
+def _estimate(scores: Sequence[float], questions: list[dict], bounds: Bounds = SCORE_BOUNDS) -> Estimate | None:
     """Return the mean over questions with its bootstrap interval over images, or None without questions."""
     if not scores:
         return None
-    low, high = bootstrap_interval(scores, [image_cluster(question) for question in questions])
-    return Estimate(sum(scores) / len(scores), low, high, len(scores))
+    return mean_estimate(scores, [image_cluster(question) for question in questions], bounds=bounds)
 
 
 def evenly_spaced(questions: list[dict], number: int) -> list[dict]:
@@ -77,6 +74,6 @@ def measure_failure_modes(
     return {
         "vqa_score": _estimate(scores, questions),
         "hallucination_rate": _estimate(false_yes, [questions[i] for i in negative]),
-        "pseudo_image_feature_gap": _estimate(gap, questions),
+        "pseudo_image_feature_gap": _estimate(gap, questions, DIFFERENCE_BOUNDS),
         "stage_instability": _estimate(lost, questions),
     }

@@ -80,18 +80,6 @@ def top_word_overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return (first[:, :, None] == second[:, None, :]).any(-1).float().mean(-1)
 
 
-def auroc(scores: torch.Tensor, inside: torch.Tensor) -> float:
-    r"""
-    Return the probability that a patch inside has a higher score than a patch outside; ties count half. Chance is 0.5.
-
-    Args:
-        scores (`torch.Tensor` of shape `(N,)`)
-        inside (`torch.BoolTensor` of shape `(N,)`): With at least one patch inside and one outside.
-    """
-    difference = scores[inside][:, None] - scores[~inside][None, :]
-    return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean().item()
-
-
 # ---- Neighborhoods, from the inner products of a sample of patches ----
 
 

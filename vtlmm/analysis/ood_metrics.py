@@ -4,12 +4,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from vtlmm.evaluation.statistics import LEVEL, NUM_DRAWS
-
-from .accumulators import Estimate
-from .metrics import auroc
+from vtlmm.evaluation.statistics import NUM_DRAWS, Estimate, auroc_estimate, quantile_interval
 
 
 NUM_BINS = 10
@@ -19,11 +15,6 @@ def _draw_counts(number: int, num_draws: int, seed: int) -> np.ndarray:
     """Return how often each of `number` images occurs in each bootstrap draw, (num_draws, number)."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(number, np.full(number, 1 / number), size=num_draws).astype(float)
-
-
-def _estimate(value: float, draws: np.ndarray, number: int) -> Estimate:
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(value), float(low), float(high), number)
 
 
 def calibration_error(
@@ -55,7 +46,7 @@ def calibration_error(
     np.add.at(gaps, (members, bins), score - probability)
     counts = _draw_counts(len(number), num_draws, seed)
     draws = np.abs(counts @ gaps).sum(1) / (counts @ number)
-    return _estimate(np.abs(gaps.sum(0)).sum() / number.sum(), draws, len(number))
+    return Estimate(float(np.abs(gaps.sum(0)).sum() / number.sum()), *quantile_interval(draws), len(number))
 
 
 def detection_auroc(
@@ -76,13 +67,4 @@ def detection_auroc(
     Returns:
         [`Estimate`]: With `n` images of both sets, and the bootstrap interval over the images of both sets.
     """
-    inside, outside = np.asarray(in_distribution, dtype=float), np.asarray(out_of_distribution, dtype=float)
-    is_outside = torch.arange(len(outside) + len(inside)) < len(outside)
-    value = auroc(torch.from_numpy(np.concatenate([outside, inside])), is_outside)
-    difference = outside[:, None] - inside[None, :]
-    higher = (difference > 0) + 0.5 * (difference == 0)
-    of_inside, of_outside = (
-        _draw_counts(len(scores), num_draws, seed + i) for i, scores in enumerate((inside, outside))
-    )
-    draws = ((of_outside @ higher) * of_inside).sum(1) / higher.size
-    return _estimate(value, draws, len(inside) + len(outside))
+    return auroc_estimate(out_of_distribution, in_distribution, num_draws, seed)

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .accumulators import Estimate, LabelAgreement
+from vtlmm.data.markdown import markdown_table
+from vtlmm.data.output_files import write_json, write_text
+from vtlmm.evaluation.statistics import Estimate
+
+from .accumulators import LabelAgreement
 
 
 if TYPE_CHECKING:
@@ -177,8 +180,8 @@ def format_analysis(result: AnalysisResult) -> str:
             for name, found in result.neighborhood.items()
         ]
         head = ["two spaces", "shared neighbors", "chance", "p-value", "CKA"]
-        lines += ["## Neighborhoods", "", *_table(head, rows), ""]
-    lines += ["## Sharpness and diversity (nats, words)", "", *_diversity_table(result), ""]
+        lines += ["## Neighborhoods", "", markdown_table(head, rows), ""]
+    lines += ["## Sharpness and diversity (nats, words)", "", _diversity_table(result), ""]
     lines += _estimates("## Image features as mixes of word embeddings", "mix", result.reconstruction)
     if result.locality is not None:
         lines += _estimates(
@@ -191,15 +194,11 @@ def _cell(found: Estimate | None, style: str = ".3f") -> str:
     return "–" if found is None else f"{found.value:{style}} [{found.low:{style}}, {found.high:{style}}]"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
-
-
 def _estimates(title: str, name: str, estimates: dict[str, Estimate | None]) -> list[str]:
     if not estimates:
         return []
     rows = [[key.replace("_", " "), _cell(found)] for key, found in estimates.items()]
-    return [title, "", *_table([name, "value"], rows), ""]
+    return [title, "", markdown_table([name, "value"], rows), ""]
 
 
 def _label_tables(result: AnalysisResult) -> list[str]:
@@ -212,14 +211,14 @@ def _label_tables(result: AnalysisResult) -> list[str]:
             for lens, found in result.lenses.items()
             if metric in found
         ]
-        lines += [*_table(head, rows), ""]
+        lines += [markdown_table(head, rows), ""]
     classes = list(result.top_words["vm_head"])
     rows = [
         [LENSES.get(lens, lens), *(_cell(shares[name]) for name in classes)]
         for lens, shares in result.top_words.items()
     ]
     head = ["class of the likeliest word", *("content" if name == "other" else name for name in classes)]
-    return [*lines, *_table(head, rows), ""]
+    return [*lines, markdown_table(head, rows), ""]
 
 
 def _agreement_cells(found: LabelAgreement) -> list[str]:
@@ -227,11 +226,11 @@ def _agreement_cells(found: LabelAgreement) -> list[str]:
     return [_cell(found.agreement), f"{found.shuffled:.3f}", *(_cell(lift, "+.3f") for lift in lifts)]
 
 
-def _diversity_table(result: AnalysisResult) -> list[str]:
+def _diversity_table(result: AnalysisResult) -> str:
     names = list(result.diversity["vm_head"])
     rows = [[name.replace("_", " "), *(_cell(found[name]) for found in result.diversity.values())] for name in names]
     rows.append(["distinct top words", *(str(number) for number in result.distinct_top_words.values())])
-    return _table(["", *(LENSES[lens] for lens in result.diversity)], rows)
+    return markdown_table(["", *(LENSES[lens] for lens in result.diversity)], rows)
 
 
 # ---- Files ----
@@ -265,8 +264,6 @@ def save_analysis(result: AnalysisResult, output: str | Path, overwrite: bool = 
     """
     check_analysis_output(output, overwrite)
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(analysis_json(result), indent=2, ensure_ascii=False)
-    (folder / ANALYSIS_FILE).write_text(text + "\n", encoding="utf-8")
-    (folder / ANALYSIS_TABLE).write_text(format_analysis(result), encoding="utf-8")
+    write_json(folder / ANALYSIS_FILE, analysis_json(result))
+    write_text(folder / ANALYSIS_TABLE, format_analysis(result))
     return folder

@@ -8,7 +8,6 @@ settings) and of the image file, so a different tower or a changed image never h
 import functools
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .images import image_key, open_image
+from .output_files import atomic_path
 
 
 IMAGES_PER_FILE = 1024
@@ -175,9 +175,8 @@ class VisionFeatureCache:
     def _write(self, features: dict[str, torch.Tensor]) -> None:
         name = hashlib.sha256("".join(features).encode()).hexdigest()  # unique for these images
         path = self.folder / f"{name[:32]}.safetensors"
-        unfinished = path.with_suffix(f".{os.getpid()}")  # renamed when complete
-        save_file(features, unfinished)
-        os.replace(unfinished, path)
+        with atomic_path(path) as draft:
+            save_file(features, draft)
 
 
 def undecoded(dataset):

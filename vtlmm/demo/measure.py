@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vtlmm.analysis.plots import save_patch_words
 from vtlmm.analysis.visual_tokens import read_visual_tokens
+from vtlmm.data.markdown import markdown_table
 from vtlmm.inference.generation import accuracy_by_kind, answer, with_shuffled_images
 
 from .shapes import KINDS, Scene, describe_patches, draw, make_scenes, questions
@@ -32,11 +33,11 @@ def held_out_accuracy(model, processor, asked: list[dict], seed: int) -> tuple[A
 
 def format_accuracy(accuracy: Accuracy, accuracy_shuffled_images: Accuracy) -> str:
     """Return a Markdown table of the accuracy by kind of question."""
-    lines = ["| kind | questions | accuracy | shuffled images |", "|---|---|---|---|"]
+    rows = []
     for kind in [*sorted(set(accuracy) - {"all"}), "all"]:
         share, number = accuracy[kind]
-        lines.append(f"| {kind} | {number} | {share:.1%} | {accuracy_shuffled_images[kind][0]:.1%} |")
-    return "\n".join(lines)
+        rows.append([kind, number, f"{share:.1%}", f"{accuracy_shuffled_images[kind][0]:.1%}"])
+    return markdown_table(["kind", "questions", "accuracy", "shuffled images"], rows)
 
 
 def held_out_scenes(seed: int, number: int = NUM_SCENES) -> list[Scene]:

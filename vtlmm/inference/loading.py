@@ -13,11 +13,10 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import find_adapter_config_file
 
 import modeling_vtlmm  # noqa: F401 - registers the model
+from vtlmm.hub.repository import RUN_RECORD
 
 
 logger = logging.getLogger(__name__)
-
-RUN_RECORD = "vtlmm_run.json"
 
 
 class LoadedModel(NamedTuple):

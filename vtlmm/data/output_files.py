@@ -1,0 +1,69 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Write output files: completely or not at all, valid JSON, and one writer at a time."""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    Give a temporary path, and rename it to `path` at the end of the `with` block.
+
+    A reader sees the old file or the new file, never a part. After an error, the temporary file is deleted.
+    """
+    target = Path(path)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield draft
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file atomically, see [`atomic_path`]. Creates its folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write a value as JSON atomically. NaN and infinity, which JSON does not have, become `null`."""
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Return a copy of a JSON value with None in place of NaN and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def write_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file atomically. A text that a spreadsheet would run as a formula starts with an apostrophe."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([csv_cell(name) for name in header])
+        writer.writerows([csv_cell(cell) for cell in row] for row in rows)
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a cell that a spreadsheet does not run as a formula. Numbers do not change."""
+    if isinstance(value, str) and value.startswith(FORMULA_STARTS):
+        return f"'{value}"
+    return finite(value)
