@@ -11,7 +11,9 @@ from datasets import Dataset
 from PIL import Image
 
 from vtlmm.analysis.caption_words import measure_caption_words
+from vtlmm.cli.main import main
 from vtlmm.data.rows import ROW_FEATURES
+from vtlmm.inference.loading import load_model
 from vtlmm.train.caption_alignment import _RegressionSums, align_captions
 
 
@@ -111,3 +113,19 @@ def test_unusable_input_is_rejected(build_model, processor):
         align_captions(build_model(), processor, captioned_images(4, seed=0))
     with pytest.raises(ValueError, match="1 of 1 rows"):
         measure_caption_words(build_model(), processor, captioned_images(1, seed=0))
+
+
+def test_a_folder_is_aligned(build_model, tmp_path, capsys):
+    rows = captioned_images(64, seed=0)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    build_model().save_pretrained(tmp_path / "model")
+    build_processor().save_pretrained(tmp_path / "model")
+    folders = [str(tmp_path / name) for name in ("model", "rows.parquet", "aligned")]
+    assert main(["align", folders[0], "--dataset", folders[1], "--output", folders[2]]) == 0
+    assert "64 captioned images" in capsys.readouterr().out
+    model, processor = load_model(folders[2])
+    assert measure_caption_words(model, processor, rows).top_word.value > 0.8
+    assert main(["align", folders[0], "--dataset", folders[1], "--output", folders[2]]) == 1
+    assert "already contains files" in capsys.readouterr().err
+    assert main(["align", folders[0], "--dataset", folders[1]]) == 0  # changes the model's folder
+    assert measure_caption_words(*load_model(folders[0]), rows).top_word.value > 0.8

@@ -10,6 +10,7 @@ the angle between its image feature and each word embedding.
 import math
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ from tqdm.auto import tqdm
 
 from vtlmm.analysis.vocabulary import content_words, whole_words
 from vtlmm.data.images import prepare_images
+from vtlmm.data.rows import load_rows
+from vtlmm.hub.paths import check_output
+from vtlmm.inference.loading import load_model
 
 
 # Images whose vision features are kept in memory, to set the scale and the temperature
@@ -156,6 +160,47 @@ def _fit_parts(model, captions, sums, sample: torch.Tensor, penalty: float, keep
         return directions @ to_direction.T / mapped.norm(dim=-1).mean(), constant.float()
     _write_projector(projector, sample, weight, bias, captions)
     return directions / captions.embedding_size, captions.center / captions.center.norm() ** 2
+
+
+def align_checkpoint(
+    checkpoint: str | Path,
+    dataset: str | Path,
+    output: str | Path | None = None,
+    *,
+    image_folder: str | Path | None = None,
+    keep_projector: bool = False,
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> CaptionAlignment:
+    r"""
+    Apply [`align_captions`] to a model folder and save the result.
+
+    Args:
+        checkpoint (`str` or `Path`): folder or Hub id of a VT-LMM.
+        dataset (`str` or `Path`): captioned images, in any format of [`load_rows`].
+        output (`str` or `Path`, *optional*): folder for the result. By default the checkpoint's folder is changed.
+        image_folder (`str` or `Path`, *optional*): folder of the image paths.
+        keep_projector (`bool`, *optional*, defaults to `False`): solve the VM head alone.
+        dtype (`str`, *optional*, defaults to `"auto"`): dtype of the weights while they are aligned and saved.
+        overwrite (`bool`, *optional*, defaults to `False`): replace the model that `output` contains.
+
+    Raises:
+        `FileNotFoundError`, `FileExistsError`, `ValueError`: see [`load_model`], [`load_rows`] and
+            [`align_captions`]. Without `output`, `checkpoint` must be a folder.
+    """
+    if output is None:
+        output = Path(checkpoint)
+        if not output.is_dir():
+            raise ValueError(f"'{checkpoint}' is not a folder, so it cannot be changed. Specify an output folder.")
+    else:
+        output = check_output(output, [checkpoint], overwrite)
+    rows = load_rows(str(dataset), image_folder=image_folder)
+    model, processor = load_model(str(checkpoint), dtype=dtype)
+    result = align_captions(model, processor, rows, keep_projector=keep_projector)
+    output.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    return result
 
 
 class _Captions:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vtlmm.hub.verify import verify_checkpoint
     from vtlmm.inference.generation import generate
     from vtlmm.inference.loading import load_model
+    from vtlmm.train.caption_alignment import align_captions
     from vtlmm.train.config import VTLMMTrainingConfig
     from vtlmm.train.merge import merge_adapter
     from vtlmm.train.trainer import VTLMMTrainer
@@ -42,6 +43,7 @@ _MODULES = {
     "generate": "vtlmm.inference.generation",
     "evaluate": "vtlmm.evaluation.runner",
     "analyze": "vtlmm.analysis.dataset_analysis",
+    "align_captions": "vtlmm.train.caption_alignment",
     "verify_checkpoint": "vtlmm.hub.verify",
     "push_model": "vtlmm.hub.push",
 }
@@ -53,6 +55,7 @@ __all__ = [
     "VTLMMTrainer",
     "VTLMMTrainingConfig",
     "__version__",
+    "align_captions",
     "analyze",
     "check_rows",
     "compose_model",

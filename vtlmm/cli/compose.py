@@ -30,6 +30,10 @@ def compose(
     drop_system_prompt: Annotated[
         bool, Option("--drop-system-prompt", help="Leave out the default system prompt of the decoder's template.")
     ] = False,
+    align_captions: Annotated[
+        str | None, Option(help="Captioned images that solve the projector and the VM head, as `vtlmm align` does.")
+    ] = None,
+    image_folder: options.ImageFolder = None,
     dtype: Annotated[options.DtypeName, Option(help="dtype of the model. auto: the decoder's dtype.")] = "auto",
     seed: options.Seed = 0,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -53,3 +57,7 @@ def compose(
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
     )
+    if align_captions is not None:
+        from vtlmm.train.caption_alignment import align_checkpoint
+
+        align_checkpoint(output, align_captions, image_folder=image_folder)

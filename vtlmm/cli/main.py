@@ -14,6 +14,7 @@ import vtlmm
 
 from . import (
     ablate,
+    align,
     analyze,
     app,
     ask,
@@ -51,6 +52,7 @@ class GroupedHelp(TyperGroup):
 GROUPS: dict[str, dict[str, Callable]] = {
     "Make a model": {
         "compose": compose.compose,
+        "align": align.align,
         "convert": convert.convert,
         "export": export.export,
         "merge": merge.merge,
