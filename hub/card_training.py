@@ -12,6 +12,11 @@ from .repository import RUN_RECORD, is_hub_id, read_json
 
 Run = dict[str, Any]
 
+STAGE_COLUMNS = (
+    *("stage", "start", "data", "rows", "steps", "epochs", "learning rate", "hardware", "hours"),
+    "held-out losses (nats)",
+)
+
 CURVES_FILE = "curves.png"
 PANELS = {
     "lm_loss": "language loss (nats)",
@@ -47,8 +52,8 @@ def _dataset_names(settings: dict[str, Any]) -> list[str]:
     return [str(item.get("name", item)) if isinstance(item, dict) else str(item) for item in items]
 
 
-def stage_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """Return one table row per stage: what was trained on what, for how long, and its held-out losses."""
+def stage_table(runs: Sequence[Run]) -> list[list[str]]:
+    """Return header and one row per stage: data, duration and held-out losses. Columns without values are left out."""
     rows = []
     for run in runs:
         settings, metrics = run["settings"], run.get("metrics", {})
@@ -69,7 +74,8 @@ def stage_rows(runs: Sequence[Run]) -> list[list[str]]:
             ", ".join(losses),
         ]
         rows.append([escape_cell(cell) for cell in cells])
-    return rows
+    columns = [column for column in zip(STAGE_COLUMNS, *rows, strict=True) if any(column[1:])]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def settings_table(runs: Sequence[Run]) -> list[list[str]]:

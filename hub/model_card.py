@@ -7,7 +7,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CardData, ModelCard, ModelCardData
 
 from modeling_vtlmm import VTLMMConfig
 
@@ -30,7 +30,7 @@ from .card_training import (
     read_runs,
     settings_table,
     software,
-    stage_rows,
+    stage_table,
     training_data,
 )
 from .checkpoint_files import embeddings_name, model_without_weights
@@ -112,8 +112,7 @@ def write_card(
     runs = read_runs(folder) if runs is None else runs
     earlier = ModelCard(before, ignore_metadata_errors=True).data if CARD_MARK in before else ModelCardData()
     license = license or earlier.get("license")
-    bases = list(base_models) or earlier.get("base_model") or find_base_models(kind, config, runs)
-    bases = [bases] if isinstance(bases, str) else bases
+    bases = list(base_models) or _earlier_bases(earlier) or find_base_models(kind, config, runs)
     _write_license(folder, license)
     card = ModelCard.from_template(
         front_matter(kind, config, repo_id, license, bases, datasets, tags, runs, tables),
@@ -132,7 +131,7 @@ def write_card(
         data=[escape_cell(name) for name in dict.fromkeys([*training_data(runs), *datasets])],
         bases=bases,
         stages=[escape_cell(run["stage"]) for run in runs],
-        stage_rows=stage_rows(runs),
+        stage_table=stage_table(runs),
         settings=settings_table(runs),
         plans=plans(runs),
         software=software(runs) if runs else "",
@@ -194,6 +193,12 @@ def find_base_models(kind: str, config: dict[str, Any], runs: Sequence[Run]) -> 
         names = [config.get(part, {}).get("_name_or_path") for part in ("text_config", "vision_config")]
         names += [run["settings"].get("model_name_or_path") for run in runs[:1]]
     return list(dict.fromkeys(str(name) for name in names if is_hub_id(name)))
+
+
+def _earlier_bases(data: CardData) -> list[str]:
+    """Return the base models of an earlier card. PEFT adds the local path of the base model to an existing card."""
+    bases = data.get("base_model") or []
+    return [name for name in ([bases] if isinstance(bases, str) else bases) if is_hub_id(name)]
 
 
 def quantization_of(config: dict[str, Any]) -> str | None:

@@ -121,8 +121,6 @@ def check_card(folder: Path, files: list[str], config: dict[str, Any]) -> Iterat
     for name, expected in (("library_name", library), ("pipeline_tag", "image-text-to-text")):
         if data.get(name) != expected:
             yield f"{CARD_FILE}: `{name}` in the front matter is {data.get(name)!r}; it must be {expected!r}"
-    if not data.get("license"):
-        yield f"{CARD_FILE}: `license` is missing in the front matter; pass `--license` to `vtlmm push`"
     bases = data.get("base_model") or []
     for base in [bases] if isinstance(bases, str) else bases:
         if not is_hub_id(base):
@@ -133,6 +131,14 @@ def check_card(folder: Path, files: list[str], config: dict[str, Any]) -> Iterat
                 parse_eval_result_entries(yaml.safe_load((folder / file).read_text(encoding="utf-8")))
             except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
                 yield f"{file}: not a list of evaluation results: {' '.join(str(error).split())}"
+
+
+def has_license(folder: Path) -> bool:
+    """Return whether the front matter of the card names a license. An invalid card is reported by [`check_card`]."""
+    try:
+        return bool(ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=True).data.get("license"))
+    except (ValueError, TypeError, yaml.YAMLError):
+        return True
 
 
 MODEL_CHECKS: dict[str, tuple[Check, ...]] = {

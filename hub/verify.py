@@ -22,7 +22,7 @@ from .repository import (
     list_published_files,
     read_json,
 )
-from .repository_checks import MODEL_CHECKS, check_card, check_weights
+from .repository_checks import MODEL_CHECKS, check_card, check_weights, has_license
 
 
 LLAVA_CLASSES = ["AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
@@ -97,6 +97,8 @@ def verify_checkpoint(
         warnings.append(f"{CARD_FILE}: missing; `vtlmm push` writes it")
     else:
         problems += check_card(folder, files, config)
+        if not has_license(folder):
+            warnings.append(f"{CARD_FILE}: `license` is missing in the front matter; pass `--license` to `vtlmm push`")
     recorded = read_json(folder / CHECK_FILE)
     if kind != ADAPTER and not {"logits", "input_ids"} <= recorded.keys():
         warnings.append(f"{CHECK_FILE}: no recorded logits to compare with; `vtlmm push` records them")

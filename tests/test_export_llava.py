@@ -76,7 +76,7 @@ def test_a_model_of_pseudo_image_features_has_none(shared, tmp_path, capsys):
     assert main(["convert", str(checkpoint), "--output", str(tmp_path / "vtlmm")]) == 0
     assert main(["export", str(tmp_path / "vtlmm"), "--to", "llava", "--output", str(tmp_path / "twin")]) == 1
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "has no native twin: its decoder reads pseudo image features" in said
+    assert said.count("\n") == 1 and "cannot be exported to LLaVA: its decoder reads pseudo image features" in said
     assert not (tmp_path / "twin").exists()
 
 

@@ -93,8 +93,8 @@ def test_push_of_a_trainer(facts):
     card = ModelCard(facts["card of trained"])
     assert CARD_MARK in card.text
     assert card.data.license == "mit" and card.data.datasets == ["somebody/images"]
-    assert card.data.pipeline_tag == "image-text-to-text" and "| 1 | 1 |" not in card.text
-    assert "| joint |" in card.text and "| max_steps | 1 |" in card.text and "lm_loss" in card.text
+    assert card.data.pipeline_tag == "image-text-to-text" and "|  |" not in card.text
+    assert "| joint |" in card.text and "| max_steps | 1 |" in card.text and "(curves.png)" in card.text
     assert facts["trained"]["code"] == 0 and "OK, 1 warning\n  warning: vtlmm_check.json" in facts["trained"]["out"]
 
 

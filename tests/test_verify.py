@@ -116,10 +116,6 @@ CARD_DAMAGES = {
         lambda f: edit_text(f / "README.md", "tags:\n", "tags: [\n"),
         "README.md: the front matter is invalid: while parsing",
     ),
-    "license": (
-        lambda f: edit_text(f / "README.md", "license: apache-2.0\n", ""),
-        "README.md: `license` is missing in the front matter",
-    ),
     "library": (
         lambda f: edit_text(f / "README.md", "library_name: transformers", "library_name: peft"),
         "README.md: `library_name` in the front matter is 'peft'; it must be 'transformers'",
@@ -168,6 +164,13 @@ def test_folder_without_card_and_record_gives_warnings(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(": OK, 3 warnings")
     assert [line.split(": ")[1] for line in lines[1:]] == ["optimizer.pt", "README.md", "vtlmm_check.json"]
+
+
+def test_missing_license_gives_a_warning(folder, monkeypatch):
+    edit_text(folder / "README.md", "license: apache-2.0\n", "")
+    monkeypatch.setattr(verify, "load_in_new_process", lambda *arguments: [])
+    report = verify_checkpoint(folder)
+    assert not report.problems and "`license` is missing" in report.warnings[0]
 
 
 FOREIGN_CODE = {
