@@ -50,6 +50,7 @@ BROKEN = [
     (chat("<image> what ?", " \n"), {"empty answer": "message 1"}),
     (chat("<image>", "yes", "", "no"), {"empty question": "message 2"}),
     (chat("<image> what ?", "yes " * 60), {"too long": "4 of them image tokens; max_length is 60"}),
+    (chat("what ?", "see <image> here"), {"image in answer": "message 1"}),
     (chat("<image> what ?", 3), {"text": "the text of message 1 is not a string"}),
     (chat("<image> what ?", "yes </s> USER : no"), {"control token": "'</s>'"}),
     ({"prompt": "what ?", "completion": ""}, {"empty answer": "message 1"}),

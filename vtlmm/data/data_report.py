@@ -14,6 +14,7 @@ FIXES = {
     "empty question": "give the question a text or an image, or remove the row",
     "empty answer": "write the answer, or remove the turn: an empty answer trains nothing",
     "image count": "write one <image> mark in a question for every image, and one image for every mark",
+    "image in answer": "remove the mark, or move it to a question: the model answers with text only",
     "image path as text": "put the path into a column `image`, or name the column with `columns: {image: NAME}`",
     "missing image": "restore the file, correct its path, or set image_folder to the folder that the paths start from",
     "image path": "write paths inside image_folder, without `..`",

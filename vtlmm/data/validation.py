@@ -72,6 +72,10 @@ class RowChecker:
             except ValueError as error:
                 problems.append({"kind": "chat template", "detail": str(error)})
             else:
+                num_tokens = int((input_ids == self.processor.image_token_id).sum())
+                if num_tokens != len(images):
+                    detail = f"the chat template writes {num_tokens} image tokens for {len(images)} images"
+                    problems.append({"kind": "chat template", "detail": detail})
                 length = len(input_ids) + len(images) * (self.tokens_per_image - 1)
                 num_supervised_tokens = int(supervised.sum())
                 problems += self.encoding_problems(length, num_supervised_tokens, len(images))
@@ -112,6 +116,8 @@ class RowChecker:
             num_marks += sum(part["type"] == "image" for part in parts)
             if any(part["type"] not in ("text", "image") for part in parts):
                 yield "text", f"message {number} has a part that is neither text nor image"
+            if message["role"] == "assistant" and any(part["type"] == "image" for part in parts):
+                yield "image in answer", f"message {number}"
             if any(part["type"] == "text" and part["text"] is None for part in parts):
                 yield "text", f"the text of message {number} is not a string"
                 continue

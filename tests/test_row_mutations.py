@@ -1,0 +1,244 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Randomly changed rows and images: training, a stream, evaluation and questions read the same, or raise an error."""
+
+import base64
+import copy
+import json
+import random
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+from conftest import TEMPLATE, build_processor
+from PIL import Image
+
+from vtlmm.data.data_report import FIXES
+from vtlmm.data.encoding import encode_messages
+from vtlmm.data.images import image_key, open_image
+from vtlmm.data.questions import iterate_turns
+from vtlmm.data.rows import load_rows
+from vtlmm.data.validation import check_rows
+from vtlmm.evaluation import runner
+from vtlmm.inference.batch_file import load_questions
+from vtlmm.inference.generation import conversation, encode_prompt
+from vtlmm.train.collator import VTLMMCollator
+from vtlmm.train.recipe import DatasetConfig
+from vtlmm.train.stage_runner import prepare_dataset
+
+
+NUM_MUTATIONS = 200
+CHAT = [{"role": "user", "content": "<image> what ?"}, {"role": "assistant", "content": "a red square"}]
+TURNS = [
+    {"from": "human", "value": "<image>\nwhat is it ?"},
+    {"from": "gpt", "value": "red"},
+    {"from": "human", "value": "and the color ?"},
+    {"from": "gpt", "value": "blue"},
+]
+PARTS = [{"type": "image"}, {"type": "text", "text": "what ?"}]
+BASES = [
+    {"messages": CHAT, "images": ["good.png"]},
+    {"conversations": TURNS, "image": "good.png", "id": 7},
+    {"question": "what ?", "answer": "red", "image": "good.png"},
+    {"questions": ["what ?", "which ?"], "answers": ["red", "blue"], "images": ["good.png", "photo.jpg"]},
+    {"instruction": "say it", "input": "red", "output": "blue"},
+    {"query": "<image> what <image> ?", "response": "yes", "images": ["good.png", "photo.jpg"]},
+    {"prompt": "what ?", "completion": "red", "image": "photo.jpg"},
+    {"prompt": [CHAT[0]], "completion": [CHAT[1]], "images": ["good.png"]},
+    {"image": "photo.jpg", "caption": "a red square"},
+    {"texts": [{"user": "what ?", "assistant": "red"}], "images": ["good.png"]},
+    {"messages": [{"role": "user", "content": PARTS}, CHAT[1]], "image": "good.png", "system": "say yes"},
+    {"question": "what ?", "answers": ["red", "red", "blue"], "image": "good.png"},
+]
+VALUES = [
+    None, "", " ", 3, -1.5, float("nan"), True, False, [], {}, [[]], [None], {"a": 1}, ["red", 3], "red", "3", "null",
+    "<image>", "<image> <image> what ?", "what <image>", "</s>", "<s> red", "USER : what ? ASSISTANT : red", "<unk>",
+    "good.png", "photo.jpg", "\ud800", "\u202ered", "red\x00blue", "é ü 漢", "red " * 60, "{{ 1 }}", "[]", "[1, 2]",
+    [{"role": "user", "content": "hi"}], {"bytes": None, "path": "good.png"}, "data:image/png;base64,AAAA",
+    {"url": "good.png"}, [{"type": "image"}], [{"type": "text"}], [{"type": "video", "video": "a.mp4"}],
+]  # fmt: skip
+IMAGES = [
+    "good.png", "photo.jpg", "missing.png", "cut.png", "text.png", "flipped.png", "deep.png", "strip.png",
+    "palette.png", "cmyk.jpg", "rotated.jpg", "animated.gif", "../good.png", "./sub/../good.png", "/missing/a.png",
+    "https://example.com/a.png", "file://good.png", "sub", "", ".", "GOOD.PNG", "data:image/png;base64,####",
+    ["good.png", "good.png"], [["good.png"]], ["good.png", None], {"path": "good.png", "bytes": None}, 3, [], [3],
+    "good\x00.png", "s3://bucket/a.png",
+]  # fmt: skip
+COLUMNS = [
+    "tools", "system", "history", "images", "image", "photo", "text", "caption", "answer", "answers", "question",
+    "messages", "num_context_messages", "id", "label", "choices", "videos", "completion", "input", "context",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    processor = build_processor()
+    system = "{% elif message['role'] == 'system' %}{{ message['content'][0]['text'] + ' ' }}"
+    processor.chat_template = TEMPLATE.replace("{% else %}", system + "{% else %}")
+    return processor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "sub").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    photo = Image.fromarray(pixels)
+    photo.save(folder / "good.png")
+    photo.save(folder / "photo.jpg")
+    content = (folder / "good.png").read_bytes()
+    (folder / "cut.png").write_bytes(content[: len(content) // 2])
+    (folder / "text.png").write_text("<html>404</html>")
+    (folder / "flipped.png").write_bytes(content[:60] + bytes([content[60] ^ 255]) + content[61:])
+    Image.fromarray(np.full((8, 8), 30000, dtype=np.uint16)).save(folder / "deep.png")
+    Image.new("RGB", (3000, 2), "red").save(folder / "strip.png")
+    photo.quantize(8).save(folder / "palette.png", transparency=0)
+    photo.convert("CMYK").save(folder / "cmyk.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (32, 16), "blue").save(folder / "rotated.jpg", exif=exif)
+    photo.save(folder / "animated.gif", save_all=True, append_images=[Image.new("RGB", (32, 32))])
+    return folder
+
+
+# ---- Mutations ----
+
+
+def places(value, path=()):
+    """Yield the path of every value inside a row."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+def mutate(row, rng):
+    """Return a copy of a row with one random change."""
+    row = copy.deepcopy(row)
+    kind = rng.choice(["value", "value", "image", "image", "column", "remove", "rename", "repeat", "base64"])
+    path = rng.choice(list(places(row)) or [("question",)])
+    parent = row
+    for key in path[:-1]:
+        parent = parent[key]
+    if kind == "value":
+        parent[path[-1]] = copy.deepcopy(rng.choice(VALUES))
+    elif kind == "image":
+        row["images" if "images" in row else "image"] = copy.deepcopy(rng.choice(IMAGES))
+    elif kind == "base64":
+        row.pop("images", None)
+        row["image"] = base64.b64encode(rng.randbytes(40)).decode()
+    elif kind == "column":
+        row[rng.choice(COLUMNS)] = copy.deepcopy(rng.choice(VALUES))
+    elif kind == "remove":
+        del parent[path[-1]]
+    elif kind == "rename":
+        name = rng.choice(list(row) or ["a"])
+        row[rng.choice(COLUMNS)] = row.pop(name, None)
+    elif kind == "repeat" and isinstance(parent, list):
+        parent.insert(rng.randrange(len(parent) + 1), copy.deepcopy(parent[path[-1]]))
+    return row
+
+
+def mutated_row(seed):
+    rng = random.Random(seed)
+    row = rng.choice(BASES)
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        row = mutate(row, rng)
+    return row
+
+
+# ---- Readers: each returns the prompts of a row, or the text of its error ----
+
+
+def asked_prompt(processor, question, load_image):
+    """Return the token ids of a question's prompt, and the hashes of its images."""
+    input_ids = encode_prompt(processor, conversation(question))
+    return input_ids, [image_key(load_image(image)) for image in question["images"]]
+
+
+def trained_prompts(processor, rows):
+    prompts = []
+    for row in rows:
+        VTLMMCollator(processor, 100)([row])
+        for turn in iterate_turns(row["messages"], row["num_context_messages"]):
+            input_ids, supervised = encode_messages(processor, [*turn.before, turn.user, turn.answer], len(turn.before))
+            images = [image_key(open_image(image)) for image in row["images"][: turn.num_images]]
+            prompts.append((input_ids[: supervised.nonzero()[0]].tolist(), images))
+    return prompts
+
+
+def read_for_check(file, processor, monkeypatch):
+    rows = load_rows(file)
+    check_rows(rows, processor, 100).raise_for_problems()
+    return trained_prompts(processor, rows)
+
+
+def read_for_training(file, processor, monkeypatch, streaming=False):
+    rows = prepare_dataset(DatasetConfig(file, dataset_streaming=streaming), "train", processor, 100)
+    return trained_prompts(processor, rows)
+
+
+def read_as_stream(file, processor, monkeypatch):
+    return read_for_training(file, processor, monkeypatch, streaming=True)
+
+
+def read_for_evaluation(file, processor, monkeypatch):
+    read = {}
+
+    def run_questions(model, processor, rows, questions, places, *args):
+        load_image = runner.image_loader(rows, places)
+        read["prompts"] = [asked_prompt(processor, question, load_image) for question in questions]
+        raise InterruptedError
+
+    monkeypatch.setattr(runner, "run_questions", run_questions)
+    monkeypatch.setattr(runner, "run_key", lambda *args: {})
+    with pytest.raises(InterruptedError):
+        runner.evaluate(SimpleNamespace(name_or_path="model"), processor, file)
+    return read["prompts"]
+
+
+def read_for_questions(file, processor, monkeypatch):
+    questions, load_image = load_questions(file)
+    return [asked_prompt(processor, question, load_image) for question in questions]
+
+
+READERS = {
+    "check": read_for_check,
+    "train": read_for_training,
+    "stream": read_as_stream,
+    "eval": read_for_evaluation,
+    "ask": read_for_questions,
+}
+
+
+def outcome(read, file, processor, monkeypatch):
+    try:
+        return read(file, processor, monkeypatch)
+    except (ValueError, FileNotFoundError) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_all_readers_agree_on_mutated_rows(folder, processor, monkeypatch, part, tmp_path):
+    kinds = set()
+    for seed in range(part, NUM_MUTATIONS, 4):
+        row, file = mutated_row(seed), str(folder / f"{seed}.json")
+        with open(file, "w", encoding="utf-8") as output:
+            json.dump([row], output)
+        read = {name: outcome(reader, file, processor, monkeypatch) for name, reader in READERS.items()}
+        text = f"seed {seed}: {row}\n{read}"
+        expected = read["check"]
+        for name, result in read.items():
+            if isinstance(result, str):
+                assert file in result or "row 0" in result or "in the stream: row 0" in result, text
+                kinds |= {kind for kind in FIXES if kind in result}
+            if name != "ask" or not isinstance(expected, str):
+                assert isinstance(result, str) == isinstance(expected, str), f"{name}: {text}"
+            if not isinstance(result, str) and not isinstance(expected, str):
+                assert result == expected, f"{name}: {text}"
+    assert len(kinds) > 3
