@@ -108,7 +108,8 @@ class RowChecker:
         turns = roles[1:] if roles[0] == "system" else roles
         pairs = ["user", "assistant"] * (len(turns) // 2 + 1)
         is_question = not self.require_answers and turns == pairs[: len(turns)]
-        if not turns or (len(turns) % 2 or turns != pairs[: len(turns)]) and not is_question:
+        are_turns = bool(turns) and (is_question or (len(turns) % 2 == 0 and turns == pairs[: len(turns)]))
+        if not are_turns:
             yield "roles", ", ".join(str(role) for role in roles)
         num_marks = 0
         for number, message in enumerate(messages):
@@ -116,7 +117,7 @@ class RowChecker:
             num_marks += sum(part["type"] == "image" for part in parts)
             if any(part["type"] not in ("text", "image") for part in parts):
                 yield "text", f"message {number} has a part that is neither text nor image"
-            if message["role"] == "assistant" and any(part["type"] == "image" for part in parts):
+            if are_turns and message["role"] == "assistant" and any(part["type"] == "image" for part in parts):
                 yield "image in answer", f"message {number}"
             if any(part["type"] == "text" and part["text"] is None for part in parts):
                 yield "text", f"the text of message {number} is not a string"
