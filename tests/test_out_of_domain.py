@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Other kinds of images: measures with known answers, the probability of an answer, and the whole in a grid."""
+"""Out-of-distribution images: metrics with known results, the probability of an answer, and a whole grid."""
 
 import json
 import random
@@ -13,15 +13,15 @@ from test_ablate import rows_of, work, write_grid  # noqa: F401 - `work` is a fi
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.ablations.grid import EvaluateConfig
-from vtlmm.ablations.metrics import answers_and_probabilities, read_held_out
-from vtlmm.ablations.ood import format_others, summarize_others
+from vtlmm.ablations.metrics import Evaluator, read_held_out_data
+from vtlmm.ablations.ood import format_ood, summarize_ood
 from vtlmm.ablations.presence_questions import presence_questions
 from vtlmm.analysis.ood_metrics import calibration_error, detection_auroc
 from vtlmm.cli.main import main
 from vtlmm.data.rows import load_rows
 
 
-# ---- Known answers ----
+# ---- Known results ----
 
 
 def test_calibrated_answers_have_zero_error():
@@ -86,8 +86,8 @@ def test_detection_interval_covers():
 # ---- Questions and answers ----
 
 
-def test_labels_become_questions(shared, tmp_path):
-    """Blood cells: counts of images as a plain look at the file gives them."""
+def test_presence_questions_from_labels(shared, tmp_path):
+    """The numbers of blood cell images with each label were counted in the file."""
     words = {"WBC": "white blood cell", "Platelets": "platelet"}
     rows = presence_questions(str(shared / "data/bccd/bccd.parquet"), "objects", words)
     assert rows[0]["questions"] == ["is there a white blood cell in the image?", "is there a platelet in the image?"]
@@ -97,21 +97,22 @@ def test_labels_become_questions(shared, tmp_path):
     loaded = load_rows(str(tmp_path / "cells.parquet"))
     assert [m["content"][-1]["text"] for m in loaded[3]["messages"]][1::2] == rows[3]["answers"]
     assert loaded[3]["images"][0].size == rows[3]["image"].size
-    with pytest.raises(ValueError, match=r"has the labels \['wbc'\]; there are \['Platelets', 'RBC', 'WBC'\]"):
+    with pytest.raises(ValueError, match=r"has the labels \['wbc'\]. Use some of \['Platelets', 'RBC', 'WBC'\]"):
         presence_questions(str(shared / "data/bccd/bccd.parquet"), "objects", {"wbc": "cell"})
-    with pytest.raises(ValueError, match="has the columns .*--labels and `image` must be there"):
+    with pytest.raises(ValueError, match="has the columns .* It needs `image` and 'labels'"):
         presence_questions(str(shared / "data/bccd/bccd.parquet"), "labels", words)
 
 
 @torch.no_grad()
-def test_an_answer_s_probability_is_that_of_its_tokens(work, tmp_path):  # noqa: F811
-    """One forward over question and answer, each question by itself; the model's batch is padded on the left."""
-    held_out = read_held_out(EvaluateConfig(dataset=str(work / "test.json")))
+def test_probability_of_an_answer_by_hand(work, tmp_path):  # noqa: F811
+    """Compare the padded batch with one forward pass over each question and its answer."""
+    config = EvaluateConfig(dataset=str(work / "test.json"), batch_size=4, max_new_tokens=4)
     processor, model = build_processor(), VTLMMForConditionalGeneration.from_pretrained(work / "start")
-    features = held_out.vision_features(model, processor, tmp_path, 4)
-    _, found = answers_and_probabilities(model, processor, held_out.questions, features, 4, 4)
+    held_out = read_held_out_data(config, processor).held_out
+    evaluator = Evaluator(model, processor, config, tmp_path)
+    answers = evaluator.answer(held_out.questions, evaluator.vision_features(held_out))
     lengths = set()
-    for question, probability in zip(held_out.questions, found, strict=True):
+    for question, answer in zip(held_out.questions, answers, strict=True):
         content = [{"type": "image"}, {"type": "text", "text": question["question"]}]
         row, place = held_out.places[question["images"][0]]
         inputs = processor(
@@ -121,18 +122,18 @@ def test_an_answer_s_probability_is_that_of_its_tokens(work, tmp_path):  # noqa:
         )
         ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         number = inputs["input_ids"].shape[1]
-        mask = (ids == model.config.image_token_id) & (torch.arange(ids.shape[1]) < number)  # it may answer <image>
+        mask = (ids == model.config.image_token_id) & (torch.arange(ids.shape[1]) < number)
         embeds = model.get_input_embeddings()(ids.masked_fill(mask, 0))
         embeds[mask] = model.get_image_features(inputs["pixel_values"]).image_features[0]
         logprobs = model(inputs_embeds=embeds).logits[0, number - 1 : -1].log_softmax(-1)
-        expected = logprobs.gather(1, ids[0, number:, None]).sum().exp().item()
-        assert probability == pytest.approx(expected, rel=1e-3)
+        expected = logprobs.gather(1, ids[0, number:, None]).sum().item()
+        assert answer.log_probability == pytest.approx(expected, rel=1e-3)
         lengths.add(ids.shape[1] - number)
     assert len(lengths) > 1 or max(lengths) == 4
 
 
-def test_a_grid_on_other_kinds_of_images(work, tmp_path):  # noqa: F811
-    """The held-out images under another name are told apart by chance; captions give entropies alone."""
+def test_grid_with_ood_images(work, tmp_path):  # noqa: F811
+    """A copy of the held-out images has the AUROC of chance. Captions get entropies only: they have no questions."""
     rng, questions, captions = random.Random(0), [], []
     for i in range(6):
         name = str(tmp_path / f"{i}.png")
@@ -143,38 +144,43 @@ def test_a_grid_on_other_kinds_of_images(work, tmp_path):  # noqa: F811
         captions.append({"image": name, "caption": "a gray square"})
     for name, rows in (("questions", questions), ("captions", captions)):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    others = {"same": str(work / "test.json"), "gray": str(tmp_path / "questions.json")}
-    others["captions"] = str(tmp_path / "captions.json")
+    datasets = {"same": str(work / "test.json"), "gray": str(tmp_path / "questions.json")}
+    datasets["captions"] = str(tmp_path / "captions.json")
     evaluate = {
         "dataset": str(work / "test.json"),
         "max_new_tokens": 2,
-        "figures": ["visual", "others"],
-        "others": others,
+        "metrics": ["visual_tokens", "ood"],
+        "ood_datasets": datasets,
     }
     path = write_grid(work, tmp_path, evaluate=evaluate)
     output = tmp_path / "out"
     assert main(["ablate", str(path), "--output", str(output)]) == 0
     rows = rows_of(output)
     for row in rows:
-        own, same, gray, caption = (row["others"][name] for name in ("held out", "same", "gray", "captions"))
-        assert {**same, **own} == same and same["AUROC of the entropy"]["value"] == 0.5
-        assert own["accuracy, yes or no"]["n"] == 5 and gray["accuracy, yes or no"]["n"] == 6
-        assert own["accuracy, yes or no, of the commoner answer"]["value"] == 1  # all five are yes
-        assert caption.keys() == {"entropy of visual tokens", "entropy of their mean", "AUROC of the entropy"}
+        held_out, same, gray, caption = (row["ood"][name] for name in ("held out", "same", "gray", "captions"))
+        assert {**same, **held_out} == same and same["AUROC of the entropy"]["value"] == 0.5
+        assert held_out["accuracy, yes or no"]["n"] == 5 and gray["accuracy, yes or no"]["n"] == 6
+        assert held_out["accuracy, yes or no, most frequent answer"]["value"] == 1  # all five answers are yes
+        assert caption.keys() == {
+            "entropy of visual tokens",
+            "entropy of the mean visual token",
+            "AUROC of the entropy",
+        }
         assert caption["entropy of visual tokens"] == gray["entropy of visual tokens"]
-        for figure in ("entropy of visual tokens", "entropy of their mean"):
-            assert own[figure]["value"] == pytest.approx(row["figures"][figure], rel=1e-4)  # as the trainer counts
-        assert row["figures"]["AUROC of the entropy: gray"] == gray["AUROC of the entropy"]["value"]
+        for metric in ("entropy of visual tokens", "entropy of the mean visual token"):
+            assert held_out[metric]["value"] == pytest.approx(row["metrics"][metric], rel=1e-4)
+        assert row["metrics"]["AUROC of the entropy: gray"] == gray["AUROC of the entropy"]["value"]
     table = (output / "grid/results.md").read_text()
-    assert "## Other kinds of images" in table and (output / "grid/others.png").stat().st_size > 10_000
-    saved = json.loads((output / "grid/results.json").read_text())["others"]
-    assert format_others(saved) in table
+    assert "## Out-of-distribution images" in table and (output / "grid/ood.png").stat().st_size > 10_000
+    assert format_ood(summarize_ood(rows, ["off", "on"])) in table
+    assert "Images: held out 5, same 5, gray 6, captions 6." in table
 
 
-def test_the_table_over_seeds():
+def test_ood_table_over_seeds():
     estimates = [{"value": v, "low": v - 0.1, "high": v + 0.2, "n": 7} for v in (0.5, 0.7)]
-    rows = [{"arm": "on", "seed": i, "others": {"cells": {"accuracy": e}}} for i, e in enumerate(estimates)]
-    [line] = summarize_others(rows, ["off", "on"])
-    assert line["values"] == {0: 0.5, 1: 0.7} and line["sd"] == pytest.approx(0.1 * 2**0.5)
-    last = format_others([line]).splitlines()[-1]
-    assert last == "| accuracy | cells | 7 | on | 2 | 60.0% (14.1%) | 50.0% – 80.0% |"
+    rows = [{"arm": "on", "seed": i, "ood": {"cells": {"accuracy": e}}} for i, e in enumerate(estimates)]
+    [summary] = summarize_ood(rows, ["off", "on"])
+    assert summary.values == {0: 0.5, 1: 0.7} and summary.sd == pytest.approx(0.1 * 2**0.5)
+    header, _, line = format_ood([summary]).splitlines()
+    assert header == "| metric | arm | cells |"
+    assert line == "| accuracy | on | 60.0% (14.1%); 50.0% – 80.0% |"

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""`vtlmm serve`, asked by OpenAI's own client over loopback."""
+"""Test `vtlmm serve` with the OpenAI client over loopback."""
 
 import base64
 import inspect
@@ -18,7 +18,7 @@ from PIL import Image
 
 from vtlmm.cli.app import app
 from vtlmm.cli.serve import serve
-from vtlmm.inference.generation import answer_batch
+from vtlmm.inference.generation import generate
 
 
 openai = pytest.importorskip("openai", reason="the extra `serve` is not installed")
@@ -46,7 +46,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def address(model):
-    """A server in a thread, at a free port of loopback."""
+    """Start a server in a thread, on a free port of loopback, and yield its address."""
     import uvicorn
 
     from vtlmm.inference.server import build_app
@@ -81,13 +81,13 @@ def make_image(color: str) -> Image.Image:
     return Image.new("RGB", (28, 28), color)
 
 
-def uri(color: str) -> str:
+def data_uri(color: str) -> str:
     file = io.BytesIO()
     make_image(color).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def about(url: str) -> list[dict]:
+def messages_about(url: str) -> list[dict]:
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
     return [{"role": "user", "content": parts}]
 
@@ -96,65 +96,66 @@ TEXT = [{"role": "user", "content": "hello"}]
 
 
 def expected(model, question: str, *colors: str) -> str:
-    asked = {"images": [make_image(color) for color in colors], "question": question}
-    return answer_batch(model, build_processor(), [asked], 6)[0]
+    images = [make_image(color) for color in colors]
+    [answer] = generate(model, build_processor(), question, images, max_new_tokens=6)
+    return answer
 
 
-def test_text_and_images(model, ask):
+def test_answers_about_text_and_images(model, ask):
     reply = ask(TEXT)
     assert reply.choices[0].message.content == expected(model, "hello") and reply.usage.completion_tokens == 6
-    answers = [ask(about(uri(color))).choices[0].message.content for color in ("red", "blue")]
+    answers = [ask(messages_about(data_uri(color))).choices[0].message.content for color in ("red", "blue")]
     assert answers == [expected(model, QUESTION, color) for color in ("red", "blue")] and len(set(answers)) == 2
     assert [entry.id for entry in ask.client.models.list().data] == ["user/name"]
 
 
-def test_streaming(model, ask):
-    pieces = [chunk.choices[0].delta.content for chunk in ask(about(uri("red")), stream=True)]
+def test_streamed_answer(model, ask):
+    pieces = [chunk.choices[0].delta.content for chunk in ask(messages_about(data_uri("red")), stream=True)]
     assert "".join(filter(None, pieces)).strip() == expected(model, QUESTION, "red")
     assert len([piece for piece in pieces if piece]) > 1
 
 
-def test_two_at_once(model, ask):
+def test_two_requests_at_the_same_time(model, ask):
     with ThreadPoolExecutor(2) as executor:
-        replies = [executor.submit(ask, about(uri(color))) for color in ("red", "blue")]
+        replies = [executor.submit(ask, messages_about(data_uri(color))) for color in ("red", "blue")]
         answers = [reply.result().choices[0].message.content for reply in replies]
     assert answers == [expected(model, QUESTION, color) for color in ("red", "blue")]
 
 
-def test_the_responses_route_reads_images_of_requests_only(model, ask, tmp_path):
-    parts = [{"type": "input_image", "image_url": uri("red")}, {"type": "input_text", "text": QUESTION}]
+def test_responses_route_rejects_image_files(model, ask, tmp_path):
+    parts = [{"type": "input_image", "image_url": data_uri("red")}, {"type": "input_text", "text": QUESTION}]
     message = {"role": "user", "content": parts}
     options = {"model": "user/name", "max_output_tokens": 6, "stream": False}
     reply = ask.client.responses.create(input=[message], **options)
     assert reply.output_text == expected(model, QUESTION, "red")
     make_image("red").save(tmp_path / "red.png")
     parts[0]["image_url"] = str(tmp_path / "red.png")
-    with pytest.raises(openai.BadRequestError, match="opens no files"):
+    with pytest.raises(openai.BadRequestError, match="opens no files and no URLs"):
         ask.client.responses.create(input=[message], **options)
 
 
-BAD = {
+INVALID_REQUESTS = {
     "no messages": ({"messages": []}, 400, "no messages"),
-    "an address": ({"messages": about("http://127.0.0.1:1/a.png")}, 400, "opens no files and no addresses"),
-    "a file": ({"messages": about(__file__)}, 400, "opens no files and no addresses"),
-    "a file behind the template": (
+    "url": ({"messages": messages_about("http://127.0.0.1:1/a.png")}, 400, "opens no files and no URLs"),
+    "file": ({"messages": messages_about(__file__)}, 400, "opens no files and no URLs"),
+    "file in the template arguments": (
         {"messages": TEXT, "extra_body": {"chat_template_kwargs": {"images": [__file__]}}},
         400,
-        "`chat_template_kwargs` are not taken",
+        "`chat_template_kwargs` is not supported",
     ),
-    "nothing behind the template": (
+    "null template arguments": (
         {"messages": TEXT, "extra_body": {"chat_template_kwargs": None}},
         400,
-        "`chat_template_kwargs` are not taken",
+        "`chat_template_kwargs` is not supported",
     ),
-    "a broken image": ({"messages": about("data:image/png;base64,AAAA")}, 400, "cannot identify image"),
+    "broken image": ({"messages": messages_about("data:image/png;base64,AAAA")}, 400, "cannot identify image"),
     "no image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "not in the request"),
-    "sound": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "of type 'input_audio'"),
+    "audio": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "of type 'input_audio'"),
     "part": ({"messages": [{"role": "user", "content": ["hello"]}]}, 400, "of type None"),
     "number": ({"messages": [{"role": "user", "content": 1}]}, 400, "of type None"),
     "no role": ({"messages": [{"content": "hello"}]}, 400, "Message 0 has no role"),
-    "a role that the template refuses": ({"messages": [{"role": "robot", "content": "x"}]}, 400, "unknown role robot"),
-    "a tool call": (
+    "role that the template rejects": ({"messages": [{"role": "robot", "content": "x"}]}, 400, "unknown role robot"),
+    "tool call": (
         {"messages": [*TEXT, {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}]},
         400,
         "tool call without",
@@ -166,11 +167,11 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("request_", "status", "said"), BAD.values(), ids=BAD)
-def test_bad_requests(ask, request_, status, said):
+@pytest.mark.parametrize(("request_", "status", "message"), INVALID_REQUESTS.values(), ids=INVALID_REQUESTS)
+def test_invalid_requests(ask, request_, status, message):
     with pytest.raises(openai.APIStatusError) as error:
         ask(**request_)
-    assert error.value.status_code == status and said in json.dumps(error.value.body)
+    assert error.value.status_code == status and message in json.dumps(error.value.body)
 
 
 def post(url: str, body: bytes) -> tuple[int, str]:
@@ -182,15 +183,15 @@ def post(url: str, body: bytes) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def test_what_is_no_request(address, model, ask):
+def test_invalid_bodies_and_removed_routes(address, model, ask):
     assert post(f"{address}/v1/chat/completions", b"{")[0] == 422
     assert post(f"{address}/v1/chat/completions", b'{"model": "user/name"}')[0] == 400
-    # no client makes it load or forget a model, or open a file or an address
-    others = "load_model", "reset", "v1/completions", "v1/systemone", "v1/audio/transcriptions"
-    assert [post(f"{address}/{route}", b"{}")[0] for route in others] == [404] * len(others)
+    # a client cannot load or unload a model, or open a file or a URL
+    removed = "load_model", "reset", "v1/completions", "v1/systemone", "v1/audio/transcriptions"
+    assert [post(f"{address}/{route}", b"{}")[0] for route in removed] == [404] * len(removed)
     assert ask(TEXT).choices[0].message.content == expected(model, "hello")
 
 
-def test_only_this_machine_is_served_by_default():
+def test_default_host_is_loopback():
     for command in (serve, app):
         assert inspect.signature(command).parameters["host"].default == "127.0.0.1"

@@ -1,137 +1,173 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Arms against the reference, paired by seed: differences with their intervals, and what may be said of them."""
+"""Compare each arm of a grid with the reference: differences that are paired by seed, with their intervals."""
 
-import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from vtlmm.evaluation.statistics import LEVEL, bootstrap_interval
+from vtlmm.data.markdown import markdown_table
+from vtlmm.evaluation.statistics import DIFFERENCE_BOUNDS, bootstrap_interval, t_estimate
 
 
-def t_quantile(level: float, degrees: int) -> float:
-    """The t with P(|T| ≤ t) = `level`, T Student's of `degrees` of freedom (Abramowitz and Stegun 26.7.3 and 4)."""
-
-    def within(t: float) -> float:
-        angle = math.atan(t / math.sqrt(degrees))
-        sine, cosine = math.sin(angle), math.cos(angle)
-        odd = degrees % 2
-        term = cosine if odd else 1.0
-        total = term if degrees > 1 else 0.0
-        for k in range(2 + odd, degrees, 2):
-            term *= (k - 1) / k * cosine**2
-            total += term
-        return (angle + sine * total) * 2 / math.pi if odd else sine * total
-
-    low, high = 0.0, 1e6
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if within(middle) < level else (low, middle)
-    return (low + high) / 2
+Scores = Mapping[int, Sequence[float]]  # seed → score of each question
 
 
-def paired_difference(reference: dict[int, float], arm: dict[int, float]) -> dict:
+@dataclass
+class PairedDifference:
     r"""
-    Mean of arm − reference over the seeds that both have, with its 95 % t interval over seeds.
+    Mean of arm − reference over the seeds that both have.
+
+    Attributes:
+        n (`int`): number of seeds that both have.
+        value (`float`, *optional*): None without such a seed.
+        low, high (`float`, *optional*): 95 % t interval over the seeds, None for fewer than two.
+        reading (`str`): the result in words. An interval that contains 0 reads as "none shown": the arms may
+            still differ.
+    """
+
+    n: int
+    value: float | None
+    low: float | None
+    high: float | None
+    reading: str
+
+
+@dataclass
+class Comparison:
+    r"""
+    One metric of one arm.
+
+    Attributes:
+        metric, arm (`str`)
+        values (`dict[int, float]`): seed → value.
+        mean (`float`), sd (`float`, *optional*): over the seeds; `sd` is None for one seed.
+        difference ([`PairedDifference`], *optional*): to the reference; None for the reference itself.
+        image_interval (`tuple[float, float]`, *optional*): 95 % interval of the difference over images, for metrics
+            that are means over questions.
+    """
+
+    metric: str
+    arm: str
+    values: dict[int, float]
+    mean: float
+    sd: float | None
+    difference: PairedDifference | None = None
+    image_interval: tuple[float, float] | None = None
+
+
+def paired_difference(reference: Mapping[int, float], arm: Mapping[int, float]) -> PairedDifference:
+    r"""
+    Return the difference of two arms, paired by seed.
 
     Args:
-        reference, arm (`dict[int, float]`): seed → figure.
-
-    Returns:
-        `dict`: `n` seeds, `difference`, `low` and `high` (None with fewer than two seeds), and `reading` in words. An
-        interval that holds 0 is no proof that there is no difference: it reads as "none shown".
+        reference, arm (`Mapping[int, float]`): seed → metric.
     """
     seeds = sorted(set(reference) & set(arm))
-    values = np.array([arm[seed] - reference[seed] for seed in seeds])
-    found = {"n": len(seeds), "difference": None, "low": None, "high": None, "reading": "no seed in common"}
-    if not seeds:
-        return found
-    found |= {"difference": float(values.mean()), "reading": "one seed: not known"}
+    values = [arm[seed] - reference[seed] for seed in seeds]
     if len(seeds) < 2:
-        return found
-    half = t_quantile(LEVEL, len(seeds) - 1) * float(values.std(ddof=1)) / math.sqrt(len(seeds))
-    low, high = found["difference"] - half, found["difference"] + half
-    reading = "higher" if low > 0 else "lower" if high < 0 else "none shown"
-    if not values.any():
+        reading = "one seed: not known" if seeds else "no seed in common"
+        return PairedDifference(len(seeds), values[0] if seeds else None, None, None, reading)
+    estimate = t_estimate(values)
+    reading = "higher" if estimate.low > 0 else "lower" if estimate.high < 0 else "none shown"
+    if not any(values):
         reading = "equal with every seed"
-    return {**found, "low": low, "high": high, "reading": reading}
+    return PairedDifference(len(seeds), estimate.value, estimate.low, estimate.high, reading)
 
 
-def over_images(reference: dict[int, list[float]], arm: dict[int, list[float]], clusters: list[str]):
-    """95 % interval of the same difference by bootstrap over images, for these trained models: `(low, high)`.
+def image_interval(reference: Scores, arm: Scores, clusters: Sequence[str]) -> tuple[float, float] | None:
+    r"""
+    Return the 95 % interval of the difference over images, by bootstrap, for these trained models.
 
     Args:
-        reference, arm (`dict[int, list[float]]`): seed → score of each question.
-        clusters (`list[str]`): the image of each question.
+        reference, arm (`Mapping[int, Sequence[float]]`): seed → score of each question.
+        clusters (`Sequence[str]`): the image of each question.
+
+    Returns:
+        `tuple[float, float]`, or None without a seed that both have.
     """
     seeds = sorted(set(reference) & set(arm))
     if not seeds:
-        return None, None
+        return None
     differences = np.mean([np.subtract(arm[seed], reference[seed]) for seed in seeds], axis=0)
-    return bootstrap_interval(differences, clusters)
+    return bootstrap_interval(differences.tolist(), clusters, bounds=DIFFERENCE_BOUNDS)
 
 
-def compare_arms(rows: list[dict], arms: list[str], reference: str, details: dict, clusters: list[str]) -> list[dict]:
+def compare_arms(
+    runs: Sequence[dict],
+    arms: Sequence[str],
+    reference: str,
+    scores: Mapping[tuple[str, int], Mapping[str, Sequence[float]]],
+    clusters: Sequence[str],
+) -> list[Comparison]:
     r"""
-    Every figure of every arm.
+    Return a comparison for each metric and arm, sorted by metric.
 
     Args:
-        rows (`list[dict]`): `arm`, `seed`, `figures` of finished runs.
-        details (`dict`): (arm, seed) → figure → score of each question, for figures that are means over questions.
-        clusters (`list[str]`): the image of each question.
-
-    Returns:
-        `list[dict]`: `figure`, `arm`, `values` by seed, `mean`, `sd`; of all but the reference also what
-        [`paired_difference`] gives, `images_low` and `images_high`.
+        runs (`Sequence[dict]`): `arm`, `seed` and `metrics` of finished runs.
+        arms (`Sequence[str]`): names of the arms in their order.
+        reference (`str`): name of the reference.
+        scores (`Mapping`): (arm, seed) → metric → score of each question, for metrics that are means over questions.
+        clusters (`Sequence[str]`): the image of each question.
     """
-    lines = []
-    for figure in dict.fromkeys(name for row in rows for name in row["figures"]):
-        values = {arm: {} for arm in arms}
-        for row in rows:
-            if figure in row["figures"]:
-                values[row["arm"]][row["seed"]] = row["figures"][figure]
+
+    def scores_of(arm: str, metric: str) -> Scores:
+        return {seed: own[metric] for (name, seed), own in scores.items() if name == arm and metric in own}
+
+    comparisons = []
+    for metric in dict.fromkeys(name for run in runs for name in run["metrics"]):
+        values: dict[str, dict[int, float]] = {arm: {} for arm in arms}
+        for run in runs:
+            if metric in run["metrics"]:
+                values[run["arm"]][run["seed"]] = run["metrics"][metric]
         for arm in arms:
-            own = list(values[arm].values())
-            if not own:
+            if not values[arm]:
                 continue
-            line = {"figure": figure, "arm": arm, "values": values[arm], "mean": float(np.mean(own))}
-            line["sd"] = float(np.std(own, ddof=1)) if len(own) > 1 else None
+            comparison = describe_seeds(metric, arm, values[arm])
             if arm != reference:
-                scores = [
-                    {seed: found[figure] for (name, seed), found in details.items() if name == a and figure in found}
-                    for a in (reference, arm)
-                ]
-                low, high = over_images(*scores, clusters)
-                line |= paired_difference(values[reference], values[arm])
-                line |= {"images_low": low, "images_high": high}
-            lines.append(line)
-    return lines
+                comparison.difference = paired_difference(values[reference], values[arm])
+                comparison.image_interval = image_interval(
+                    scores_of(reference, metric), scores_of(arm, metric), clusters
+                )
+            comparisons.append(comparison)
+    return comparisons
 
 
-def _number(figure: str, value: float | None, signed: bool = False) -> str:
+def describe_seeds(metric: str, arm: str, values: dict[int, float]) -> Comparison:
+    """Return the mean and the standard deviation of a metric over the seeds, without a difference."""
+    numbers = list(values.values())
+    sd = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
+    return Comparison(metric, arm, values, float(np.mean(numbers)), sd)
+
+
+def format_table(comparisons: Sequence[Comparison], reference: str) -> str:
+    """Return a Markdown table with a line for each metric and arm."""
+    header = ["metric", "arm", "seeds", "mean (sd)", f"minus {reference}"]
+    header += ["95 % over seeds", "95 % over images", "difference"]
+    rows = []
+    for comparison in comparisons:
+        metric, difference = comparison.metric, comparison.difference
+        mean = f"{_number(metric, comparison.mean)} ({_number(metric, comparison.sd)})"
+        cells = [metric, comparison.arm, str(len(comparison.values)), mean]
+        if difference is None:
+            cells += ["reference", "", "", ""]
+        else:
+            over_seeds = None
+            if difference.low is not None and difference.high is not None:
+                over_seeds = difference.low, difference.high
+            cells.append(_number(metric, difference.value, signed=True))
+            cells += [_interval(metric, over_seeds), _interval(metric, comparison.image_interval)]
+            cells.append(difference.reading)
+        rows.append(cells)
+    return markdown_table(header, rows)
+
+
+def _number(metric: str, value: float | None, signed: bool = False) -> str:
     if value is None:
         return "–"
     sign = "+" if signed else ""
-    return f"{value:{sign}.1%}" if figure.startswith("accuracy") else f"{value:{sign}.4g}"
+    return f"{value:{sign}.1%}" if metric.startswith("accuracy") else f"{value:{sign}.4g}"
 
 
-def format_table(lines: list[dict], reference: str) -> str:
-    """The comparison in Markdown, one line for each figure and arm."""
-    text = [
-        f"| figure | arm | seeds | mean (sd) | less {reference} | 95 % over seeds | 95 % over images | difference |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for line in lines:
-        figure = line["figure"]
-        cells = [figure, line["arm"], str(len(line["values"]))]
-        cells.append(f"{_number(figure, line['mean'])} ({_number(figure, line['sd'])})")
-        if line["arm"] == reference:
-            cells += ["reference", "", "", ""]
-        else:
-            cells.append(_number(figure, line["difference"], True))
-            for low, high in (("low", "high"), ("images_low", "images_high")):
-                known = line[low] is not None
-                ends = [_number(figure, line[end], True) for end in (low, high)]
-                cells.append(" – ".join(ends) if known else "–")
-            cells.append(line["reading"])
-        text.append(f"| {' | '.join(cells)} |")
-    return "\n".join(text)
+def _interval(metric: str, bounds: tuple[float, float] | None) -> str:
+    return "–" if bounds is None else " – ".join(_number(metric, bound, signed=True) for bound in bounds)
