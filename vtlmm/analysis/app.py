@@ -41,7 +41,7 @@ def answers_so_far(
 ) -> Iterator[list[tuple[str, str]]]:
     """Yield `turns`, pairs of question and answer, with the growing answer to `question`. The first has the image."""
     choose_features(model, features)
-    messages = []
+    messages: list[dict] = []
     for earlier, answer in [*turns, (question, None)]:
         images = [open_image(image)] if image is not None and not messages else []
         messages += conversation({"images": images, "question": earlier})

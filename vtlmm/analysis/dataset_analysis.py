@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from vtlmm.data.environment import package_versions
 from vtlmm.data.rows import load_rows
 from vtlmm.evaluation.questions import image_loader, read_questions
 from vtlmm.evaluation.statistics import DIFFERENCE_BOUNDS, SCORE_BOUNDS, Estimate, auroc, mean_estimate
+from vtlmm.inference.loading import LoadedModel
 
 from .accumulators import (
     TOP_KS,
@@ -260,7 +262,7 @@ def analyze(
     labels: str | None = None,
     limit: int | None = None,
     num_questions: int = 200,
-    previous=None,
+    previous: LoadedModel | None = None,
     layers: bool = False,
     batch_size: int = 4,
     seed: int = 0,
@@ -280,11 +282,8 @@ def analyze(
             `{"label", "bbox"}`. The answers are used if it is not specified.
         limit (`int`, *optional*): Use the first `limit` rows only. The report marks such a subset.
         num_questions (`int`, *optional*, defaults to 200): Number of questions to answer for the failure modes.
-        previous ([`~vtlmm.inference.loading.LoadedModel`], *optional*): Model and processor of the previous stage, for
-            `stage_instability`.
-        layers (`bool`, *optional*, defaults to `False`): Also read every layer of the decoder through `lm_head`.
-        batch_size (`int`, *optional*, defaults to 4): Images or questions per forward pass.
-        seed (`int`, *optional*, defaults to 0): Seed of the random head, sampled patches and permutations.
+        previous ([`~vtlmm.inference.loading.LoadedModel`], *optional*): The previous stage, for `stage_instability`.
+        layers, batch_size, seed: See [`analyze_images`]. A batch of questions has the same size.
         output (`str` or `Path`, *optional*): Folder to save the result to, see [`AnalysisResult.save`].
         overwrite (`bool`, *optional*, defaults to `False`): Replace an analysis that `output` contains.
 
@@ -297,38 +296,46 @@ def analyze(
     """
     if output is not None:
         check_analysis_output(output, overwrite)
+    _check_settings(model, batch_size, num_questions, limit)
+    rows, about = _read_rows(dataset, image_folder, split, labels, limit)
+    questions, places = read_questions(rows, row_id=labels)
+    if not places:
+        raise ValueError(f"{about['data'] or 'The dataset'} contains no image.")
+    load_image = image_loader(rows, places)
+    images = read_labels(questions, from_column=labels is not None)
+    result = analyze_images(model, processor, images, load_image, batch_size=batch_size, seed=seed, layers=layers)
+    if chosen := evenly_spaced(questions, num_questions):
+        result.failure_modes = measure_failure_modes(model, processor, chosen, load_image, previous, batch_size)
+    models = {"model": model.name_or_path, "previous": previous[0].name_or_path if previous else None}
+    result.about = {**models, **about, "seed": seed, "versions": package_versions(PACKAGES)}
+    if output is not None:
+        result.save(output, overwrite)
+    return result
+
+
+def _check_settings(model, batch_size: int, num_questions: int, limit: int | None) -> None:
     if model.config.model_type != "vtlmm":
         raise ValueError(
             f"The model is a {model.config.model_type} model. Visual tokens need a VT-LMM with a VM head."
         )
     if batch_size < 1 or num_questions < 0 or (limit is not None and limit < 1):
         raise ValueError("`batch_size` and `limit` must be at least 1, and `num_questions` at least 0.")
-    rows, name = dataset, None
-    if not isinstance(dataset, Dataset):
+
+
+def _read_rows(
+    dataset: str | Path | Dataset, image_folder: str | None, split: str, labels: str | None, limit: int | None
+) -> tuple[Dataset, dict[str, str | None]]:
+    """Return the rows to analyze, and which rows they are for the report."""
+    if isinstance(dataset, Dataset):
+        name, rows = None, dataset
+    else:
         name = str(dataset)
-        rows = load_rows(dataset, image_folder=image_folder, split=split, keep_columns=(labels,) if labels else ())
+        rows = cast(
+            Dataset,
+            load_rows(dataset, image_folder=image_folder, split=split, keep_columns=(labels,) if labels else ()),
+        )
     subset = None
     if limit is not None and limit < len(rows):
         subset = f"the first {limit} of {len(rows)} rows"
         rows = rows.select(range(limit))
-    questions, places = read_questions(rows, row_id=labels)
-    if not places:
-        raise ValueError(f"{name or 'The dataset'} contains no image.")
-    load_image = image_loader(rows, places)
-    images = read_labels(questions, from_column=labels is not None)
-    result = analyze_images(model, processor, images, load_image, batch_size=batch_size, seed=seed, layers=layers)
-    chosen = evenly_spaced(questions, num_questions)
-    if chosen:
-        result.failure_modes = measure_failure_modes(model, processor, chosen, load_image, previous, batch_size)
-    result.about = {
-        "model": model.name_or_path,
-        "previous": previous[0].name_or_path if previous else None,
-        "data": name,
-        "split": split,
-        "subset": subset,
-        "seed": seed,
-        "versions": package_versions(PACKAGES),
-    }
-    if output is not None:
-        result.save(output, overwrite)
-    return result
+    return rows, {"data": name, "split": split, "subset": subset}

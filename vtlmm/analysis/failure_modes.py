@@ -1,6 +1,9 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The failure modes of visual tokens that the paper names, one number each: wrong answers, hallucination, instability
-between stages, and a gap between image features and pseudo image features."""
+"""Measure the failure modes of visual tokens that the paper names.
+
+They are wrong answers, hallucination, instability between stages, and a gap between image features and pseudo image
+features.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -8,6 +11,7 @@ from vtlmm.evaluation.report import image_cluster, score_answers
 from vtlmm.evaluation.scorers import pope_answer
 from vtlmm.evaluation.statistics import DIFFERENCE_BOUNDS, SCORE_BOUNDS, Bounds, Estimate, mean_estimate
 from vtlmm.inference.generation import answer
+from vtlmm.inference.loading import LoadedModel
 
 
 def _estimate(scores: Sequence[float], questions: list[dict], bounds: Bounds = SCORE_BOUNDS) -> Estimate | None:
@@ -29,7 +33,7 @@ def measure_failure_modes(
     processor,
     questions: list[dict],
     load_image: Callable,
-    previous=None,
+    previous: LoadedModel | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 32,
 ) -> dict[str, Estimate | None]:
@@ -40,7 +44,7 @@ def measure_failure_modes(
         model ([`VTLMMForConditionalGeneration`]), processor ([`VTLMMProcessor`])
         questions (`list[dict]`): Questions from [`~vtlmm.evaluation.questions.read_questions`]; `images` are keys.
         load_image (`Callable`): Function of an image key that returns the image from PIL.
-        previous (`tuple`, *optional*): Model and processor of the previous stage.
+        previous ([`~vtlmm.inference.loading.LoadedModel`], *optional*): The previous stage.
         batch_size (`int`, *optional*, defaults to 8), max_new_tokens (`int`, *optional*, defaults to 32)
 
     Returns:
@@ -69,7 +73,8 @@ def measure_failure_modes(
     gap = [a - b for a, b in zip(by_features[False][1], by_features[True][1], strict=True)]
     lost: list[float] = []
     if previous is not None:
-        _, earlier = scored_answers(*previous, previous[0].config.use_pseudo_image_features)
+        pseudo = previous[0].config.use_pseudo_image_features
+        _, earlier = scored_answers(previous[0], previous[1], pseudo)
         lost = [float(a > b) for a, b in zip(earlier, scores, strict=True)]
     return {
         "vqa_score": _estimate(scores, questions),

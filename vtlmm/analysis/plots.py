@@ -2,6 +2,7 @@
 """Plots: the words of each patch over the image, and the losses of a training."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def draw_patch_words(
     for i, (word, probability) in enumerate(labels):
         x, y = (i % side + 0.5) * width / side, (i // side + 0.5) * height / side
         alpha = opacities[i] if opacities else opacity(probability)
-        box = {"boxstyle": "round,pad=0.2", "facecolor": (0, 0, 0, 0.4 * alpha), "edgecolor": "none"}
+        box: dict[str, Any] = {"boxstyle": "round,pad=0.2", "facecolor": (0, 0, 0, 0.4 * alpha), "edgecolor": "none"}
         if correct and not correct[i]:
             box |= {"edgecolor": "darkorange", "linewidth": 1.5}
         axes.text(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -194,7 +195,7 @@ def _cell(found: Estimate | None, style: str = ".3f") -> str:
     return "–" if found is None else f"{found.value:{style}} [{found.low:{style}}, {found.high:{style}}]"
 
 
-def _estimates(title: str, name: str, estimates: dict[str, Estimate | None]) -> list[str]:
+def _estimates(title: str, name: str, estimates: Mapping[str, Estimate | None]) -> list[str]:
     if not estimates:
         return []
     rows = [[key.replace("_", " "), _cell(found)] for key, found in estimates.items()]

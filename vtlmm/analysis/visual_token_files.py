@@ -68,9 +68,8 @@ def save_visual_tokens(
     else:
         titles, opened = open_images(images or [])
     names = names or titles
-    tokens = []
-    for image in tqdm(opened, desc="reading images", disable=len(opened) < 4):
-        tokens += read_visual_tokens(model, processor, [image], top_k)
+    progress = tqdm(opened, desc="reading images", disable=len(opened) < 4)
+    tokens = [read_visual_tokens(model, processor, [image], top_k)[0] for image in progress]
     shown = [shown_image(processor, image) for image in opened]
     folder.mkdir(parents=True, exist_ok=True)
     for i, (name, image, image_tokens) in enumerate(zip(names, shown, tokens, strict=True)):
