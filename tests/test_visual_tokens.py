@@ -165,7 +165,7 @@ def test_tokens_of_rows_equal_those_of_files(work, tmp_path):  # noqa: F811
     pytest.importorskip("matplotlib")
     names = [str(work / "0.png"), str(work / "1.png")]
     assert main(["tokens", str(work / "model"), *names, "--output", str(tmp_path / "files")]) == 0
-    rows = ["--data", str(work / "rows.jsonl"), "--limit", "2"]
+    rows = ["--dataset", str(work / "rows.jsonl"), "--limit", "2"]
     assert main(["tokens", str(work / "model"), *rows, "--output", str(tmp_path / "rows")]) == 0
     of_files, of_rows = (
         json.loads((tmp_path / name / "tokens.json").read_text())["images"] for name in ("files", "rows")
