@@ -26,8 +26,8 @@ from vtlmm.ablations.metrics import Evaluator, measure, perplexity, read_held_ou
 from vtlmm.ablations.paired_tests import compare_arms, format_table, image_interval, paired_difference
 from vtlmm.cli.main import main
 from vtlmm.evaluation.questions import image_loader
+from vtlmm.hub.repository import RUN_RECORD
 from vtlmm.inference.generation import generate, with_shuffled_images
-from vtlmm.train.output_folder import RUN_RECORD
 from vtlmm.train.stage_runner import build_trainer
 
 

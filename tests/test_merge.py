@@ -76,7 +76,7 @@ def test_adapter_and_merged_folder_load_without_this_package(settings, tmp_path)
     trainer = run_training({**settings, **LORA, **options})
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/vt-lmm-base"
-    assert "base_model: someone/vt-lmm-base" in (adapter / "README.md").read_text()
+    assert "base_model:\n- someone/vt-lmm-base" in (adapter / "README.md").read_text()
     assert main(["merge", str(adapter), "--output", str(merged), "--base", settings["model_name_or_path"]]) == 0
     assert_equal_outputs(trainer, VTLMMForConditionalGeneration.from_pretrained(merged))
     assert main(["export", str(merged), "--to", "llava", "--output", str(tmp_path / "twin")]) == 0
@@ -187,5 +187,5 @@ def test_an_output_that_is_an_input_is_refused(settings, tmp_path, capsys, place
     before = sorted(path.name for path in (tmp_path / place).iterdir())
     command = ["merge", str(tmp_path / "adapter"), "--base", str(base), "--output", str(tmp_path / place)]
     assert main([*command, "--overwrite"]) == 1
-    assert f"is the folder of the {place}" in capsys.readouterr().err
+    assert f"is or contains the input '{tmp_path / place}'" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / place).iterdir()) == before

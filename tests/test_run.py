@@ -17,7 +17,8 @@ from transformers import AutoProcessor
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
-from vtlmm.train.output_folder import RUN_RECORD, lock_output
+from vtlmm.hub.repository import RUN_RECORD
+from vtlmm.train.output_folder import lock_output
 from vtlmm.train.recipe import parse_settings, read_recipe
 from vtlmm.train.run_record import loss_curves
 from vtlmm.train.stage_runner import prepare_datasets, run_training

@@ -15,8 +15,8 @@ from training_setup import build_rows, build_trainer, weights, write_start
 from vtlmm.cli.main import main
 from vtlmm.data.rows import load_rows
 from vtlmm.evaluation.runner import task_scores
+from vtlmm.hub.repository import RUN_RECORD
 from vtlmm.inference.generation import answer_batch, with_shuffled_images
-from vtlmm.train.output_folder import RUN_RECORD
 from vtlmm.train.stage_runner import build_trainer as build_trainer_of_run
 
 

@@ -269,11 +269,6 @@ def test_a_checkpoint_of_another_model_is_rejected(tmp_path):
         build_trainer(tmp_path, **RESUMED)._load_from_checkpoint(str(path.parent))
 
 
-def test_a_row_longer_than_max_length_is_rejected(tmp_path):
-    with pytest.raises(ValueError, match="Rows are never truncated"):
-        build_trainer(tmp_path, max_length=5).train()
-
-
 def test_the_saved_folder_is_a_complete_model(tmp_path):
     from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 
@@ -319,11 +314,6 @@ def test_the_projector_can_have_its_own_learning_rate(tmp_path):
 def test_contradicting_settings_are_rejected(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         VTLMMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
-
-
-def test_lengths_are_padded_to_a_multiple(tmp_path):
-    trainer = build_trainer(tmp_path, pad_to_multiple_of=64)
-    assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[1] % 64 == 0
 
 
 def test_a_stream_is_not_evaluated_on_several_processes(tmp_path, monkeypatch):

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from training_setup import build_rows, build_trainer, weights
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
+from vtlmm.hub.repository import RUN_RECORD
 from vtlmm.train.config import VTLMMTrainingConfig
-from vtlmm.train.run_record import RUN_RECORD, write_record
+from vtlmm.train.run_record import write_record
 from vtlmm.train.stages import describe
 from vtlmm.train.vm_head_search import vm_heads
 

@@ -75,8 +75,9 @@ class VTLMMCollator:
         repeats = torch.where(is_image, tokens_per_image, 1)
         if self.max_length is not None and repeats.sum() > self.max_length:
             raise ValueError(
-                f"{describe_row(row)} has {int(repeats.sum())} tokens, more than max_length={self.max_length}. Rows "
-                "are never truncated. Increase `max_length`, or drop such rows with `bad_rows: skip`."
+                f"{describe_row(row)} has {int(repeats.sum())} tokens, more than max_length={self.max_length} or the "
+                "positions of the decoder. Rows are never truncated. Increase `max_length`, or drop such rows with "
+                "`bad_rows: skip`."
             )
         if not supervised.any():
             raise ValueError(

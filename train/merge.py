@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
+from vtlmm.hub.paths import check_output, clear_output
 from vtlmm.hub.quantize import quantization_config
+from vtlmm.hub.repository import RUN_RECORD
 from vtlmm.inference.loading import require_fit
 
-from .output_folder import RUN_RECORD, clear_output, holds_model
 from .run_record import read_record
 from .stage_runner import change_model
 from .stages import module_of
@@ -52,7 +53,8 @@ def merge_adapter(
 
     Raises:
         `ValueError`: if the adapter does not fit the base, if it does not change a weight that it should change, if
-            the base was not quantized in training (with `dequantize`), and if `output` holds a model or is an input.
+            the base was not quantized in training (with `dequantize`), and if `output` is or contains an input.
+        `FileExistsError`: if `output` is not empty, without `overwrite`.
         `FileNotFoundError`: if the folder does not hold an adapter, or the base does not exist.
     """
     adapter = Path(adapter)
@@ -62,30 +64,14 @@ def merge_adapter(
     revision = config.revision if base is None else None
     base = str(base or config.base_model_name_or_path)
     if output is not None:
-        _check_output(Path(output), adapter, base, overwrite)
-
-    history = read_record(adapter) or read_record(adapter.resolve().parent)  # the parent of a checkpoint
-    settings = history[-1]["settings"] if history else {}
-    quantization = "nf4" if settings.get("load_in_4bit") else "int8" if settings.get("load_in_8bit") else "none"
-    if dequantize and quantization == "none":
-        raise ValueError(
-            f"The run record of {adapter} does not say that the base was quantized in training. Remove "
-            "`--dequantize`, or merge the folder that the finished run wrote."
-        )
-    if quantization != "none" and not dequantize:
-        logger.info("The adapter was trained on a %s base. Without --dequantize outputs shift slightly.", quantization)
+        check_output(output, (adapter, base), overwrite)
+    settings, quantization = _recorded_settings(adapter, dequantize)
     try:
         model = VTLMMForConditionalGeneration.from_pretrained(base, revision=revision, dtype=torch.float32)
     except OSError as error:
         raise FileNotFoundError(
             f"The base {base} of {adapter} does not exist. Set its place with `--base`."
         ) from error
-    if not history:
-        logger.warning(
-            "%s is missing in %s. The type of the VM head and `use_pseudo_image_features` are those of the base.",
-            RUN_RECORD,
-            adapter,
-        )
     change_model(model, settings.get("use_pseudo_image_features"), settings.get("vm_head_type"), seed=0)
     if dequantize:
         round_weights(model, base, revision, quantization, settings.get("dtype", "float32"))
@@ -97,15 +83,25 @@ def merge_adapter(
     return merged
 
 
-def _check_output(output: Path, adapter: Path, base: str, overwrite: bool) -> None:
-    """Refuse an output that is an input, before anything is written, or that holds a model."""
-    for name, path in (("adapter", adapter), ("base", Path(base))):
-        if path.exists() and path.resolve() == output.resolve():
-            raise ValueError(f"The output {output} is the folder of the {name}. Choose another `--output`.")
-    if output.is_file():
-        raise ValueError(f"The output {output} is a file. Choose a folder.")
-    if output.is_dir() and holds_model(output) and not overwrite:
-        raise ValueError(f"{output} already holds a model. Choose another `--output`, or set `--overwrite`.")
+def _recorded_settings(adapter: Path, dequantize: bool) -> tuple[dict[str, Any], str]:
+    """Return the settings of the run that trained an adapter, empty without a record, and its quantization."""
+    history = read_record(adapter) or read_record(adapter.resolve().parent)  # the parent of a checkpoint
+    settings = history[-1]["settings"] if history else {}
+    quantization = "nf4" if settings.get("load_in_4bit") else "int8" if settings.get("load_in_8bit") else "none"
+    if dequantize and quantization == "none":
+        raise ValueError(
+            f"The run record of {adapter} does not say that the base was quantized in training. Remove "
+            "`--dequantize`, or merge the folder that the finished run wrote."
+        )
+    if quantization != "none" and not dequantize:
+        logger.info("The adapter was trained on a %s base. Without --dequantize outputs shift slightly.", quantization)
+    if not history:
+        logger.warning(
+            "%s is missing in %s. The type of the VM head and `use_pseudo_image_features` are those of the base.",
+            RUN_RECORD,
+            adapter,
+        )
+    return settings, quantization
 
 
 def _save(model: PreTrainedModel, output: Path, adapter: Path) -> None:

@@ -12,12 +12,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from vtlmm.hub.repository import RUN_RECORD
+from vtlmm.hub.paths import MODEL_FILES
+from vtlmm.hub.paths import clear_output as remove_model_files
 
 
 LOCK_FILE = ".vtlmm.lock"
-# Files by which a folder is known to hold a model or an unfinished run.
-MODEL_FILES = ("config.json", "adapter_config.json", RUN_RECORD, "*.safetensors", "*.safetensors.index.json")
 
 
 @contextmanager
@@ -89,8 +88,7 @@ def holds_model(folder: Path) -> bool:
 
 def clear_output(folder: Path) -> None:
     """Delete the model, the checkpoints and the record of an earlier run. Other files stay."""
-    for pattern in (*MODEL_FILES, "trainer_state.json"):
-        for path in folder.glob(pattern):
-            path.unlink()
+    remove_model_files(folder)
+    (folder / "trainer_state.json").unlink(missing_ok=True)
     for path in [*folder.glob("checkpoint-*"), folder / "merged"]:
         shutil.rmtree(path, ignore_errors=True)

@@ -71,7 +71,8 @@ class DatasetConfig:
         one_question_per_row (`bool`, *optional*, defaults to `False`): split a conversation into one row for each
             question, without the earlier turns. A small model otherwise copies earlier answers.
         check_data (`bool`, *optional*, defaults to `True`): check all rows and images before training.
-        bad_rows (`str`, *optional*, defaults to `"raise"`): `"raise"` or `"skip"` rows that fail the check.
+        bad_rows (`str`, *optional*, defaults to `"raise"`): `"raise"` or `"skip"` rows that fail the check. A row of
+            an unknown format, or with a column that would be ignored, is an error anyway: usually all rows are alike.
     """
 
     dataset_name: str | None = field(default=None, metadata={"help": "File, folder or Hub id of the training data."})

@@ -9,8 +9,8 @@ from datasets import IterableDataset
 
 from vtlmm.data.environment import commit_of_code, gpu_name, package_versions
 from vtlmm.data.output_files import write_json
+from vtlmm.hub.repository import RUN_RECORD
 
-from .output_folder import RUN_RECORD
 from .stages import describe
 
 

@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import IterableDataset
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from vtlmm.data.rows import ROW_FEATURES
-from vtlmm.data.validation import check_rows, checked_stream
+from vtlmm.data.validation import check_rows, checked_stream, position_limit
 from vtlmm.hub.quantize import quantization_config
+from vtlmm.hub.repository import RUN_RECORD
 
 from .adapters import keep_differentiable_on_cpu, peft_config
 from .checkpoints import checkpoint_folders
 from .config import VTLMMTrainingConfig
 from .fingerprint import is_harmless
-from .output_folder import RUN_RECORD, check_output, clear_output, lock_output
+from .output_folder import check_output, clear_output, lock_output
 from .recipe import DatasetConfig, RunSettings, merged_folder, parse_settings, split_stages
 from .run_record import read_record, recorded, write_record
 from .setting_checks import validate
@@ -34,14 +35,18 @@ from .vm_head_search import replace_vm_head
 # ---- Data ----
 
 
-def prepare_dataset(data: DatasetConfig, split: str, processor, max_length: int | None):
+def prepare_dataset(
+    data: DatasetConfig, split: str, processor, max_length: int | None, max_positions: int | None = None
+):
     """Return the checked rows of one split, or None if there are none. A stream is checked row by row."""
     dataset = data.load(split)
     if dataset is None or not data.check_data:
         return dataset
     if isinstance(dataset, IterableDataset):
+        max_length = min((n for n in (max_length, max_positions) if n is not None), default=None)
         return checked_stream(dataset, processor, max_length, data.bad_rows)
-    report, is_main_process = check_rows(dataset, processor, max_length), PartialState().is_main_process
+    report = check_rows(dataset, processor, max_length, max_positions=max_positions)
+    is_main_process = PartialState().is_main_process
     good_rows = report.good_rows
     if data.bad_rows == "raise":
         report.raise_for_problems()
@@ -55,9 +60,13 @@ def prepare_dataset(data: DatasetConfig, split: str, processor, max_length: int 
     return dataset.add_column("length", report.lengths).select(good_rows)
 
 
-def prepare_datasets(data: DatasetConfig, processor, args: VTLMMTrainingConfig) -> list:
+def prepare_datasets(
+    data: DatasetConfig, processor, args: VTLMMTrainingConfig, max_positions: int | None = None
+) -> list:
     """Return the rows to train on and to evaluate on, or None. `shuffle_dataset` shuffles a stream."""
-    train, evaluation = (prepare_dataset(data, split, processor, args.max_length) for split in ("train", "eval"))
+    train, evaluation = (
+        prepare_dataset(data, split, processor, args.max_length, max_positions) for split in ("train", "eval")
+    )
     if args.shuffle_dataset and isinstance(train, IterableDataset):  # the sampler shuffles other rows
         # the buffer holds files, not decoded images
         train = train.decode(False).shuffle(seed=args.seed).cast(ROW_FEATURES)
@@ -82,7 +91,10 @@ def build_trainer(settings: dict[str, Any], datasets: list | None = None, **kwar
     args, name = run.args, run.model.model_name_or_path
     load = {"revision": run.model.model_revision, "trust_remote_code": args.trust_remote_code}
     processor = AutoProcessor.from_pretrained(name, **load)
-    train_dataset, eval_dataset = datasets or prepare_datasets(run.data, processor, args)
+    if datasets is None:
+        max_positions = position_limit(AutoConfig.from_pretrained(name, **load))
+        datasets = prepare_datasets(run.data, processor, args, max_positions)
+    train_dataset, eval_dataset = datasets
     compute_dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = AutoModelForImageTextToText.from_pretrained(
         name,
@@ -217,6 +229,7 @@ def prepare_stages(runs: list[RunSettings]) -> list[list]:
     load = {"revision": first.model.model_revision, "trust_remote_code": first.args.trust_remote_code}
     # later stages have no model yet; they use the processor of the first stage
     processor = AutoProcessor.from_pretrained(first.model.model_name_or_path, **load)
+    max_positions = position_limit(AutoConfig.from_pretrained(first.model.model_name_or_path, **load))
     prepared: dict[str, list] = {}
     keys = []
     for run in runs:
@@ -224,7 +237,7 @@ def prepare_stages(runs: list[RunSettings]) -> list[list]:
             run.data.load_task_rows()
         key = repr((run.data, run.args.max_length, run.args.shuffle_dataset, run.args.seed))
         if key not in prepared:
-            prepared[key] = prepare_datasets(run.data, processor, run.args)
+            prepared[key] = prepare_datasets(run.data, processor, run.args, max_positions)
         keys.append(key)
     return [prepared[key] for key in keys]
 

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers.utils import find_adapter_config_file
 
-from vtlmm.hub.repository import is_hub_id
+from vtlmm.hub.paths import check_checkpoint
 
 from .recipe import ModelConfig
 from .run_record import read_record
@@ -20,14 +20,12 @@ def check_start(model: ModelConfig) -> None:
     Check that a run can start from a model, before anything is loaded.
 
     Raises:
-        `FileNotFoundError`: for a folder that does not exist.
+        `FileNotFoundError`, `NotADirectoryError`: for a folder that does not exist, and for a file.
         `ValueError`: for a folder without a model, the folder of a whole training instead of one of its stages, an
             adapter, and a model that is not a VT-LMM.
     """
-    name = model.model_name_or_path
+    name = check_checkpoint(model.model_name_or_path)
     folder = Path(name)
-    if not folder.is_dir() and (not is_hub_id(name) or Path(name.split("/")[0]).is_dir()):
-        raise FileNotFoundError(f"The folder {name} does not exist. Fix `model_name_or_path`, or name a Hub id.")
     if find_adapter_config_file(name, revision=model.model_revision) is not None:
         raise ValueError(
             f"{name} is an adapter, but a stage starts from a whole model. Merge it first: `vtlmm merge {name} "

@@ -25,6 +25,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTTrainer
 
 from modeling_vtlmm.losses_vtlmm import predicted_positions, text_labels
+from vtlmm.data.validation import position_limit
 from vtlmm.data.vision_feature_cache import undecoded
 from vtlmm.evaluation.runner import task_scores
 from vtlmm.inference.loading import require_fit
@@ -137,7 +138,9 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
         model, processor = load_model_and_processor(model, args, processing_class, quantization_config)
         check_model(model, args, processor, peft_config)
         if data_collator is None:
-            data_collator = VTLMMCollator(processor, args.max_length, cast(int | None, args.pad_to_multiple_of))
+            limits = (args.max_length, position_limit(model.config))
+            max_length = min((limit for limit in limits if limit is not None), default=None)
+            data_collator = VTLMMCollator(processor, max_length, cast(int | None, args.pad_to_multiple_of))
         shuffle_seed = args.seed if args.shuffle_dataset else None
         train_dataset = prepare_dataset(train_dataset, "train_dataset", shuffle_seed)
         eval_dataset = prepare_dataset(eval_dataset, "eval_dataset")

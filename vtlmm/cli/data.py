@@ -28,7 +28,7 @@ def check(
     from transformers import AutoConfig, AutoProcessor
 
     import modeling_vtlmm  # noqa: F401 - registers the processor
-    from vtlmm.data.validation import check_rows
+    from vtlmm.data.validation import check_rows, position_limit
     from vtlmm.train.config import VTLMMTrainingConfig
     from vtlmm.train.recipe import DatasetConfig, read_recipe, split_stages
 
@@ -52,7 +52,7 @@ def check(
         revision=settings.get("model_revision"),
         trust_remote_code=settings.get("trust_remote_code", False),
     )
-    max_positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    max_positions = position_limit(model_config)
     num_problems, checked = 0, []
     for run in split_stages(settings):  # stages may have data of their own
         data_config = DatasetConfig(**{f.name: run[f.name] for f in fields(DatasetConfig) if f.name in run})

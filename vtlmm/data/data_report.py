@@ -52,7 +52,8 @@ class DataReport:
         lengths (`list[int]`): tokens of each row with all its image tokens; 0 for a row that cannot be encoded.
         num_supervised_tokens, num_images, num_text_only_rows (`int`)
         problems (`list[Problem]`): in the order of the rows.
-        max_length (`int`, *optional*): longest valid row in tokens.
+        max_length (`int`, *optional*): longest valid row in tokens, at most `max_positions`.
+        max_positions (`int`, *optional*): number of positions of the decoder.
         sample (`str`): the first valid row, decoded, with its supervised part between ⟦ and ⟧.
         num_answers, num_unknown_answers (`int`): answers, and answers with a token that the tokenizer does not know.
         unknown_answer (`str`): one of the latter.
@@ -64,6 +65,7 @@ class DataReport:
     num_text_only_rows: int
     problems: list[Problem]
     max_length: int | None = None
+    max_positions: int | None = None
     sample: str = ""
     num_answers: int = 0
     num_unknown_answers: int = 0
@@ -126,6 +128,9 @@ class DataReport:
         if kind == "too long" and lengths:
             needed = f"{min(lengths):,} to {max(lengths):,}" if min(lengths) < max(lengths) else f"{max(lengths):,}"
             verb = "need" if rows > 1 else "needs"
+            if self.max_positions is not None and max(lengths) > self.max_positions:
+                fix = "split the rows or remove them: rows and images are never truncated"
+                return f"{count} {verb} {needed} tokens, and the decoder has {self.max_positions:,} positions: {fix}"
             return f"{count} {verb} {needed} tokens. Set max_length={-(-max(lengths) // 64) * 64}: {FIXES[kind]}"
         if kind == "missing image" and self.num_images > 1 and len(problems) == self.num_images:
             folder = os.path.dirname(problems[0].image or "")

@@ -173,6 +173,11 @@ def image_tokens_per_image(processor) -> int:
     return processor.num_image_tokens(*processed_size(processor.image_processor))
 
 
+def position_limit(config) -> int | None:
+    """Return the number of positions of a model's decoder, None if its config does not say it."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 # ---- All rows ----
 
 
@@ -199,14 +204,13 @@ def check_rows(
         num_proc (`int`, *optional*): number of processes. Default: the number of cores, for many rows.
         images (`bool`, *optional*, defaults to `True`): False does not open images, for the lengths alone.
         require_answers (`bool`, *optional*, defaults to `True`): False accepts rows that end with a question.
-        max_positions (`int`, *optional*): number of positions of the decoder (`text_config.max_position_embeddings`).
-            It bounds `max_length`.
+        max_positions (`int`, *optional*): number of positions of the decoder, see [`position_limit`]. It bounds
+            `max_length`.
 
     Raises:
         `ValueError`: if the chat template does not mark the answers or their end, or there are no rows.
     """
-    if max_positions is not None:
-        max_length = min(max_length or max_positions, max_positions)
+    max_length = min((n for n in (max_length, max_positions) if n is not None), default=None)
     checker = RowChecker(processor, max_length, images, require_answers)
     if isinstance(dataset, IterableDataset):
         dataset = dataset.decode(False)
@@ -223,6 +227,7 @@ def check_rows(
         num_text_only_rows=sum(not result["num_images"] for result in results),
         problems=[Problem(i, **problem) for i, result in enumerate(results) for problem in result["problems"]],
         max_length=max_length,
+        max_positions=max_positions,
         num_answers=sum(result["num_answers"] for result in results),
         num_unknown_answers=sum(result["num_unknown_answers"] for result in results),
         unknown_answer=next((result["unknown_answer"] for result in results if result["unknown_answer"]), ""),
