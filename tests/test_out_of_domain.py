@@ -28,19 +28,19 @@ def test_calibrated_answers_have_zero_error():
     """The accuracy of each of ten bins equals its probability: 5 of 100 at 0.05, … 95 of 100 at 0.95."""
     probabilities = np.repeat(np.arange(0.05, 1, 0.1), 100)
     correct = np.concatenate([np.arange(100) < round(100 * p) for p in np.arange(0.05, 1, 0.1)])
-    found = calibration_error(probabilities, correct, range(1000))
-    assert found.value == pytest.approx(0, abs=1e-9)
-    assert 0 < found.low < found.high < 0.06  # the sampling error of 1,000 answers
+    estimate = calibration_error(probabilities, correct, range(1000))
+    assert estimate.value == pytest.approx(0, abs=1e-9)
+    assert 0 < estimate.low < estimate.high < 0.06  # the sampling error of 1,000 answers
 
 
 def test_calibration_error_by_hand():
     """Confident wrong answers give 1. Two bins of different size: (3 · |1 − 0.95| + 1 · |0 − 0.45|) / 4."""
     assert calibration_error([1.0, 1.0], [0, 0], ["a", "b"]).value == 1
-    found = calibration_error([0.95, 0.95, 0.95, 0.45], [1, 1, 1, 0], ["a", "a", "b", "b"])
-    assert found.value == pytest.approx((3 * 0.05 + 0.45) / 4)
-    assert found.n == 2
+    estimate = calibration_error([0.95, 0.95, 0.95, 0.45], [1, 1, 1, 0], ["a", "a", "b", "b"])
+    assert estimate.value == pytest.approx((3 * 0.05 + 0.45) / 4)
+    assert estimate.n == 2
     # a draw is a twice, both once, or b twice
-    assert (found.low, found.high) == pytest.approx((0.05, (0.05 + 0.45) / 2))
+    assert (estimate.low, estimate.high) == pytest.approx((0.05, (0.05 + 0.45) / 2))
 
 
 def test_calibration_interval_equals_image_bootstrap():
@@ -59,15 +59,15 @@ def test_calibration_interval_equals_image_bootstrap():
     for _ in range(4000):
         images = rng.integers(30, size=30)
         draws.append(error(np.concatenate([np.flatnonzero(clusters == image) for image in images])))
-    found = calibration_error(probabilities, correct, clusters)
-    assert found.value == pytest.approx(error(np.arange(90)))
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.012)
+    estimate = calibration_error(probabilities, correct, clusters)
+    assert estimate.value == pytest.approx(error(np.arange(90)))
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.012)
 
 
 def test_auroc_of_equal_sets_is_chance():
     scores = np.random.default_rng(0).random(50)
-    found = detection_auroc(scores, scores)
-    assert found.value == pytest.approx(0.5) and found.low < 0.5 < found.high
+    estimate = detection_auroc(scores, scores)
+    assert estimate.value == pytest.approx(0.5) and estimate.low < 0.5 < estimate.high
     assert detection_auroc([1.0] * 5, [1.0] * 7).value == 0.5  # ties count half
     apart = detection_auroc([1.0, 2.0], [3.0, 4.0, 5.0])
     assert (apart.value, apart.low, apart.high, apart.n) == (1, 1, 1, 5)
@@ -78,8 +78,8 @@ def test_detection_interval_covers():
     """The interval covers the known AUROC Φ(1/√2) = 0.7602 in about 95 % of 200 pairs of normal samples."""
     rng, covered = np.random.default_rng(0), 0
     for _ in range(200):
-        found = detection_auroc(rng.normal(size=40), rng.normal(1, size=60), num_draws=400)
-        covered += found.low <= 0.7602 <= found.high
+        estimate = detection_auroc(rng.normal(size=40), rng.normal(1, size=60), num_draws=400)
+        covered += estimate.low <= 0.7602 <= estimate.high
     assert 180 <= covered <= 199
 
 

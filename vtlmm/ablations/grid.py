@@ -145,8 +145,8 @@ class Grid:
             return self._chains[arm, seed]
         settings = _with_seed(copy.deepcopy(self.base), seed)
         base_stages = settings.pop("stages", {})
-        changes = {stage: own for stage, own in self.arms[arm].items() if stage != "evaluate"}
-        stages = {stage: {**base_stages.get(stage, {}), **own} for stage, own in changes.items()}
+        changes = {stage: settings for stage, settings in self.arms[arm].items() if stage != "evaluate"}
+        stages = {stage: {**base_stages.get(stage, {}), **changed} for stage, changed in changes.items()}
         chain = split_stages({**settings, "seed": seed, "output_dir": "", "stages": stages})
         key = digest(_content(chain[0]["model_name_or_path"]))
         for run in chain:
@@ -181,7 +181,7 @@ def read_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
 
     Args:
         path (`str` or `Path`): the grid file. Its `base` may be the name of a file in the same folder: settings as in
-            a recipe, and `evaluate` with defaults for the grid's own.
+            a recipe, and `evaluate` with defaults for the grid's `evaluate`.
         overrides (`Sequence[str]`, *optional*): `key=value` pairs. Keys that start with `evaluate`, `arms`, `seeds`,
             `reference` or `base` change the grid. Every other key is a setting of all arms.
 
@@ -258,7 +258,7 @@ def _check_arm(stages: Any, source: str) -> dict[str, Any]:
 
 
 def _with_seed(settings: Any, seed: int) -> Any:
-    """Replace `{seed}` in all texts, so that each seed can have its own start model."""
+    """Replace `{seed}` in all texts, so that each seed can have another start model."""
     if isinstance(settings, dict):
         return {key: _with_seed(value, seed) for key, value in settings.items()}
     return settings.replace("{seed}", str(seed)) if isinstance(settings, str) else settings

@@ -158,7 +158,7 @@ def summarize_ood(runs: Iterable[dict], arms: Sequence[str]) -> list[OODSummary]
         arms (`Sequence[str]`): names of the arms in their order.
     """
     runs = list(runs)
-    pairs = dict.fromkeys((metric, images) for run in runs for images, own in run["ood"].items() for metric in own)
+    pairs = dict.fromkeys((metric, images) for run in runs for images in run["ood"] for metric in run["ood"][images])
     metrics = list(dict.fromkeys(metric for metric, _ in pairs))
     summaries = []
     for metric, images in sorted(pairs, key=lambda pair: metrics.index(pair[0])):

@@ -112,7 +112,11 @@ def compare_arms(
     """
 
     def scores_of(arm: str, metric: str) -> Scores:
-        return {seed: own[metric] for (name, seed), own in scores.items() if name == arm and metric in own}
+        return {
+            seed: by_metric[metric]
+            for (name, seed), by_metric in scores.items()
+            if name == arm and metric in by_metric
+        }
 
     comparisons = []
     for metric in dict.fromkeys(name for run in runs for name in run["metrics"]):

@@ -146,8 +146,8 @@ def run_once(grid: Grid, arm: str, seed: int, output: Path, folder: Path, data: 
     }
     if result.ood:
         row["ood"] = {
-            images: {metric: asdict(estimate) for metric, estimate in own.items()}
-            for images, own in result.ood.items()
+            images: {metric: asdict(estimate) for metric, estimate in estimates.items()}
+            for images, estimates in result.ood.items()
         }
         row["num_ood_images"] = {name: len(question_set.places) for name, question_set in data.ood.items()}
     return row
@@ -214,7 +214,7 @@ def write_results(folder: Path, grid: Grid) -> str:
     scores, clusters = {}, []
     for row in rows:
         saved = json.loads((folder / "answers" / f"{row['key']}.json").read_text(encoding="utf-8"))
-        scores[row["arm"], row["seed"]] = {metric: own["scores"] for metric, own in saved["metrics"].items()}
+        scores[row["arm"], row["seed"]] = {metric: saved["metrics"][metric]["scores"] for metric in saved["metrics"]}
         clusters = saved["clusters"]
     comparisons = compare_arms(rows, arms, grid.reference, scores, clusters)
     ood_rows = [row for row in rows if "ood" in row]

@@ -47,7 +47,7 @@ class OneModel(ModelManager):
 
     @staticmethod
     def get_model_modality(model, processor=None) -> Modality:
-        """Return `Modality.VLM`. The server of transformers would look up the class in its own tables."""
+        """Return `Modality.VLM`. The server of transformers would look up the class in its tables of classes."""
         return Modality.VLM
 
     def list_models(self, cache_dir: str | None = None) -> list[dict]:
