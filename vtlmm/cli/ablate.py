@@ -10,8 +10,9 @@ from . import options
 
 
 EXAMPLES = (
-    "vtlmm ablate recipes/ablations/1_visual_loss_2_stages.yaml dataset=train.parquet --output outputs/ablations",
-    "vtlmm ablate recipes/ablations/5_weight.yaml --output outputs/ablations --seed 0 --seed 1",
+    "vtlmm ablate recipes/ablations/3_pseudo.yaml model_name_or_path=outputs/start dataset_name=train.parquet "
+    "evaluate.dataset=test.parquet --output outputs/ablations",
+    "vtlmm ablate grid.yaml --output outputs/ablations --seed 0 --seed 1",
 )
 
 
