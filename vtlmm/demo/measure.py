@@ -2,8 +2,7 @@
 """Measure the demo's model: held-out questions, the words of its patches, and loading without this package."""
 
 import random
-import subprocess
-import sys
+import tempfile
 import textwrap
 from itertools import islice
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from vtlmm.analysis.plots import save_patch_words
 from vtlmm.analysis.visual_tokens import read_visual_tokens
 from vtlmm.data.markdown import markdown_table
+from vtlmm.hub.isolated_load import run_without_package
 from vtlmm.inference.generation import accuracy_by_kind, answer, with_shuffled_images
 
 from .shapes import KINDS, Scene, describe_patches, draw, make_scenes, questions
@@ -93,14 +93,8 @@ def plot_patch_words(path: Path, model, processor, scenes: list[Scene], seed: in
 
 ASK = textwrap.dedent(
     """
-    import importlib.abc, sys
+    import sys
 
-    class Block(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if path is None and name in ("modeling_vtlmm", "vtlmm"):
-                raise ImportError(f"{name} is not installed here")
-
-    sys.meta_path.insert(0, Block())
     from transformers import pipeline
 
     folder, image, question = sys.argv[1:]
@@ -114,8 +108,8 @@ ASK = textwrap.dedent(
 
 def ask_without_package(folder: Path, image: Path, question: str) -> str:
     """Return the answer of transformers' pipeline in a process that cannot import this package."""
-    command = [sys.executable, "-c", ASK, str(folder), str(image), question]
-    result = subprocess.run(command, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as empty:
+        result = run_without_package(ASK, folder.resolve(), image.resolve(), question, folder=empty)
     if result.returncode:
         raise RuntimeError(f"The saved model does not load without this package:\n{result.stderr[-2000:]}")
     return result.stdout.strip().splitlines()[-1]

@@ -6,6 +6,7 @@ import io
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, Image
@@ -33,15 +34,15 @@ from .warm_start import save_warm_start
 
 NUM_CAPTIONED, NUM_QUESTIONED, NUM_HELD_OUT = 4800, 4000, 200  # images
 HELD_OUT_FILE = "held_out.parquet"  # read by the harness task demo_shapes
-SETTINGS = {
-    "projector": {"learning_rate": 5e-3, "num_train_epochs": 1},
-    # The decoder's prediction of patches supervises the VM head, and stage II does not train it: a low learning rate
-    # keeps it.
-    "decoder": {"learning_rate": 3e-4, "projector_learning_rate": 1e-3, "num_train_epochs": 1},
+SETTINGS: dict[str, dict[str, Any]] = {
+    "projector": {"learning_rate": 3e-3, "num_train_epochs": 1},
+    # The decoder's prediction of patches supervises the VM head, and stage II does not train it. A lower learning rate
+    # than in stage IV keeps it.
+    "decoder": {"learning_rate": 5e-4, "projector_learning_rate": 1e-3, "num_train_epochs": 1},
     "visual_head": {"learning_rate": 1e-2, "num_train_epochs": 0.8},
-    "joint": {"learning_rate": 1.5e-3, "num_train_epochs": 1.5},
+    "joint": {"learning_rate": 1.5e-3, "num_train_epochs": 1.75},
 }
-COMMON = {
+COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
     "gradient_checkpointing": False,

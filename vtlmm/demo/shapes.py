@@ -33,7 +33,7 @@ POSITIONS = ("top-left", "top-right", "bottom-left", "bottom-right")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}  # (row, column)
 NUMBERS = ("zero", "one", "two", "three", "four")
 KINDS = ("color", "shape", "count", "position", "relation", "yes_no")
-EXTRA_KINDS = ("count", "count", "yes_no")  # a conversation asks the two hardest kinds more often
+EXTRA_KINDS = ("color_count", "color_count", "yes_no")  # a conversation asks the two hardest kinds more often
 BLANK = "empty"
 
 GRID_SIZE = 2
@@ -173,9 +173,15 @@ def _ask_count(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     # The answer is drawn first, from scenes that allow each answer. Otherwise zero or one would be the best guess.
     if set(counts.values()) != {1, 2}:
         return None
-    wanted = rng.choice((0, 1, 2))
-    color = rng.choice([color for color in COLORS if counts[color] == wanted])
-    return f"how many {color} shapes are there?", NUMBERS[wanted]
+    return _ask_color_count(scene, rng)
+
+
+def _ask_color_count(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """Return a question that every scene allows. Its answers are not uniform, so it is for training only."""
+    counts = Counter(item.color for item in scene.items)
+    number = rng.choice(sorted({0, *counts.values()}))
+    color = rng.choice([color for color in COLORS if counts[color] == number])
+    return f"how many {color} shapes are there?", NUMBERS[number]
 
 
 def _ask_position(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -213,6 +219,7 @@ QUESTION_MAKERS = {
     "color": _ask_color,
     "shape": _ask_shape,
     "count": _ask_count,
+    "color_count": _ask_color_count,
     "position": _ask_position,
     "relation": _ask_relation,
     "yes_no": _ask_yes_no,
@@ -286,8 +293,9 @@ def question_rows(num: int, seed: int, held_out: bool = False, one_each: bool = 
         if one_each:
             rows += [_row(scene, [(q.question, q.answer)], q.kind) for q in shuffled(questions(scene, rng), rng)]
         else:
-            asked = dict.fromkeys(questions(scene, rng) + questions(scene, rng, EXTRA_KINDS))  # without duplicates
-            rows.append(_row(scene, [(q.question, q.answer) for q in shuffled(asked, rng)], "all"))
+            asked = questions(scene, rng) + questions(scene, rng, EXTRA_KINDS)
+            turns = dict.fromkeys((q.question, q.answer) for q in asked)  # without duplicates
+            rows.append(_row(scene, shuffled(turns, rng), "all"))
     return rows
 
 

@@ -63,8 +63,8 @@ Turns = list[tuple[str, str]]  # pairs of question and answer
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token per word or punctuation mark."""
-    vocabulary = ["<pad>", "<s>", "</s>", "<unk>", "Q", "A", ":", *words()]
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(vocabulary))}
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", "Q", "A", ":", *words()]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(tokens))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w-]+|[^\w\s]"), behavior="removed", invert=True)
@@ -111,7 +111,7 @@ def train_tower(seed: int, steps: int = TOWER_STEPS, batch_size: int = 32) -> Co
         pixels = processor([draw(scene) for scene in batch], return_tensors="pt")["pixel_values"]
         features = tower(pixels).last_hidden_state.flatten(2).transpose(1, 2)
         words = [describe_patches(scene) for scene in batch]
-        loss = 0.0
+        loss = torch.zeros(())
         for i, (head, kind) in enumerate(zip(heads, kinds, strict=True)):
             target = torch.tensor([[kind.index(patch[i]) for patch in patches] for patches in words])
             loss = loss + F.cross_entropy(head(features).flatten(0, 1), target.flatten())
@@ -260,6 +260,9 @@ def train_decoder(tokenizer, seed: int, batch_size: int = 8) -> LlamaForCausalLM
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+    # The projector is initialized with this. Its output then has about the norm of the patches in the decoder's text.
+    # A larger norm would hide the context from which the decoder predicts the next patch.
+    decoder.config.initializer_range = 0.02
     return decoder.eval()
 
 
