@@ -20,7 +20,7 @@ def main() -> None:
 
     model, processor = load_model(args.model)
     result = evaluate(model, processor, args.dataset, limit=args.limit)
-    print(result.format())
+    print(result.to_markdown())
 
 
 if __name__ == "__main__":

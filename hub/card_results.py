@@ -19,7 +19,10 @@ Results = dict[str, Any]
 TASK = "image-text-to-text"
 RESULT_KEYS = ("split", "subset", "scorer", "num_questions", "empty_answers", "kinds", "summary", "versions")
 # Columns of the table: score and its interval, of the images and of shuffled images.
-SCORES = (("score", "low", "high"), ("blind", "blind_low", "blind_high"))
+SCORES = (
+    ("score", "low", "high"),
+    ("score_shuffled_images", "low_shuffled_images", "high_shuffled_images"),
+)
 
 
 def read_results(path: str | Path) -> Results:
@@ -110,7 +113,7 @@ def eval_results(tables: Sequence[Results]) -> list[EvalResult]:
     results = []
     for table in filter(is_whole_data_set, tables):
         name = published_name(table["data"])
-        metrics = {"score": table["scorer"], "blind": f"{table['scorer']}, shuffled images"}
+        metrics = {"score": table["scorer"], "score_shuffled_images": f"{table['scorer']}, shuffled images"}
         results += [
             EvalResult(
                 task_type=TASK,
@@ -138,7 +141,7 @@ def write_eval_results(folder: Path, tables: Sequence[Results]) -> None:
     entries: dict[str, list[EvalResultEntry]] = {}
     for table in filter(is_whole_data_set, tables):
         if is_hub_id(table["data"]):
-            control = table["all"].get("blind")
+            control = table["all"].get("score_shuffled_images")
             notes = ", ".join(f"{name} {table[name]}" for name in ("split", "scorer") if table.get(name))
             notes += "" if control is None else f"; shuffled images: {control:.4f}"
             entry = EvalResultEntry(table["data"], "default", round(table["all"]["score"], 4), notes=notes)

@@ -25,8 +25,9 @@ from vtlmm.ablations.grid import METRICS, EvaluateConfig, read_grid
 from vtlmm.ablations.metrics import Evaluator, measure, perplexity, read_held_out_data
 from vtlmm.cli.main import main
 from vtlmm.evaluation.questions import image_loader
+from vtlmm.evaluation.shuffled_images import with_shuffled_images
 from vtlmm.hub.repository import RUN_RECORD
-from vtlmm.inference.generation import generate, with_shuffled_images
+from vtlmm.inference.generation import generate
 from vtlmm.train.stage_runner import build_trainer
 
 

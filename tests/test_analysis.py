@@ -8,8 +8,8 @@ from dataclasses import asdict
 import pytest
 import torch
 from conftest import WORDS
+from evaluation_setup import save_model
 from PIL import Image, ImageDraw
-from test_eval import save_model
 
 from vtlmm.analysis.dataset_analysis import Analysis, AnalysisResult, analyze, analyze_images
 from vtlmm.analysis.failure_modes import evenly_spaced, measure_failure_modes

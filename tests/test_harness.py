@@ -15,10 +15,10 @@ import torch
 import yaml
 from conftest import WORDS, build_processor
 from datasets import Dataset, Image, load_dataset
+from evaluation_setup import save_model
 from jinja2 import Template
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
-from test_eval import save_model
 from transformers import AutoModelForCausalLM
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
@@ -207,7 +207,7 @@ def test_a_harness_that_fails_is_seen(work, tmp_path, monkeypatch, capsys):
     for results in (None, {}, {"results": {}}):
         monkeypatch.setattr(harness, "_run_lmms_eval", lambda *args, results=results: (results, ""))
         assert main(command) == 1
-        assert "gave no results for easy_vqa" in capsys.readouterr().err and not (tmp_path / "out").exists()
+        assert "returned no results for easy_vqa" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
     def fail(*args):
         raise RuntimeError("of the harness")
@@ -263,9 +263,9 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(work, tmp_path, name, capsy
     save_file(tensors, path, metadata={"format": "pt"})
     options = ["--dataset", str(work / "rows.parquet"), "--harness", name, "--output", str(tmp_path / "out")]
     assert main(["eval", str(tmp_path / "model"), "--tasks", "easy_vqa", *options]) == 1
-    assert "lacks 1 tensors" in capsys.readouterr().err
+    assert "1 missing tensors" in capsys.readouterr().err
     assert main(["eval", str(work / "model"), "--tasks", "no_such_task", "--harness", name]) == 1
-    assert "does not know the task no_such_task" in capsys.readouterr().err
+    assert "does not have the task no_such_task" in capsys.readouterr().err
 
 
 def test_texts_have_the_log_likelihoods_of_the_decoder_alone(work, tmp_path):

@@ -20,8 +20,8 @@ from vtlmm.hub.model_card import write_card
 from vtlmm.hub.private_values import remove_private_values
 
 
-LINE = {"n": 40, "images": 9, "score": 0.75, "low": 0.6, "high": 0.9, "blind": 0.25, "blind_low": 0.1}
-LINE |= {"blind_high": 0.4}
+LINE = {"n": 40, "images": 9, "score": 0.75, "low": 0.6, "high": 0.9, "score_shuffled_images": 0.25}
+LINE |= {"low_shuffled_images": 0.1, "high_shuffled_images": 0.4}
 RUN = {
     "stage": "joint",
     "plan": ["Stage joint: loss = 1 · L_lm + 1 · L_vm", "  vm_head  1,000 parameters  0 learn"],

@@ -1,18 +1,19 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""LLaVA's prompts to the character, and the files that benchmark servers take."""
+"""LLaVA's prompts, character by character, and the files for benchmark servers."""
 
 import gzip
 import json
+import re
 
 import pandas as pd
 import pytest
 
-from vtlmm.evaluation.prompts import ENDINGS, MAX_NEW_TOKENS, build_prompt, build_question
-from vtlmm.evaluation.submissions import write_mmbench_submission, write_submission
+from vtlmm.evaluation.prompts import ENDINGS, MAX_NEW_TOKENS, build_prompt, build_question, remove_prompt
+from vtlmm.evaluation.submissions import check_submission, write_submission
 from vtlmm.hub.chat_templates import load_template
 
 
-# As LLaVA's question files and scripts have them, behind the image
+# From LLaVA's question files and scripts, without the image
 PROMPTS = {
     "vqav2": "Is it red?\nAnswer the question using a single word or phrase.",
     "gqa": "Is it red?\nAnswer the question using a single word or phrase.",
@@ -38,6 +39,10 @@ PARTS = {
 def test_prompts_are_llavas():
     built = {name: build_prompt(name, build_question("Is it red?", **PARTS.get(name, {}))) for name in ENDINGS}
     assert built == PROMPTS
+    assert all(build_prompt(name, remove_prompt(name, text)) == text for name, text in PROMPTS.items())
+    assert build_prompt(None, "q") == remove_prompt(None, "q") == "q"
+    with pytest.raises(ValueError, match="Unknown prompt 'imagenet'"):
+        build_prompt("imagenet", "q")
     assert {name for name, number in MAX_NEW_TOKENS.items() if number == 1024} == {
         "scienceqa",
         "mmbench",
@@ -47,8 +52,8 @@ def test_prompts_are_llavas():
     assert build_question("q", ocr_tokens=[]) == "q\nReference OCR token: "
 
 
-def test_stored_questions_are_rebuilt(shared):
-    """All ScienceQA questions as LLaVA stores them, from their parts."""
+def test_stored_questions_are_rebuilt_from_their_parts(shared):
+    """Rebuild all ScienceQA questions as LLaVA stores them."""
     with gzip.open(shared / "data" / "benchmarks" / "scienceqa.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     for row in rows:
@@ -60,8 +65,8 @@ def test_stored_questions_are_rebuilt(shared):
         assert build_question(context[1], hint=context[0], options=options) == row["question"]
 
 
-def test_the_whole_prompt_is_the_released_one(shared, processor):
-    """Image, line break, question: by the chat templates that stand around it."""
+def test_whole_prompt_equals_the_released_prompt(shared, processor):
+    """Compare the image, its line break and the question in each chat template."""
     released = json.loads((shared / "reference" / "prompts.json").read_text())
     content = [{"type": "image"}, {"type": "text", "text": build_prompt("gqa", "What is in the image?")}]
     for name, prompts in released.items():
@@ -74,20 +79,36 @@ def test_the_whole_prompt_is_the_released_one(shared, processor):
         assert text.removeprefix("<s>") == expected
 
 
-def test_submissions(tmp_path):
-    """Answers are normalized as the server would; none is left out of MMBench's table."""
-    write_submission(tmp_path / "vqav2.json", "vqav2", {3: "The two dogs.", 4: "Yes, it's"})
-    assert json.loads((tmp_path / "vqav2.json").read_text()) == [
+def test_answers_of_a_submission_are_normalized(tmp_path):
+    questions = [{"id": 3, "question": "q"}, {"id": 4, "question": "q"}]
+    path = write_submission(tmp_path, "vqav2", questions, ["The two dogs.", "Yes, it's"])
+    assert path == tmp_path / "submission.json"
+    assert json.loads(path.read_text()) == [
         {"question_id": 3, "answer": "2 dogs"},
         {"question_id": 4, "answer": "yes it 's"},
     ]
-    write_submission(tmp_path / "vizwiz.json", "vizwiz", {"a.jpg": "Unanswerable"})
-    assert json.loads((tmp_path / "vizwiz.json").read_text()) == [{"image": "a.jpg", "answer": "unanswerable"}]
+    path = write_submission(tmp_path, "vizwiz", [{"id": "a.jpg", "question": "q"}], ["Unanswerable"])
+    assert json.loads(path.read_text()) == [{"image": "a.jpg", "answer": "unanswerable"}]
 
-    table = pd.DataFrame({"index": [5, 1_000_005], "question": "q", "hint": "h", "A": "x", "B": "y", "image": "…"})
-    table.to_csv(tmp_path / "mmbench.tsv", sep="\t", index=False)
-    write_mmbench_submission(tmp_path / "out.tsv", tmp_path / "mmbench.tsv", {5: "A", 1_000_005: "B"})
-    found = pd.read_table(tmp_path / "out.tsv")
-    assert list(found) == ["index", "question", "A", "B", "prediction"] and list(found["prediction"]) == ["A", "B"]
-    with pytest.raises(ValueError, match="1 questions of .* have no answer, e.g. index 1000005"):
-        write_mmbench_submission(tmp_path / "out.tsv", tmp_path / "mmbench.tsv", {5: "A"})
+
+def test_mmbench_submission_is_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("vtlmm.evaluation.submissions.find_spec", lambda name: None)  # no openpyxl
+    asked = [("hint\nq", ["x", "y"]), ("q", ["x", "y", "z"])]
+    questions = [
+        {"id": i, "question": build_question(text, options=options)} for i, (text, options) in enumerate(asked)
+    ]
+    table = pd.read_table(write_submission(tmp_path, "mmbench", questions, ["A", "B. y"]))
+    assert list(table) == ["index", "question", "A", "B", "C", "prediction"]
+    assert list(table["prediction"]) == ["A", "B. y"] and list(table["question"]) == ["hint\nq", "q"]
+
+
+def test_submission_needs_every_question_once():
+    first, second = {"id": 1, "question": "what"}, {"id": 2, "question": "where"}
+    check_submission("vqav2", [first, second], None)
+    for questions, subset, message in [
+        ([first, second], "the first 2 of 9 rows", "the whole dataset"),
+        ([first, {**second, "id": None}], None, "Question 1 ('where') has no id"),
+        ([first, {**second, "id": 1}], None, "Questions 0 and 1 have the same id 1"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check_submission("vqav2", questions, subset)

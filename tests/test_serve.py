@@ -28,7 +28,7 @@ QUESTION = "what is in the image ?"
 
 @pytest.fixture(scope="module")
 def model():
-    from test_use import build_config
+    from conftest import build_config
     from transformers import GenerationConfig
 
     from modeling_vtlmm import VTLMMForConditionalGeneration

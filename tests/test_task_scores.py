@@ -15,8 +15,9 @@ from training_setup import build_rows, build_trainer, weights, write_start
 from vtlmm.cli.main import main
 from vtlmm.data.rows import load_rows
 from vtlmm.evaluation.runner import task_scores
+from vtlmm.evaluation.shuffled_images import with_shuffled_images
 from vtlmm.hub.repository import RUN_RECORD
-from vtlmm.inference.generation import answer_batch, with_shuffled_images
+from vtlmm.inference.generation import answer_batch
 from vtlmm.train.stage_runner import build_trainer as build_trainer_of_run
 
 
@@ -53,12 +54,12 @@ def test_scores_equal_those_of_single_questions(questions, tmp_path, num_images,
         for row in questions
         if row["images"]
     ][:number]
-    texts, blind = (
+    texts, shuffled = (
         [answer_batch(model, processor, [question], max_new_tokens=64)[0] for question in side]
         for side in (asked, with_shuffled_images(asked))
     )
     starts = [text.rpartition(" ")[0] or "boat" for text in texts[2:5]]
-    truths = iter([*texts[:2], *starts, *blind[5:]])
+    truths = iter([*texts[:2], *starts, *shuffled[5:]])
 
     def with_truth(row):
         row["messages"][1]["content"][0]["text"] = next(truths, "boat") if row["images"] else "hello"
@@ -68,7 +69,7 @@ def test_scores_equal_those_of_single_questions(questions, tmp_path, num_images,
     truths = [row["messages"][1]["content"][0]["text"] for row in rows if row["images"]][:number]
     expected = {
         name: sum(text == truth for text, truth in zip(side, truths, strict=True)) / number
-        for name, side in (("accuracy", texts), ("accuracy_shuffled_images", blind))
+        for name, side in (("accuracy", texts), ("accuracy_shuffled_images", shuffled))
     }
     assert 0 < expected["accuracy"] < 1 and 0 < expected["accuracy_shuffled_images"] < 1
     score = task_scores(rows, processor, num_images, batch_size=4)

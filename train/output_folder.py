@@ -1,17 +1,15 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Protect the output folder of a training run: one writer, and no existing model is overwritten."""
 
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 
+from vtlmm.data.output_files import one_writer
 from vtlmm.hub.paths import MODEL_FILES
 from vtlmm.hub.paths import clear_output as remove_model_files
 
@@ -24,8 +22,6 @@ def lock_output(folder: str | Path) -> Iterator[None]:
     """
     Hold the lock of an output folder, so that one process (or one group of ranks) writes to it at a time.
 
-    The system releases the lock when the process ends, also after SIGKILL: the file itself means nothing.
-
     Raises:
         `ValueError`: if another process holds the lock.
     """
@@ -37,20 +33,8 @@ def lock_output(folder: str | Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"`output_dir` {folder} is a file. Choose a folder.") from error
-    owner = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
-    lock = FileLock(path, is_singleton=True)  # the trainer and the stage runner share one lock
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"Another process is writing to {folder}{f' ({owner})' if owner else ''}. Wait until it ends, or choose "
-            "another `output_dir`."
-        ) from error
-    try:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    with one_writer(path, folder):  # the trainer and the stage runner share one lock
         yield
-    finally:
-        lock.release()
 
 
 def check_output(folder: str | Path, overwrite: bool, resume: bool | str | None) -> None:

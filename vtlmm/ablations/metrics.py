@@ -14,9 +14,11 @@ from vtlmm.data.rows import load_rows
 from vtlmm.data.validation import check_rows
 from vtlmm.data.vision_feature_cache import VisionFeatureCache, tower_key, undecoded
 from vtlmm.evaluation.questions import read_questions
-from vtlmm.evaluation.report import by_kind, score_answers
+from vtlmm.evaluation.report import by_kind
+from vtlmm.evaluation.scorers import score_answers
+from vtlmm.evaluation.shuffled_images import with_shuffled_images
 from vtlmm.evaluation.statistics import Estimate
-from vtlmm.inference.generation import Answer, conversation, generate_answers, model_inputs, with_shuffled_images
+from vtlmm.inference.generation import Answer, conversation, generate_answers, model_inputs
 from vtlmm.inference.loading import load_model
 from vtlmm.inference.prompt_encoding import Prompt
 

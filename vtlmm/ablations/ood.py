@@ -13,9 +13,11 @@ from vtlmm.analysis.metrics import word_probabilities
 from vtlmm.analysis.ood_metrics import calibration_error, detection_auroc
 from vtlmm.analysis.patch_features import heads
 from vtlmm.data.markdown import markdown_table
-from vtlmm.evaluation.report import image_cluster, score_answers
+from vtlmm.evaluation.report import image_cluster
+from vtlmm.evaluation.scorers import score_answers
+from vtlmm.evaluation.shuffled_images import with_shuffled_images
 from vtlmm.evaluation.statistics import SCORE_BOUNDS, Estimate, mean_estimate
-from vtlmm.inference.generation import Answer, with_shuffled_images
+from vtlmm.inference.generation import Answer
 
 
 IN_DISTRIBUTION = "held out"

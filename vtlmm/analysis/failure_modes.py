@@ -7,8 +7,8 @@ features.
 
 from collections.abc import Callable, Sequence
 
-from vtlmm.evaluation.report import image_cluster, score_answers
-from vtlmm.evaluation.scorers import pope_answer
+from vtlmm.evaluation.report import image_cluster
+from vtlmm.evaluation.scorers import pope_answer, score_answers
 from vtlmm.evaluation.statistics import DIFFERENCE_BOUNDS, SCORE_BOUNDS, Bounds, Estimate, mean_estimate
 from vtlmm.inference.generation import answer
 from vtlmm.inference.loading import LoadedModel

@@ -48,7 +48,7 @@ def ask(
         raise ValueError("The question is missing. Pass images, if any, and then the question.")
 
     from vtlmm.data.images import open_image
-    from vtlmm.inference.batch_file import answer_rows, load_questions
+    from vtlmm.inference.batch_file import answer_file
     from vtlmm.inference.generation import answer_batch
 
     from .load import load
@@ -70,7 +70,15 @@ def ask(
         print(answer)
         return
     assert output is not None  # checked above
-    questions, load_image = load_questions(dataset, None if image_folder is None else str(image_folder))
     loaded, processor = load(model, **loading)
-    answer_rows(output, loaded, processor, questions, load_image, batch_size, max_new_tokens, model)
-    print(f"{len(questions)} answers: {output}")
+    answers = answer_file(
+        loaded,
+        processor,
+        dataset,
+        output,
+        image_folder=image_folder,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        name=model,
+    )
+    print(f"{len(answers)} answers: {output}")

@@ -1,7 +1,6 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`vtlmm compare RUN RUN`"""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -20,14 +19,12 @@ def compare(
     output: Annotated[Path | None, Option(help="Folder for comparison.json.")] = None,
 ) -> None:
     """Compare two results of `vtlmm eval`, question by question."""
-    from vtlmm.evaluation.compare import compare_runs, format_comparison
+    from vtlmm.evaluation.compare import compare_results
 
-    comparison = compare_runs(str(first), str(second))
+    comparison = compare_results(first, second)
     if output:
-        output.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(comparison, indent=2, ensure_ascii=False) + "\n"
-        (output / "comparison.json").write_text(text, encoding="utf-8")
-    print(format_comparison(comparison))
-    for flip in comparison["flips"]:
-        question = flip["question"].partition("\n")[0]
-        print(f"{flip['index']}: {question} ({flip['truth']}): {flip['first']!r} → {flip['second']!r}")
+        comparison.save(output)
+    print(comparison.to_markdown())
+    for flip in comparison.flips:
+        question = flip.question.partition("\n")[0]
+        print(f"{flip.index}: {question} ({flip.truth}): {flip.first!r} → {flip.second!r}")

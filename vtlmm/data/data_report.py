@@ -137,11 +137,12 @@ class DataReport:
             return f"{count}: no image exists ({folder}). Set image_folder to the folder that the paths start from"
         return f"{count}: {kind}: {FIXES[kind]}"
 
-    def raise_for_problems(self, limit: int = 3) -> None:
+    def raise_for_problems(
+        self, limit: int = 3, advice: str = "Set `bad_rows: skip` to train on the other rows."
+    ) -> None:
         """
         Raises:
             `ValueError`: with all kinds of problems, and at most `limit` problems of each kind.
         """
         if self.problems:
-            advice = "Set `bad_rows: skip` to train on the other rows."
             raise ValueError("\n".join(["The data have invalid rows.", *self._problem_lines(limit), advice]))

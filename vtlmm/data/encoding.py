@@ -19,9 +19,7 @@ def answer_template(processor) -> str:
     Raises:
         `ValueError`: if the template has no generation marks, or the tokenizer does not return character offsets.
     """
-    template = processor.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
+    template = _default_template(processor)
     if not template or not re.search(r"\{%-?\s*generation\s*-?%\}", template):
         raise ValueError(
             "The processor's chat template does not mark the answers, so the supervised tokens are unknown. Put {% "
@@ -31,6 +29,11 @@ def answer_template(processor) -> str:
     if not processor.tokenizer.is_fast:
         raise ValueError("Answers are located by character offsets. Load a fast tokenizer (tokenizer.json).")
     return template
+
+
+def _default_template(processor) -> str | None:
+    template = processor.chat_template
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def special_token_ids(tokenizer) -> set[int]:
@@ -88,7 +91,7 @@ def require_end_of_turn(processor) -> None:
 
 
 def encode_messages(
-    processor, messages: list[dict], num_context_messages: int = 0
+    processor, messages: list[dict], num_context_messages: int = 0, require_marks: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     Return the token ids of one conversation, and a mask of the supervised tokens.
@@ -100,6 +103,8 @@ def encode_messages(
         processor ([`VTLMMProcessor`])
         messages (`list[dict]`): `role` and `content`, a string or a list of `{"type", "text"}`. Not changed.
         num_context_messages (`int`): answers among the first `num_context_messages` messages are not supervised.
+        require_marks (`bool`, *optional*, defaults to `True`): False accepts a chat template that does not mark the
+            answers. Then no token is supervised.
 
     Returns:
         A `torch.LongTensor` and a `torch.BoolTensor` of shape `(sequence_length,)`.
@@ -107,7 +112,8 @@ def encode_messages(
     Raises:
         `ValueError`: if the template raises an error or leaves an answer unmarked, or a text contains the BOS token.
     """
-    tokenizer, template = processor.tokenizer, answer_template(processor)
+    tokenizer = processor.tokenizer
+    template = answer_template(processor) if require_marks else _default_template(processor)
     # A loaded dataset fills missing keys of a part with None, and templates test whether a key exists
     messages = [{**message, "content": _without_empty_keys(message["content"])} for message in messages]
     try:
@@ -120,6 +126,11 @@ def encode_messages(
     except Exception as error:  # templates raise any type of error
         raise ValueError(f"the chat template raised an error: {error}") from error
     text, spans = rendered[0][0], rendered[1][0]
+    if not require_marks:
+        _check_bos(tokenizer, text, messages)
+        add_special_tokens = not starts_with_bos(tokenizer, text)
+        ids = torch.tensor(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        return ids, torch.zeros_like(ids, dtype=torch.bool)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if len(spans) != len(answers):
         raise ValueError(f"the chat template marks {len(spans)} answers of {len(answers)}")

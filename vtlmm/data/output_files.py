@@ -5,13 +5,44 @@ import csv
 import json
 import math
 import os
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+@contextmanager
+def one_writer(lock: str | os.PathLike, output: str | os.PathLike) -> Iterator[None]:
+    """
+    Hold a lock file, so that one process at a time writes to `output`. A thread that holds it may take it again.
+
+    The system releases the lock when the process ends, also after SIGKILL: the file itself means nothing.
+
+    Raises:
+        `ValueError`: if another process holds the lock.
+    """
+    path = Path(lock)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    owner = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    file_lock = FileLock(path, is_singleton=True)
+    try:
+        file_lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"Another process is writing to {os.fspath(output)}{f' ({owner})' if owner else ''}. Wait until it ends, "
+            "or choose another output."
+        ) from error
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        file_lock.release()
 
 
 @contextmanager

@@ -45,13 +45,24 @@ class RowChecker:
         max_length (`int`, *optional*): longest valid row in tokens.
         images (`bool`, *optional*, defaults to `True`): decode the images.
         require_answers (`bool`, *optional*, defaults to `True`): False accepts conversations that end with a question.
+        require_marks (`bool`, *optional*, defaults to `True`): False accepts a chat template that does not mark the
+            answers, which only training needs.
 
     Raises:
         `ValueError`: if the chat template does not mark the answers or their end, or images get different sizes.
     """
 
-    def __init__(self, processor, max_length: int | None = None, images: bool = True, require_answers: bool = True):
-        require_end_of_turn(processor)
+    def __init__(
+        self,
+        processor,
+        max_length: int | None = None,
+        images: bool = True,
+        require_answers: bool = True,
+        require_marks: bool = True,
+    ):
+        if require_marks:
+            require_end_of_turn(processor)
+        self.require_marks = require_marks
         self.processor = processor
         self.max_length = max_length
         self.images = images
@@ -68,7 +79,8 @@ class RowChecker:
         length = num_supervised_tokens = 0
         if not problems:
             try:
-                input_ids, supervised = encode_messages(self.processor, messages, row.get("num_context_messages") or 0)
+                number = row.get("num_context_messages") or 0
+                input_ids, supervised = encode_messages(self.processor, messages, number, self.require_marks)
             except ValueError as error:
                 problems.append({"kind": "chat template", "detail": str(error)})
             else:
@@ -137,7 +149,7 @@ class RowChecker:
 
     def encoding_problems(self, length: int, num_supervised_tokens: int, num_images: int):
         """Yield the problems of the tokens of a row."""
-        if not num_supervised_tokens and self.require_answers:
+        if not num_supervised_tokens and self.require_answers and self.require_marks:
             yield {"kind": "nothing supervised", "detail": "no answer token is supervised"}
         if self.max_length is not None and length > self.max_length:
             tokens = f"{num_images * self.tokens_per_image} of them image tokens"
@@ -170,7 +182,12 @@ def image_tokens_per_image(processor) -> int:
     Raises:
         `ValueError`: if the image processor gives images of different sizes, which cannot be in one batch.
     """
-    return processor.num_image_tokens(*processed_size(processor.image_processor))
+    height, width = processed_size(processor.image_processor)
+    if hasattr(processor, "num_image_tokens"):
+        return processor.num_image_tokens(height, width)
+    # The LlavaProcessor of an exported model
+    number = (height // processor.patch_size) * (width // processor.patch_size)
+    return number + processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
 
 
 def position_limit(config) -> int | None:
@@ -189,6 +206,7 @@ def check_rows(
     images: bool = True,
     require_answers: bool = True,
     max_positions: int | None = None,
+    require_marks: bool = True,
 ) -> DataReport:
     r"""
     Check every row, decode every image, and count the tokens that the collator will make.
@@ -206,12 +224,14 @@ def check_rows(
         require_answers (`bool`, *optional*, defaults to `True`): False accepts rows that end with a question.
         max_positions (`int`, *optional*): number of positions of the decoder, see [`position_limit`]. It bounds
             `max_length`.
+        require_marks (`bool`, *optional*, defaults to `True`): False accepts a chat template that does not mark the
+            answers, for rows that a model is asked but not trained on.
 
     Raises:
         `ValueError`: if the chat template does not mark the answers or their end, or there are no rows.
     """
     max_length = min((n for n in (max_length, max_positions) if n is not None), default=None)
-    checker = RowChecker(processor, max_length, images, require_answers)
+    checker = RowChecker(processor, max_length, images, require_answers, require_marks)
     if isinstance(dataset, IterableDataset):
         dataset = dataset.decode(False)
         results = [checker(row) for row in tqdm(dataset, desc="Checking rows")]
@@ -233,7 +253,7 @@ def check_rows(
         unknown_answer=next((result["unknown_answer"] for result in results if result["unknown_answer"]), ""),
     )
     good = next(iter(report.good_rows), None)
-    if good is not None:
+    if good is not None and require_marks:
         row = next(iter(dataset.skip(good)))
         report.sample = mark_supervised(processor, row)
     return report

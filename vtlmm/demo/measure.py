@@ -10,8 +10,10 @@ from pathlib import Path
 from vtlmm.analysis.plots import save_patch_words
 from vtlmm.analysis.visual_tokens import read_visual_tokens
 from vtlmm.data.markdown import markdown_table
+from vtlmm.evaluation.scorers import accuracy_by_kind
+from vtlmm.evaluation.shuffled_images import with_shuffled_images
 from vtlmm.hub.isolated_load import run_without_package
-from vtlmm.inference.generation import accuracy_by_kind, answer, with_shuffled_images
+from vtlmm.inference.generation import answer
 
 from .shapes import KINDS, Scene, describe_patches, draw, make_scenes, questions
 

@@ -1,106 +1,170 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Two finished runs over the same questions: how much better is one, how sure is that, and which answers changed."""
+"""Compare two evaluations of the same questions: the difference, its interval, and the answers that changed."""
 
 import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from vtlmm.data.markdown import markdown_table
+from vtlmm.data.output_files import write_json
 from vtlmm.inference.resumable import finished_answers
 
-from .report import RESULTS_FILE, by_kind, image_cluster, score_answers
+from .prompts import remove_prompt
+from .report import RESULTS_FILE, by_kind, image_cluster
 from .runner import ANSWERS_FILE, RUN_FILE
-from .statistics import bootstrap_interval, mcnemar
+from .scorers import score_answers
+from .statistics import DIFFERENCE_BOUNDS, Estimate, McNemarTest, mcnemar, mean_estimate
 
 
-def read_run(folder: str | Path) -> tuple[dict, dict, list[dict]]:
-    """`run.json`, `results.json` and the records of a finished run, in the order of its rows.
+COMPARISON_FILE = "comparison.json"
+
+
+@dataclass
+class KindComparison:
+    """
+    Scores of two evaluations on the questions of one kind.
+
+    Attributes:
+        kind (`str`), n (`int`): the kind and its number of questions.
+        first, second (`float`): mean scores, 0 to 1.
+        difference ([`Estimate`]): second minus first, with the bootstrap interval over images.
+        test ([`McNemarTest`]): number of questions where only one is better, and the exact p-value.
+    """
+
+    kind: str
+    n: int
+    first: float
+    second: float
+    difference: Estimate
+    test: McNemarTest
+
+
+@dataclass
+class Flip:
+    """A question that the two evaluations answered with different scores."""
+
+    index: int
+    kind: str
+    question: str
+    truth: str | list[str]
+    first: str
+    second: str
+    first_score: float
+    second_score: float
+
+
+@dataclass
+class Comparison:
+    """Result of [`compare_results`]. `subset` is the part of the dataset that both evaluations used, if not all."""
+
+    first: str
+    second: str
+    scorer: str
+    subset: str | None
+    kinds: list[KindComparison]
+    flips: list[Flip]
+
+    def to_markdown(self) -> str:
+        """Return the table of differences by kind of question."""
+        rows = []
+        for line in self.kinds:
+            found, test = line.difference, line.test
+            rows.append(
+                [line.kind, line.n, f"{line.first:.1%}", f"{line.second:.1%}", f"{found.value:+.1%}"]
+                + [f"{found.low:+.1%} – {found.high:+.1%}", test.first_better, test.second_better]
+                + [f"{test.p_value:.2g}"]
+            )
+        header = ["kind", "n", "first", "second", "difference", "95 %", "first better", "second better", "p"]
+        lines = [f"SUBSET: {self.subset}", ""] if self.subset else []
+        return "\n".join([*lines, markdown_table(header, rows)])
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write `comparison.json` and return its path."""
+        content = asdict(self)
+        for line, kind in zip(content["kinds"], self.kinds, strict=True):
+            line["test"] = kind.test._asdict()
+        path = Path(folder, COMPARISON_FILE)
+        write_json(path, content)
+        return path
+
+
+@dataclass
+class _Run:
+    """A finished evaluation: its `run.json`, its `results.json`, and the records of its answers in order."""
+
+    run: dict[str, Any]
+    results: dict[str, Any]
+    records: list[dict[str, Any]]
+
+
+def compare_results(first: str | os.PathLike, second: str | os.PathLike) -> Comparison:
+    r"""
+    Compare the second evaluation with the first, question by question.
+
+    Args:
+        first, second (`str`): output folders of [`evaluate`] for the same questions and the same scorer.
 
     Raises:
-        `FileNotFoundError`: where there is no run.
-        `ValueError`: when it is not finished."""
-    folder = Path(folder)
+        `FileNotFoundError`: if a folder holds no evaluation.
+        `ValueError`: if an evaluation is not finished, or the two have different questions or scorers.
+    """
+    runs = [_read_run(Path(folder)) for folder in (first, second)]
+    if runs[0].run["key"]["rows"] != runs[1].run["key"]["rows"]:
+        raise ValueError(f"{first} and {second} have different questions. Evaluate both models on the same rows.")
+    scorer, other = (run.results["scorer"] for run in runs)
+    if scorer != other:
+        raise ValueError(f"{first} has the scorer {scorer}, {second} has {other}. Use one scorer for both.")
+    prompt = runs[0].run["key"]["settings"]["prompt"]
+    questions = [
+        {**record, "answer": record["truth"], "question": remove_prompt(prompt, record["question"])}
+        for record in runs[0].records
+    ]
+    scores = [score_answers(questions, [record["answer"] for record in run.records], scorer) for run in runs]
+    clusters = [image_cluster(question) for question in questions]
+    kinds = [
+        _compare_kind(
+            kind,
+            [scores[0][i] for i in chosen],
+            [scores[1][i] for i in chosen],
+            [clusters[i] for i in chosen],
+        )
+        for kind, chosen in by_kind(questions).items()
+    ]
+    flips = [
+        Flip(
+            *(question[name] for name in ("index", "kind", "question", "answer")),
+            *(run.records[i]["answer"] for run in runs),
+            *(values[i] for values in scores),
+        )
+        for i, question in enumerate(questions)
+        if scores[0][i] != scores[1][i]
+    ]
+    return Comparison(os.fspath(first), os.fspath(second), scorer, runs[0].run.get("subset"), kinds, flips)
+
+
+def _compare_kind(kind: str, first: Sequence[float], second: Sequence[float], clusters: list[str]) -> KindComparison:
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    return KindComparison(
+        kind=kind,
+        n=len(first),
+        first=sum(first) / len(first),
+        second=sum(second) / len(second),
+        difference=mean_estimate(differences, clusters, bounds=DIFFERENCE_BOUNDS),
+        test=mcnemar(first, second),
+    )
+
+
+def _read_run(folder: Path) -> _Run:
+    if not (folder / RUN_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no evaluation ({RUN_FILE}). Give an output folder of `vtlmm eval`.")
     run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     records = [record for record, _ in finished_answers(folder / ANSWERS_FILE)]
     if len(records) < run["num_questions"] or not (folder / RESULTS_FILE).is_file():
         raise ValueError(
-            f"{folder} is not finished ({len(records)} of {run['num_questions']} answers): run its command again."
+            f"{folder} is not finished ({len(records)} of {run['num_questions']} answers). Run its command again."
         )
     results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-    return run, results, sorted(records, key=lambda record: record["index"])
-
-
-def compare_runs(first: str | Path, second: str | Path) -> dict:
-    r"""
-    The second run against the first, question by question.
-
-    Args:
-        first, second (`str` or `Path`): folders of finished runs over the same rows, by the same scorer.
-
-    Returns:
-        `dict`: `subset`, what part of the data both are over if not all; `kinds`, with `n`, both scores, the
-        `difference` with its 95 % interval by bootstrap over images (`low`, `high`), and McNemar's `first_better`,
-        `second_better`, `p`; `flips`, questions whose scores differ.
-
-    Raises:
-        `ValueError`: for runs that cannot be compared.
-    """
-    (first_run, first_results, first_records), (second_run, second_results, second_records) = map(
-        read_run, (first, second)
-    )
-    if first_run["key"]["rows"] != second_run["key"]["rows"]:
-        raise ValueError(f"{first} and {second} are over different rows: only the same questions can be paired.")
-    scorer = first_results["scorer"]
-    if scorer != second_results["scorer"]:
-        raise ValueError(f"{first} is scored by {scorer}, {second} by {second_results['scorer']}: score them alike.")
-    questions = [{**record, "answer": record["truth"]} for record in first_records]
-    scores = [
-        score_answers(questions, [record["answer"] for record in records], scorer)
-        for records in (first_records, second_records)
-    ]
-    clusters = [image_cluster(question) for question in questions]
-    kinds = []
-    for kind, chosen in by_kind(questions).items():
-        a, b = ([values[i] for i in chosen] for values in scores)
-        differences = [y - x for x, y in zip(a, b, strict=True)]
-        low, high = bootstrap_interval(differences, [clusters[i] for i in chosen])
-        first_better, second_better, p = mcnemar(a, b)
-        kinds.append(
-            {
-                "kind": kind,
-                "n": len(chosen),
-                "first": sum(a) / len(a),
-                "second": sum(b) / len(b),
-                "difference": sum(differences) / len(differences),
-                "low": low,
-                "high": high,
-                "first_better": first_better,
-                "second_better": second_better,
-                "p": p,
-            }
-        )
-    flips = [
-        {
-            **{name: question[name] for name in ("index", "kind", "question", "truth")},
-            "first": first_records[i]["answer"],
-            "second": second_records[i]["answer"],
-            "scores": [scores[0][i], scores[1][i]],
-        }
-        for i, question in enumerate(questions)
-        if scores[0][i] != scores[1][i]
-    ]
-    runs = {"first": str(first), "second": str(second), "subset": first_run.get("subset"), "scorer": scorer}
-    return {**runs, "kinds": kinds, "flips": flips}
-
-
-def format_comparison(comparison: dict) -> str:
-    """The table in Markdown."""
-    text = [f"SUBSET: {comparison['subset']}", ""] if comparison["subset"] else []
-    text += ["| kind | n | first | second | difference | 95 % | first better | second better | p |"]
-    text.append("|---|---|---|---|---|---|---|---|---|")
-    for line in comparison["kinds"]:
-        scores = f"{line['first']:.1%} | {line['second']:.1%} | {line['difference']:+.1%}"
-        interval = f"{line['low']:+.1%} – {line['high']:+.1%}"
-        text.append(
-            f"| {line['kind']} | {line['n']} | {scores} | {interval} | {line['first_better']} | "
-            f"{line['second_better']} | {line['p']:.2g} |"
-        )
-    return "\n".join(text)
+    return _Run(run, results, sorted(records, key=lambda record: record["index"]))

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""A VT-LMM for lmms-eval, which finds it by the entry point `lmms_eval.models`: `lmms-eval --model vtlmm`."""
+"""The model `vtlmm` of lmms-eval, registered by the entry point `lmms_eval.models`: `lmms-eval --model vtlmm`."""
 
 from lmms_eval.api.model import lmms
 from tqdm.auto import tqdm
@@ -11,20 +11,19 @@ from vtlmm.inference.loading import load_model
 
 class VTLMMForLmmsEval(lmms):
     r"""
-    Answers as `vtlmm eval` does: greedily, in the model's chat template, padded on the left.
+    Answer as `vtlmm eval` does: greedily and in the model's chat template.
 
     Args:
         pretrained (`str`): folder or Hub id of a VT-LMM.
         batch_size (`int`, *optional*, defaults to 1)
         dtype, revision, trust_remote_code (*optional*): see [`load_model`].
-        device, max_batch_size (*optional*): what the harness passes to every model; the accelerator is taken if there
-            is one.
+        device, max_batch_size (*optional*): arguments that the harness passes to every model. They have no effect.
 
     Raises:
-        `ValueError`: for a checkpoint that lacks a tensor, and for tasks that sample or show anything but images.
+        `ValueError`: for a checkpoint with missing tensors, and for tasks that sample or have audio or video.
     """
 
-    is_simple = False  # messages, not a text with visuals beside it
+    is_simple = False  # the harness passes messages, not a text with separate images
 
     def __init__(
         self,
@@ -43,7 +42,7 @@ class VTLMMForLmmsEval(lmms):
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: list) -> list[str]:
-        """Batches have questions of one task with its settings; the harness wants the order of `requests`."""
+        """Return the answers in the order of `requests`. A batch has questions of one task with its settings."""
         answers = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (requests[i].args[4], len(requests[i].args[0])))
         with tqdm(total=len(order), desc="answering") as progress:
@@ -58,7 +57,9 @@ class VTLMMForLmmsEval(lmms):
     def _answer(self, batch: list[tuple]) -> list[str]:
         _, _, settings, _, task, _ = batch[0]
         if settings.get("do_sample") or settings.get("temperature") or settings.get("num_beams", 1) > 1:
-            raise ValueError(f"Task {task} samples or searches ({settings}); VT-LMM answers greedily: --gen_kwargs.")
+            raise ValueError(
+                f"Task {task} samples or searches ({settings}). VT-LMM answers greedily: change it with --gen_kwargs."
+            )
         conversations = [
             [{**message, "content": [_part(part, task) for part in message["content"]]} for message in messages(doc)]
             for messages, doc in ((args[1], self.task_dict[args[4]][args[5]][args[3]]) for args in batch)
@@ -75,16 +76,18 @@ class VTLMMForLmmsEval(lmms):
         return texts
 
     def loglikelihood(self, requests):
-        raise NotImplementedError("lmms-eval's VT-LMM answers questions; for log-likelihoods of texts use lm-eval.")
+        raise NotImplementedError("This model answers questions only. Use lm-eval for log-likelihoods of texts.")
 
     def generate_until_multi_round(self, requests):
-        raise NotImplementedError("lmms-eval's VT-LMM answers single questions only.")
+        raise NotImplementedError("This model answers single questions only.")
 
 
 def _part(part: dict, task: str) -> dict:
-    """A part of a message as the chat template wants it; images in RGB, as the training has them."""
+    """Return a part of a message for the chat template, with its image in RGB as in training."""
     if part["type"] == "text":
         return part
     if part["type"] != "image" or not hasattr(part["url"], "convert"):
-        raise ValueError(f"Task {task} shows a {part['type']} ({part['url']!r:.60}); VT-LMM takes images from PIL.")
+        raise ValueError(
+            f"Task {task} has a {part['type']} ({part['url']!r:.60}). VT-LMM supports images from PIL only."
+        )
     return {"type": "image", "image": open_image(part["url"])}

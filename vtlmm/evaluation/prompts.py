@@ -1,7 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """
-LLaVA's prompts for the benchmarks of the paper, to the character (docs/Evaluation.md and llava/eval of
-https://github.com/haotian-liu/LLaVA). A image and its line break stand before them; the chat template writes those.
+LLaVA's prompts for the benchmarks of the paper (docs/Evaluation.md and llava/eval of
+https://github.com/haotian-liu/LLaVA). The chat template writes the image and its line break before them.
 """
 
 from string import ascii_uppercase
@@ -9,7 +9,7 @@ from string import ascii_uppercase
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
-# Benchmark → last lines of its prompt; MM-Vet asks its questions bare
+# Benchmark to the last lines of its prompt. MM-Vet has none.
 ENDINGS = {
     "vqav2": SHORT,
     "gqa": SHORT,
@@ -22,7 +22,7 @@ ENDINGS = {
     "mmvet": "",
     "mme": SHORT,
 }
-# The longest answer that LLaVA lets a model write, in tokens
+# Longest answer in tokens, as in LLaVA
 MAX_NEW_TOKENS = {name: 1024 if name.startswith(("scienceqa", "mmbench", "mmvet")) else 128 for name in ENDINGS}
 
 
@@ -30,13 +30,13 @@ def build_question(
     question: str, hint: str | None = None, options: list[str] | None = None, ocr_tokens: list[str] | None = None
 ) -> str:
     r"""
-    A benchmark's question with what it brings along, as LLaVA writes it; [`build_prompt`] adds the ending.
+    Return a benchmark's question with its hint, options and OCR tokens, as LLaVA writes them, without the ending.
 
     Args:
         question (`str`)
-        hint (`str`, *optional*): of MMBench; for ScienceQA pass `f"Context: {context}"`.
-        options (`list[str]`, *optional*): of MMBench and ScienceQA; they get the letters A, B, ….
-        ocr_tokens (`list[str]`, *optional*): of TextVQA: the words that a reader of texts found in the image.
+        hint (`str`, *optional*): hint of MMBench; for ScienceQA pass `f"Context: {context}"`.
+        options (`list[str]`, *optional*): options of MMBench and ScienceQA, which get the letters A, B, ….
+        ocr_tokens (`list[str]`, *optional*): words of TextVQA that an OCR system read in the image.
     """
     lines = [question] if hint is None else [hint, question]
     lines += [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options or [], strict=False)]
@@ -45,11 +45,21 @@ def build_question(
     return "\n".join(lines)
 
 
-def build_prompt(benchmark: str, question: str) -> str:
-    """The question (of [`build_question`], where there is more than a question) with the ending of a benchmark.
-
+def check_prompt(benchmark: str | None) -> None:
+    """
     Raises:
-        `ValueError`: for a benchmark that is not in `ENDINGS`."""
-    if benchmark not in ENDINGS:
-        raise ValueError(f"There is no prompt {benchmark!r}; there are {', '.join(ENDINGS)}.")
-    return "\n".join(filter(None, [question, ENDINGS[benchmark]]))
+        `ValueError`: for a benchmark that is not in `ENDINGS`.
+    """
+    if benchmark is not None and benchmark not in ENDINGS:
+        raise ValueError(f"Unknown prompt {benchmark!r}. Choose one of {', '.join(ENDINGS)}.")
+
+
+def build_prompt(benchmark: str | None, question: str) -> str:
+    """Return a question of [`build_question`] with the ending of a benchmark; without a benchmark, the question."""
+    check_prompt(benchmark)
+    return "\n".join(filter(None, [question, ENDINGS[benchmark]])) if benchmark else question
+
+
+def remove_prompt(benchmark: str | None, prompt: str) -> str:
+    """Return the question of a prompt from [`build_prompt`]."""
+    return prompt.removesuffix(ENDINGS[benchmark]).removesuffix("\n") if benchmark and ENDINGS[benchmark] else prompt

@@ -2,8 +2,10 @@
 """Read the questions of an evaluation dataset."""
 
 import json
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from datasets import Image, List
+from datasets import Dataset, Image, List
 
 from vtlmm.data.images import image_key, open_image
 from vtlmm.data.questions import split_questions
@@ -11,32 +13,45 @@ from vtlmm.data.questions import split_questions
 from .prompts import build_prompt
 
 
-def read_questions(rows, kind: str | None = None, references: str | None = None, row_id: str | None = None):
+Places = dict[str, tuple[int, int]]  # image key to (row, position in its `images`)
+
+
+def read_questions(
+    rows: Dataset,
+    kind: str | None = None,
+    references: str | None = None,
+    row_id: str | None = None,
+    row_numbers: Sequence[int] | None = None,
+) -> tuple[list[dict[str, Any]], Places]:
     r"""
-    One question per answered turn, and where each image is. No image is decoded or kept.
+    Return one question for each answered turn, and the place of each image. No image is decoded.
 
     Args:
-        rows ([`~datasets.Dataset`]): with `messages` and `images`, and the columns that the other arguments name, as
-            JSON texts.
-        kind (`str`, *optional*): column with the kind of the question, or a list of them, one a turn.
-        references (`str`, *optional*): column with all accepted answers, for rows of one question.
-        row_id (`str`, *optional*): column by which others know the question.
+        rows ([`~datasets.Dataset`]): rows of [`load_rows`]; the columns that the other arguments name are JSON texts
+            (`keep_columns`).
+        kind (`str`, *optional*): column with the kind of the question, or a list with the kind of each turn.
+        references (`str`, *optional*): column with all accepted answers, for rows with one question.
+        row_id (`str`, *optional*): column with the id of the question.
+        row_numbers (sequence of `int`, *optional*): number of each row in the dataset, if rows were left out.
 
     Returns:
-        `tuple[list[dict], dict]`: questions with `images` (keys), `question`, `answer` (the truth: a text, or the list
-        of references), `kind` and `id`; and key to (row, position) of a image.
+        `tuple[list[dict], dict]`: questions as in [`split_questions`], with image keys as `images`, the ground truth
+        `answer` (a text or the list of references), `kind` and `id`; and key to (row, position) of each image.
 
     Raises:
-        `ValueError`: for rows without an answered question, or a column that does not fit its row.
+        `ValueError`: for rows without an answered question, and a column that does not fit its row.
     """
-    questions, places, file_keys = [], {}, {}
+    questions: list[dict[str, Any]] = []
+    places: Places = {}
+    file_keys: dict[str, str] = {}
     named = {name: column for name, column in {"kind": kind, "answer": references, "id": row_id}.items() if column}
-    found = set()
+    filled = set()
     for index, row in enumerate(rows.cast_column("images", List(Image(decode=False)))):
+        number = index if row_numbers is None else row_numbers[index]
         keys = []
         for position, image in enumerate(row["images"]):
             path = image["path"] if image["bytes"] is None else None
-            key = file_keys.get(path) or image_key(image)
+            key = file_keys[path] if path in file_keys else image_key(image)
             if path is not None:
                 file_keys[path] = key  # many rows may ask about one file
             places.setdefault(key, (index, position))
@@ -44,48 +59,45 @@ def read_questions(rows, kind: str | None = None, references: str | None = None,
         turns = split_questions([{**row, "images": keys}])
         columns = {name: json.loads(row[column]) for name, column in named.items()}
         columns = {name: value for name, value in columns.items() if value is not None}
-        found |= set(columns)
-        for number, turn in enumerate(turns):
-            questions.append(
-                {
-                    **turn,
-                    "row": index,
-                    "kind": "all",
-                    "id": None,
-                    **_columns_of_turn(columns, number, len(turns), index),
-                }
-            )
+        filled |= set(columns)
+        for turn_number, turn in enumerate(turns):
+            own = _columns_of_turn(columns, turn_number, len(turns), number)
+            questions.append({**turn, "row": number, "kind": "all", "id": None, **own})
     if not questions:
-        raise ValueError("No row has a question with an answer: a user's turn and the assistant's after it.")
-    if len(found) < len(named):
-        raise ValueError(f"No row has a column {next(named[name] for name in named if name not in found)!r}.")
+        raise ValueError("No row has a question with an answer. Add a user message and an assistant message.")
+    if len(filled) < len(named):
+        raise ValueError(f"No row has a column {next(named[name] for name in named if name not in filled)!r}.")
     return questions, places
 
 
-def _columns_of_turn(columns: dict, number: int, num_turns: int, index: int) -> dict:
-    found = {}
+def _columns_of_turn(columns: dict[str, Any], turn: int, num_turns: int, row: int) -> dict[str, Any]:
+    values: dict[str, Any] = {}
     if "kind" in columns:
         kinds = columns["kind"] if isinstance(columns["kind"], list) else [columns["kind"]] * num_turns
         if len(kinds) != num_turns:
-            raise ValueError(f"Row {index} has {len(kinds)} kinds for {num_turns} questions.")
-        found["kind"] = str(kinds[number])
+            raise ValueError(
+                f"Row {row} has {len(kinds)} kinds for {num_turns} questions. Give one for each question."
+            )
+        values["kind"] = str(kinds[turn])
     if "answer" in columns:
-        if num_turns != 1 or not isinstance(columns["answer"], list):
-            raise ValueError(f"Row {index}: references must be a list of answers, and the row one question.")
-        found["answer"] = [str(answer) for answer in columns["answer"]]
+        if num_turns != 1 or not isinstance(columns["answer"], list) or not columns["answer"]:
+            raise ValueError(f"Row {row}: the references must be a list of answers, for a row with one question.")
+        for answer in columns["answer"]:
+            if not isinstance(answer, str):
+                raise ValueError(f"Row {row}: the reference {answer!r} is not a text. Write it as a string.")
+        values["answer"] = columns["answer"]
     if "id" in columns:
-        found["id"] = columns["id"]
-    return found
+        values["id"] = columns["id"]
+    return values
 
 
-def with_prompt(questions: list[dict], prompt: str | None) -> list[dict]:
-    if prompt is None:
-        return questions
+def with_prompt(questions: Sequence[dict[str, Any]], prompt: str | None) -> list[dict[str, Any]]:
+    """Return the questions with the ending of a benchmark's prompt."""
     return [{**question, "question": build_prompt(prompt, question["question"])} for question in questions]
 
 
-def image_loader(rows, places: dict):
-    """Function of a image's key that reads it from `rows`; in RGB, as the training does."""
+def image_loader(rows: Dataset, places: Places) -> Callable[[str], Any]:
+    """Return a function of an image key that opens the image in `rows`, in RGB as in training."""
 
     def load(key: str):
         row, position = places[key]

@@ -1,23 +1,28 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""What a run found: a table by kind of question with its intervals, as JSON and CSV, and a page of samples."""
+"""Report an evaluation: a table by kind of question with intervals, as JSON and CSV, and a page of samples."""
 
 import base64
-import csv
 import html
 import io
-import json
 import random
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vtlmm.data.images import open_image
+from vtlmm.data.markdown import markdown_table
+from vtlmm.data.output_files import write_csv, write_json, write_text
 
-from .scorers import SCORERS, SUMMARIES
-from .statistics import bootstrap_interval
+from .scorers import references, score_answers, summarize
+from .statistics import SCORE_BOUNDS, mean_estimate
 
 
 RESULTS_FILE, TABLE_FILE, SAMPLES_FILE = "results.json", "results.csv", "samples.html"
+# Columns of a score and its interval, with the right images and with shuffled images
+SCORE_COLUMNS = ("score", "low", "high")
+SHUFFLED_COLUMNS = ("score_shuffled_images", "low_shuffled_images", "high_shuffled_images")
 NUM_SAMPLES = 32
-SAMPLE_PIXELS = 336  # longest side of a image on the page
+SAMPLE_PIXELS = 336  # longest side of an image on the page
 STYLE = """
 body { font: 15px/1.4 sans-serif; margin: 2em; }
 td, th { padding: 0.2em 0.8em; text-align: left; border-bottom: 1px solid #ccc; }
@@ -28,155 +33,137 @@ td, th { padding: 0.2em 0.8em; text-align: left; border-bottom: 1px solid #ccc; 
 pre { white-space: pre-wrap; font: inherit; }
 """
 
-
-def score_answers(questions: list[dict], answers: list[str], scorer: str) -> list[float]:
-    r"""
-    The score of each answer, 0 to 1. Where a question has several references, VQA accuracy takes them all together,
-    every other scorer the best.
-
-    Raises:
-        `ValueError`: for a scorer that is not in `SCORERS`, or a question without the ten answers of VQA accuracy.
-    """
-    if scorer not in SCORERS:
-        raise ValueError(f"There is no scorer {scorer!r}; there are {', '.join(SCORERS)}.")
-    score = SCORERS[scorer]
-    scores = []
-    for question, found in zip(questions, answers, strict=True):
-        truths = question["answer"] if isinstance(question["answer"], list) else [question["answer"]]
-        together = scorer in ("vqa", "textvqa")
-        scores.append(score(found, truths) if together else max(score(found, truth) for truth in truths))
-    return scores
+Questions = Sequence[Mapping[str, Any]]
 
 
-def image_cluster(question: dict) -> str:
-    """What questions have in common that are not independent: their images, or where there is none the question."""
+def image_cluster(question: Mapping[str, Any]) -> str:
+    """Return the bootstrap cluster of a question: its images, or the question itself without images."""
     return " ".join(question["images"]) or f"text {question['question']}"
 
 
-def summarize(questions: list[dict], answers: list[str], scorer: str) -> dict | None:
-    """What the benchmark of a scorer reports beyond a mean, with kinds as its splits or tasks; None for most."""
-    if scorer not in SUMMARIES:
-        return None
-    return SUMMARIES[scorer](
-        [
-            {"category": q["kind"], "question_id": image_cluster(q), "label": q["answer"], "answer": text}
-            for q, text in zip(questions, answers, strict=True)
-        ]
-    )
-
-
-def by_kind(questions: list[dict]) -> dict[str, list[int]]:
-    """Kind → indices of its questions; at the end `"all"` → all."""
+def by_kind(questions: Questions) -> dict[str, list[int]]:
+    """Return the indices of the questions of each kind, and of all questions as `"all"` at the end."""
     kinds = sorted({question["kind"] for question in questions} - {"all"})
     groups = {kind: [i for i, question in enumerate(questions) if question["kind"] == kind] for kind in kinds}
     return {**groups, "all": list(range(len(questions)))}
 
 
-def table_by_kind(questions: list[dict], scores: list[float], blind_scores: list[float] | None) -> list[dict]:
+def table_by_kind(
+    questions: Questions, scores: Sequence[float], scores_shuffled_images: Sequence[float] | None
+) -> list[dict[str, Any]]:
     r"""
-    One line per kind, and `"all"` at the end.
+    Return one line for each kind, and `"all"` at the end.
 
     Returns:
-        `list[dict]`: `kind`, `n` (questions), `images`, `score` with its 95 % interval `low`, `high`, and the same
-        of the blind control, `blind`, `blind_low`, `blind_high`; None where there is no control.
+        `list[dict]`: `kind`, `n` (questions), `images`, the mean `score` with its 95 % interval `low` and `high`, and
+        the same with shuffled images (`SHUFFLED_COLUMNS`; None without them).
     """
     clusters = [image_cluster(question) for question in questions]
     lines = []
     for kind, chosen in by_kind(questions).items():
-        own = [clusters[i] for i in chosen]
-        line = {"kind": kind, "n": len(chosen), "images": len({k for i in chosen for k in questions[i]["images"]})}
-        for prefix, values in (("", scores), ("blind", blind_scores)):
-            mean = low = high = None
-            if values is not None:
-                values = [values[i] for i in chosen]
-                mean, (low, high) = sum(values) / len(values), bootstrap_interval(values, own)
-            line |= {prefix or "score": mean, f"{prefix}_low".strip("_"): low, f"{prefix}_high".strip("_"): high}
+        line: dict[str, Any] = {"kind": kind, "n": len(chosen)}
+        line["images"] = len({key for i in chosen for key in questions[i]["images"]})
+        for columns, values in ((SCORE_COLUMNS, scores), (SHUFFLED_COLUMNS, scores_shuffled_images)):
+            if values is None:
+                line |= dict.fromkeys(columns)
+                continue
+            found = mean_estimate([values[i] for i in chosen], [clusters[i] for i in chosen], bounds=SCORE_BOUNDS)
+            line |= dict(zip(columns, (found.value, found.low, found.high), strict=True))
         lines.append(line)
     return lines
 
 
-def format_table(lines: list[dict]) -> str:
-    """The table in Markdown."""
-    text = ["| kind | n | score | 95 % | shuffled images | 95 % |", "|---|---|---|---|---|---|"]
+def format_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return the lines of [`table_by_kind`] as a Markdown table."""
+    rows = []
     for line in lines:
-        cells = [line["kind"], str(line["n"])]
-        for name, low, high in (("score", "low", "high"), ("blind", "blind_low", "blind_high")):
-            known = line[name] is not None
-            cells += [f"{line[name]:.1%}", f"{line[low]:.1%} – {line[high]:.1%}"] if known else ["–", "–"]
-        text.append(f"| {' | '.join(cells)} |")
-    return "\n".join(text)
+        row = [line["kind"], line["n"]]
+        for score, low, high in (SCORE_COLUMNS, SHUFFLED_COLUMNS):
+            known = line[score] is not None
+            row += [f"{line[score]:.1%}", f"{line[low]:.1%} – {line[high]:.1%}"] if known else ["–", "–"]
+        rows.append(row)
+    return markdown_table(["kind", "n", "score", "95 %", "shuffled images", "95 %"], rows)
 
 
 def write_report(
     folder: str | Path,
-    questions: list[dict],
-    answers: list[str],
-    blind_answers: list[str] | None,
+    questions: Questions,
+    prompts: Questions,
+    answers: Sequence[str],
+    answers_shuffled_images: Sequence[str] | None,
     scorer: str,
-    load_image,
-    about: dict,
-) -> dict:
+    load_image: Callable,
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
     r"""
-    Scores a finished run and writes `results.json`, `results.csv` and `samples.html` into its folder.
+    Score a finished run and write `results.json`, `results.csv` and `samples.html` into its folder.
 
     Args:
-        questions (`list[dict]`): as they were asked; `images` are keys.
-        load_image (callable): key to image from PIL.
-        about (`dict`): what else the JSON shall say; `subset`, if there is one, stands above every table.
+        questions (`list[dict]`): questions of [`read_questions`]; `images` are keys.
+        prompts (`list[dict]`): the questions with the ending of their prompt, for the page of samples.
+        load_image (`Callable`): key to image.
+        about (`dict`): further entries of the JSON file. `subset` is shown with every table.
 
     Returns:
-        `dict`: what `results.json` holds.
+        `dict`: the content of `results.json`.
     """
     folder = Path(folder)
     scores = score_answers(questions, answers, scorer)
-    blind_scores = None if blind_answers is None else score_answers(questions, blind_answers, scorer)
-    lines = table_by_kind(questions, scores, blind_scores)
+    shuffled = None
+    if answers_shuffled_images is not None:
+        shuffled = score_answers(questions, answers_shuffled_images, scorer)
+    lines = table_by_kind(questions, scores, shuffled)
     results = {**about, "scorer": scorer, "empty_answers": sum(not text for text in answers), "kinds": lines}
     results["summary"] = summarize(questions, answers, scorer)
-    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    with open(folder / TABLE_FILE, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*lines[0], "subset"])
-        writer.writeheader()
-        writer.writerows({**line, "subset": about.get("subset")} for line in lines)
-    page = samples_page(questions, answers, blind_answers, scores, results, load_image)
-    (folder / SAMPLES_FILE).write_text(page, encoding="utf-8")
+    header = [*lines[0], "subset"]
+    rows = [[*line.values(), about.get("subset")] for line in lines]
+    write_csv(folder / TABLE_FILE, header, rows)
+    page = samples_page(prompts, answers, answers_shuffled_images, scores, results, load_image)
+    write_text(folder / SAMPLES_FILE, page)
+    write_json(folder / RESULTS_FILE, results)  # last: this file marks a finished run
     return results
 
 
-# ---- The page of samples: one file that needs no other ----
+# ---- The page of samples: one file without external resources ----
 
 
-def samples_page(questions, answers, blind_answers, scores, results: dict, load_image) -> str:
-    """HTML with the table and questions chosen at random, each with its images, answers and truth."""
-    head = ["kind", "n", "score", "low", "high", "blind", "blind_low", "blind_high"]
+def samples_page(
+    questions: Questions,
+    answers: Sequence[str],
+    answers_shuffled_images: Sequence[str] | None,
+    scores: Sequence[float],
+    results: Mapping[str, Any],
+    load_image: Callable,
+) -> str:
+    """Return HTML with the table and random questions, each with its images, answers and ground truth."""
+    head = ["kind", "n", *SCORE_COLUMNS, *SHUFFLED_COLUMNS]
     table = [head, *[[_cell(line[name]) for name in head] for line in results["kinds"]]]
     cells = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table)
-    chosen = sorted(random.Random(0).sample(range(len(questions)), min(NUM_SAMPLES, len(questions))))
     samples = []
-    for i in chosen:
+    for i in sorted(random.Random(0).sample(range(len(questions)), min(NUM_SAMPLES, len(questions)))):
         question = questions[i]
-        truth = question["answer"] if isinstance(question["answer"], str) else ", ".join(question["answer"])
-        parts = {"question": question["question"], "answer": answers[i], "truth": truth}
-        if blind_answers is not None:
-            parts["with another image"] = blind_answers[i]
+        parts = {"question": question["question"], "answer": answers[i], "truth": ", ".join(references(question))}
+        if answers_shuffled_images is not None:
+            parts["with another image"] = answers_shuffled_images[i]
         images = "".join(f'<img alt="" src="{data_uri(load_image(key))}">' for key in question["images"])
         text = "".join(f"<pre><b>{name}</b> {html.escape(part)}</pre>" for name, part in parts.items())
         title = html.escape(f"{i} · {question['kind']} · {scores[i]:.2f}")
         samples.append(f'<div class="{"right" if scores[i] >= 0.5 else "wrong"}">{title}{images}{text}</div>')
-    title = " · ".join(filter(None, (results.get(name) for name in ("model", "data", "scorer", "subset"))))
-    title = html.escape(title)
+    title = html.escape(
+        " · ".join(filter(None, (results.get(name) for name in ("model", "data", "scorer", "subset"))))
+    )
     return (
         f'<!doctype html><html><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
         f'<body><h1>{title}</h1><table>{cells}</table><div class="samples">{"".join(samples)}</div></body></html>\n'
     )
 
 
-def _cell(value) -> str:
+def _cell(value: Any) -> str:
     return "–" if value is None else f"{value:.1%}" if isinstance(value, float) else str(value)
 
 
-def data_uri(image) -> str:
-    """A image from PIL inside a page."""
+def data_uri(image: Any) -> str:
+    """Return an image from PIL as a `data:` URI for an HTML page."""
     image = open_image(image)
     image.thumbnail((SAMPLE_PIXELS, SAMPLE_PIXELS))
     file = io.BytesIO()

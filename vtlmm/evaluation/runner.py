@@ -1,26 +1,38 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""A run over one's own questions: answers are written as they come, and a run that was killed goes on where it was."""
+"""Evaluate a model on a dataset. Answers are saved when they are generated; an interrupted run resumes."""
 
-from dataclasses import dataclass
-from importlib.metadata import version
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from accelerate.state import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 
+from vtlmm.data.data_report import Problem
+from vtlmm.data.environment import package_versions
+from vtlmm.data.output_files import one_writer
 from vtlmm.data.rows import load_rows
 from vtlmm.data.validation import check_rows
-from vtlmm.inference.generation import VisionFeatures, accuracy_by_kind, answer, with_shuffled_images
+from vtlmm.inference.generation import VisionFeatures, conversation, generate_answers
+from vtlmm.inference.prompt_encoding import Prompt
 from vtlmm.inference.resumable import answer_all, open_run, run_key
 
-from .prompts import MAX_NEW_TOKENS, build_prompt
-from .questions import image_loader, read_questions, with_prompt
-from .report import format_table, score_answers, summarize, write_report
+from .prompts import MAX_NEW_TOKENS, check_prompt
+from .questions import Places, image_loader, read_questions, with_prompt
+from .report import format_table, write_report
+from .scorers import accuracy_by_kind, score_answers, summarize
+from .shuffled_images import with_shuffled_images
+from .submissions import SUBMISSION_IDS, check_submission, write_submission
 
 
-RUN_FILE, ANSWERS_FILE, BLIND_FILE = "run.json", "answers.jsonl", "blind.jsonl"
+RUN_FILE, ANSWERS_FILE, SHUFFLED_FILE = "run.json", "answers.jsonl", "answers_shuffled_images.jsonl"
+LOCK_FILE = ".vtlmm.lock"
+PACKAGES = ("vtlmm", "torch", "transformers")  # whose versions are recorded
 
 
 @dataclass
@@ -29,42 +41,55 @@ class EvaluationResult:
     Result of [`evaluate`].
 
     Attributes:
-        kinds (`list[dict]`): a line for each kind of question and one for `"all"`: `n`, `score` with its 95 % interval
-            `low` and `high`, and the same of the control with shuffled images.
-        summary (`dict`, *optional*): what the benchmark of the scorer reports beside the mean.
-        answers, shuffled_answers (`list[str]`): in the order of the questions. `shuffled_answers` is None if the
-            dataset has fewer than two different images.
-        num_rows, num_questions (`int`)
-        subset (`str`, *optional*): which part of the data was used, if not all.
+        kinds (`list[dict]`): a line for each kind of question and for `"all"`: `n`, `images`, `score` with its 95 %
+            interval `low` and `high`, and `score_shuffled_images`, `low_shuffled_images`, `high_shuffled_images`.
+        summary (`dict`, *optional*): what the benchmark of the scorer reports in addition to the mean.
+        answers, answers_shuffled_images (`list[str]`): in the order of the questions. `answers_shuffled_images` is
+            None if the dataset has fewer than two different images.
+        num_rows, num_questions (`int`): rows that were read, and questions that were answered.
+        skipped (`list[Problem]`): the problems of the rows that were left out.
+        subset (`str`, *optional*): which part of the dataset was used, if not all.
+        submission (`Path`, *optional*): file for the benchmark's server.
     """
 
     kinds: list[dict[str, Any]]
     summary: dict[str, Any] | None
     answers: list[str]
-    shuffled_answers: list[str] | None
+    answers_shuffled_images: list[str] | None
     num_rows: int
     num_questions: int
+    skipped: list[Problem] = field(default_factory=list)
     subset: str | None = None
+    submission: Path | None = None
 
-    def format(self) -> str:
-        """Return the table in Markdown."""
+    def to_markdown(self) -> str:
+        """Return the table of scores, and how many rows were read and left out."""
         lines = [f"SUBSET: {self.subset}", ""] if self.subset else []
-        return "\n".join([*lines, format_table(self.kinds), f"{self.num_rows} rows, {self.num_questions} questions"])
+        lines += [format_table(self.kinds), "", f"{self.num_rows} rows read, {self.num_questions} questions answered."]
+        if self.skipped:
+            number = len({problem.row for problem in self.skipped})
+            reasons = Counter(problem.kind for problem in self.skipped)
+            lines.append(f"{number} rows left out: {', '.join(f'{kind} ({n})' for kind, n in reasons.items())}.")
+        if self.summary:
+            lines += ["", *(f"{name}: {value}" for name, value in self.summary.items())]
+        return "\n".join(lines)
 
 
 def evaluate(
     model,
     processor,
-    dataset: str | Path,
+    dataset: str | os.PathLike | Dataset | list[dict],
     *,
-    output: str | Path | None = None,
-    image_folder: str | Path | None = None,
+    output: str | os.PathLike | None = None,
+    image_folder: str | os.PathLike | None = None,
     split: str = "train",
     kind: str | None = None,
     references: str | None = None,
     row_id: str | None = None,
     scorer: str = "exact",
     prompt: str | None = None,
+    submission: str | None = None,
+    bad_rows: Literal["raise", "skip"] = "raise",
     limit: int | None = None,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
@@ -78,14 +103,17 @@ def evaluate(
 
     Args:
         model, processor: see [`load_model`].
-        dataset (`str`): file, folder or Hub id, as for training.
+        dataset (`str`): file, folder or Hub id, as for training; or rows as in [`load_rows`].
         output (`str`, *optional*): folder for answers, tables and a page of samples. An interrupted run resumes there.
         image_folder, split (*optional*): see [`load_rows`].
         kind, references, row_id (`str`, *optional*): columns with the kind of a question, its accepted answers and
             its id.
         scorer (`str`, *optional*, defaults to `"exact"`): a name in [`SCORERS`].
         prompt (`str`, *optional*): benchmark whose prompt ending is added, as in LLaVA.
-        limit (`int`, *optional*): use the first rows only.
+        submission (`str`, *optional*): benchmark (`vqav2`, `vizwiz` or `mmbench`) whose submission file is written to
+            `output`. It needs `row_id`.
+        bad_rows (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out invalid rows and reports them.
+        limit (`int`, *optional*): use the first rows only. The result is marked as a subset.
         batch_size (`int`, *optional*, defaults to 8): questions per forward pass.
         max_new_tokens (`int`, *optional*): longest answer in tokens; by default LLaVA's for `prompt`, otherwise 128.
         seed (`int`, *optional*, defaults to 0): seed of the shuffled images.
@@ -95,127 +123,187 @@ def evaluate(
         [`EvaluationResult`]
 
     Raises:
-        `ValueError`: for invalid rows or images, a scorer that does not fit the rows, or an `output` of another run.
+        `ValueError`: for invalid rows or images, a scorer that does not fit the rows, an `output` of another run, or
+            another process that writes to `output`.
     """
-    if prompt is not None:
-        build_prompt(prompt, "")
+    check_prompt(prompt)
+    _check_settings(submission, row_id, output, bad_rows, limit)
     keep = [column for column in (kind, references, row_id) if column]
-    rows = load_rows(str(dataset), image_folder=image_folder, split=split, keep_columns=keep)
-    subset = None
-    if limit is not None and limit < len(rows):
-        rows, subset = rows.select(range(limit)), f"the first {limit} of {len(rows)} rows"
-    check_rows(rows, processor).raise_for_problems()
-    questions, places = read_questions(rows, kind, references, row_id)
+    rows = load_rows(dataset, image_folder=image_folder, split=split, keep_columns=keep)
+    num_rows, subset = len(rows), None
+    if limit is not None and limit < num_rows:
+        rows, subset = rows.select(range(limit)), f"the first {limit} of {num_rows} rows"
+        num_rows = limit
+    rows, row_numbers, skipped = _valid_rows(rows, processor, bad_rows)
+    questions, places = read_questions(rows, kind, references, row_id, row_numbers)
     for check in (score_answers, summarize):  # find a scorer that does not fit before the first answer
         check(questions, [""] * len(questions), scorer)
-    asked = with_prompt(questions, prompt)
-    longest = max_new_tokens or MAX_NEW_TOKENS.get(prompt or "", 128)
-    key = run_key(model, processor, asked, prompt, longest, seed)
-    about: dict[str, Any] = {"model": name or model.name_or_path, "data": str(dataset), "split": split}
-    about["subset"] = subset
+    if submission:
+        check_submission(submission, questions, subset)
+    prompts = with_prompt(questions, prompt)
+    key = run_key(model, processor, prompts, prompt, max_new_tokens or MAX_NEW_TOKENS.get(prompt or "", 128), seed)
+    data = os.fspath(dataset) if isinstance(dataset, str | os.PathLike) else "rows in memory"
+    about: dict[str, Any] = {"model": name or model.name_or_path, "data": data, "split": split, "subset": subset}
+    about |= {"num_rows": num_rows, "num_questions": len(questions)}
+    submission_file = None
     with TemporaryDirectory() as temporary:
         folder = Path(output or temporary)
-        answers, shuffled = run_questions(model, processor, rows, questions, places, folder, key, batch_size, about)
-        about |= {"num_questions": len(questions), "num_rows": len(rows), "key": key}
-        about["versions"] = {package: version(package) for package in ("vtlmm", "torch", "transformers")}
-        results = write_report(folder, asked, answers, shuffled, scorer, image_loader(rows, places), about)
-    return EvaluationResult(results["kinds"], results["summary"], answers, shuffled, len(rows), len(questions), subset)
+        with one_writer(folder / LOCK_FILE, folder):
+            answers, shuffled = run_questions(model, processor, rows, prompts, places, folder, key, batch_size, about)
+            about |= {"skipped": [str(problem) for problem in skipped], "key": key}
+            about["versions"] = package_versions(PACKAGES)
+            load_image = image_loader(rows, places)
+            results = write_report(folder, questions, prompts, answers, shuffled, scorer, load_image, about)
+            if submission:
+                submission_file = write_submission(folder, submission, questions, answers)
+    return EvaluationResult(
+        kinds=results["kinds"],
+        summary=results["summary"],
+        answers=answers,
+        answers_shuffled_images=shuffled,
+        num_rows=num_rows,
+        num_questions=len(questions),
+        skipped=skipped,
+        subset=subset,
+        submission=submission_file,
+    )
+
+
+def _check_settings(submission: str | None, row_id: str | None, output, bad_rows: str, limit: int | None) -> None:
+    if submission is not None and submission not in SUBMISSION_IDS:
+        raise ValueError(f"Unknown submission {submission!r}. Choose one of {', '.join(SUBMISSION_IDS)}.")
+    if submission is not None and row_id is None:
+        column = SUBMISSION_IDS[submission]
+        raise ValueError(f"A submission to {submission} needs the ids: set `row_id` (--id), e.g. to {column}.")
+    if submission is not None and output is None:
+        raise ValueError("A submission needs `output`, the folder for its file.")
+    if bad_rows not in ("raise", "skip"):
+        raise ValueError(f"`bad_rows` is {bad_rows!r}. It must be 'raise' or 'skip'.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"`limit` is {limit}. It must be at least 1.")
+
+
+def _valid_rows(rows: Dataset, processor, bad_rows: str) -> tuple[Dataset, list[int], list[Problem]]:
+    """Return the valid rows, their numbers in the dataset, and the problems of the other rows."""
+    report = check_rows(rows, processor, require_marks=False)
+    if bad_rows == "raise" or not report.good_rows:
+        report.raise_for_problems(advice="Fix them, or set `bad_rows` to 'skip' to evaluate the other rows.")
+    return rows.select(report.good_rows), report.good_rows, report.problems
 
 
 def run_questions(
     model,
     processor,
-    rows,
-    questions: list[dict],
-    places: dict,
+    rows: Dataset,
+    prompts: list[dict[str, Any]],
+    places: Places,
     output: str | Path,
-    key: dict,
+    key: dict[str, Any],
     batch_size: int = 8,
-    about: dict | None = None,
+    about: dict[str, Any] | None = None,
 ) -> tuple[list[str], list[str] | None]:
     r"""
-    Answers with the right images and with shuffled ones, into the folder `output`; goes on with a run that is there.
+    Answer questions with their images and with shuffled images into the folder `output`, or resume there.
 
     Args:
-        rows, questions, places: see [`read_questions`].
-        key (`dict`): of [`run_key`]; how to ask is in its settings.
-        about (`dict`, *optional*): what else `run.json` shall say.
+        rows, places: see [`read_questions`].
+        prompts (`list[dict]`): questions with the ending of their prompt.
+        key (`dict`): result of [`run_key`].
+        about (`dict`, *optional*): further entries of `run.json`.
 
     Returns:
-        `tuple[list[str], list[str] | None]`: answers and those of the blind control, which there is not without two
+        `tuple[list[str], list[str] | None]`: the answers, and the answers with shuffled images; None without two
         different images.
 
     Raises:
-        `ValueError`: when `output` holds another run.
+        `ValueError`: if `output` holds another run.
     """
-    output, settings = Path(output), key["settings"]
-    about = {**(about or {}), "num_questions": len(questions)}
-    open_run(output / RUN_FILE, [output / ANSWERS_FILE, output / BLIND_FILE], key, about)
-    asked = with_prompt(questions, settings["prompt"])
+    folder, settings = Path(output), key["settings"]
+    files = (folder / ANSWERS_FILE, folder / SHUFFLED_FILE)
+    open_run(folder / RUN_FILE, list(files), key, about or {})
     # Both runs share the features, so the vision tower encodes each image once
     arguments = (image_loader(rows, places), batch_size, settings["max_new_tokens"], VisionFeatures())
-    answers = answer_all(output / ANSWERS_FILE, model, processor, asked, *arguments)
+    answers = answer_all(files[0], model, processor, prompts, *arguments)
     if len(places) < 2:
         return answers, None
-    control = with_shuffled_images(asked, settings["seed"])
-    return answers, answer_all(output / BLIND_FILE, model, processor, control, *arguments)
+    shuffled = with_shuffled_images(prompts, settings["seed"])
+    return answers, answer_all(files[1], model, processor, shuffled, *arguments)
 
 
 # ---- During training ----
 
 
-def task_scores(rows, processor, num_images: int, batch_size: int = 8, seed: int = 0):
+def task_scores(
+    rows: Dataset, processor, num_images: int, batch_size: int = 8, seed: int = 0
+) -> Callable[[Any], dict[str, float]]:
     r"""
-    A function that answers the questions about the first images of `rows` and scores them by exact match.
+    Return a function that answers the questions about the first images of `rows` and scores them by exact match.
 
-    It draws no random number and leaves the model in the mode that it found, so training goes on as without it.
-    Several processes share the questions, and each gets the scores over all of them.
+    The function draws no random number and restores the mode of the model, so it does not change the training. Several
+    processes share the questions, and each process gets the scores over all of them.
 
     Args:
         rows ([`~datasets.Dataset`]): see [`read_questions`].
-        num_images (`int`): so many different images; they are kept decoded.
-        seed (`int`, *optional*, defaults to 0): of the shuffled images.
+        num_images (`int`): number of different images; they are kept in memory.
+        batch_size (`int`, *optional*, defaults to 8), seed (`int`, *optional*, defaults to 0): the seed is of the
+            shuffled images.
 
     Returns:
-        callable: model to `dict` with `accuracy` and, with at least two images, `accuracy_shuffled_images`; both
-            0 to 1.
+        `Callable`: model to `dict` with `accuracy` and, with at least two images, `accuracy_shuffled_images`, 0 to 1.
 
     Raises:
-        `ValueError`: when no question has a image.
+        `ValueError`: for invalid rows or images, and if no question has an image.
     """
+    check_rows(rows, processor, require_marks=False).raise_for_problems(advice="Fix these rows of `eval_task_data`.")
     questions, places = read_questions(rows)
     load = image_loader(rows, places)
     images = {key: load(key) for key in list(places)[:num_images]}
-    asked = [
-        {**question, "images": [images[key] for key in question["images"]]}
-        for question in questions
-        if question["images"] and images.keys() >= set(question["images"])
-    ]
+    asked = [q for q in questions if q["images"] and images.keys() >= set(q["images"])]
     if not asked:
-        raise ValueError("No question about images is left to score during training: raise eval_task_images.")
+        raise ValueError("No question about images is left to score during training. Raise `eval_task_images`.")
     sides = {"accuracy": asked}
     if len(images) > 1:
         sides["accuracy_shuffled_images"] = with_shuffled_images(asked, seed)
     truths = processor.tokenizer([question["answer"] for question in asked], add_special_tokens=False)["input_ids"]
-    longest = max(map(len, truths)) + 8  # an answer that goes on for longer than every truth is wrong by then
+    longest = max(map(len, truths)) + 8  # an answer that is longer than every ground truth is wrong
 
     def score(model) -> dict[str, float]:
-        training = model.training
-        found = {}
+        training, features = model.training, VisionFeatures()  # shared: each image is encoded once
+        scores = {}
         for name, side in sides.items():
-            answers = _answer_together(model, processor, side, batch_size, longest)
-            found[name] = accuracy_by_kind(side, answers)["all"][0]
+            answers = _answer_together(model, processor, side, images, features, batch_size, longest)
+            scores[name] = accuracy_by_kind(side, answers)["all"][0]
         model.train(training)
-        return found
+        return scores
 
     return score
 
 
-def _answer_together(model, processor, questions: list[dict], *arguments) -> list[str]:
-    """As [`answer`], where each process answers its share and gets all answers."""
+def _answer_together(
+    model,
+    processor,
+    questions: Sequence[dict[str, Any]],
+    images: dict[str, Any],
+    features: VisionFeatures,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """Return all answers. Each process answers its share of the questions."""
     state = PartialState()
     shares = [range(rank, len(questions), state.num_processes) for rank in range(state.num_processes)]
-    own = [questions[i] for i in shares[state.process_index]]
-    answers = gather_object(answer(model, processor, own, *arguments))
+    prompts = [
+        Prompt(conversation(question), question["images"])
+        for question in (questions[i] for i in shares[state.process_index])
+    ]
+    answers = generate_answers(
+        model,
+        processor,
+        prompts,
+        images.__getitem__,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        vision_features=features,
+    )
+    texts = gather_object([answer.text for answer in answers])
     order = [i for share in shares for i in share]
-    return [text for _, text in sorted(zip(order, answers, strict=True))]
+    return [text for _, text in sorted(zip(order, texts, strict=True))]

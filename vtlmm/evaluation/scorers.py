@@ -1,13 +1,16 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """
-The official rules of the benchmarks, as pure functions.
+The official scoring rules of the benchmarks.
 
-`score_…` take the rows of a whole benchmark, dicts with `label` (the truth), `answer` (what the model said) and the
-keys that the docstring names, and return percentages. `SCORERS` score one answer, 0 to 1. VQA accuracy is in `vqa.py`.
+`SCORERS` score one answer, 0 to 1. `SUMMARIES` take all questions and answers of a benchmark and return percentages.
+VQA accuracy is in `vqa_accuracy.py`. MM-Vet has no scorer: a language model grades its answers.
 """
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from string import ascii_uppercase
+from typing import Any
 
 from .vqa_accuracy import textvqa_accuracy, vqa_accuracy
 
@@ -16,48 +19,102 @@ OPTION_LETTERS = "ABCDE"
 MMBENCH_ROTATION = 1_000_000
 MME_COGNITION = {"code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation"}
 
-
-def _percent(values) -> float:
-    values = list(values)
-    return 100 * sum(values) / len(values)
+Row = Mapping[str, Any]
 
 
-def _percent_by(rows: list[dict], key: str, value) -> dict[str, float]:
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row[key]].append(value(row))
-    return {name: _percent(values) for name, values in sorted(groups.items())}
+def score_answers(questions: Sequence[Row], answers: Sequence[str], scorer: str) -> list[float]:
+    r"""
+    Return the score of each answer, 0 to 1. A question with several references gets the best score of them, except for
+    VQA accuracy, which uses all ten together.
+
+    Raises:
+        `ValueError`: for a scorer that is not in `SCORERS`, or a ground truth that does not fit the scorer.
+    """
+    if scorer not in SCORERS:
+        raise ValueError(f"Unknown scorer {scorer!r}. Choose one of {', '.join(SCORERS)}.")
+    scores = []
+    for question, answer in zip(questions, answers, strict=True):
+        try:
+            scores.append(SCORERS[scorer](answer, question))
+        except ValueError as error:
+            where = f"Row {question['row']}: " if "row" in question else ""
+            raise ValueError(f"{where}{error} This is a question of the scorer {scorer}.") from error
+    return scores
 
 
-def _known(label: str, labels=("yes", "no")) -> str:
-    """`label` itself; any other than the benchmark's would silently never be right."""
+def summarize(questions: Sequence[Row], answers: Sequence[str], scorer: str) -> dict[str, Any] | None:
+    """Return what the benchmark of a scorer reports in addition to the mean; None for most scorers."""
+    if scorer not in SUMMARIES:
+        return None
+    return SUMMARIES[scorer](questions, answers)
+
+
+def references(question: Row) -> list[str]:
+    """Return the accepted answers of a question."""
+    return question["answer"] if isinstance(question["answer"], list) else [question["answer"]]
+
+
+def accuracy_by_kind(questions: Sequence[Row], answers: Sequence[str]) -> dict[str, tuple[float, int]]:
+    """Return the share of exact matches and the number of questions of each kind and of `"all"`."""
+    scores = defaultdict(list)
+    for question, answer in zip(questions, answers, strict=True):
+        for kind in {question["kind"], "all"}:
+            scores[kind].append(exact_match(answer, question["answer"]))
+    return {kind: (sum(values) / len(values), len(values)) for kind, values in sorted(scores.items())}
+
+
+def _percent(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return 100 * sum(numbers) / len(numbers) if numbers else 0.0
+
+
+def _known(label: str, labels: Sequence[str] = ("yes", "no")) -> str:
+    """Return `label`. Any answer to another label would silently be wrong."""
     if label not in labels:
-        raise ValueError(f"The truth {label!r} is none of {', '.join(labels)}, which this benchmark has.")
+        raise ValueError(f"The ground truth {label!r} is not one of {', '.join(labels)}.")
     return label
+
+
+# ---- Exact match and GQA ----
+
+
+def exact_match(answer: str, label: str) -> float:
+    """Return 1 for equal texts, without regard to case and surrounding spaces."""
+    return float(answer.strip().lower() == label.strip().lower())
+
+
+def gqa_accuracy(answer: str, label: str) -> float:
+    """
+    Return 1 for equal texts, without regard to case and final periods of the answer. GQA's labels have neither.
+
+    Rule: Hudson and Manning 2019 (https://arxiv.org/abs/1902.09506) with LLaVA's reading of the answer.
+    """
+    return float(answer.rstrip(".").lower() == label)
 
 
 # ---- POPE ----
 
 
 def pope_answer(answer: str) -> str:
-    """`"no"` when the first sentence has the word No, no or not; anything else is `"yes"`."""
+    """Return `"no"` if the first sentence has the word No, no or not, otherwise `"yes"`."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-def score_pope(rows: list[dict]) -> dict:
+def summarize_pope(questions: Sequence[Row], answers: Sequence[str]) -> dict[str, Any]:
     r"""
-    Accuracy, precision, recall, F1 (of "yes") and share of "yes" in each split, and the mean F1, which papers quote.
+    Return accuracy, precision, recall, F1 of "yes" and share of "yes" of each split, and the mean F1, which papers
+    quote.
 
     Rule: Li et al. 2023 (https://arxiv.org/abs/2305.10355), `evaluate.py` of https://github.com/AoiDragon/POPE.
 
     Args:
-        rows (`list[dict]`): with `category`, the split (random, popular, adversarial); labels are yes and no.
+        questions (`list[dict]`): `kind` is the split (random, popular, adversarial); ground truths are yes and no.
     """
-    splits = defaultdict(Counter)
-    for row in rows:
-        splits[row["category"]][_known(row["label"]), pope_answer(row["answer"])] += 1
-    result = {}
+    splits: dict[str, Counter] = defaultdict(Counter)
+    for question, answer in zip(questions, answers, strict=True):
+        splits[question["kind"]][_known(question["answer"]), pope_answer(answer)] += 1
+    result: dict[str, Any] = {}
     for split, counts in splits.items():
         true_yes, said_yes = counts["yes", "yes"], counts["yes", "yes"] + counts["no", "yes"]
         is_yes, number = counts["yes", "yes"] + counts["yes", "no"], counts.total()
@@ -72,65 +129,52 @@ def score_pope(rows: list[dict]) -> dict:
     return {**result, "mean_f1": sum(split["f1"] for split in result.values()) / len(result)}
 
 
-# ---- GQA ----
-
-
-def gqa_accuracy(answer: str, label: str) -> float:
-    """1 when they are equal; capitals and final full stops of the answer do not count (labels have neither)."""
-    return float(answer.rstrip(".").lower() == label)
-
-
-def score_gqa(rows: list[dict]) -> dict:
-    r"""
-    Accuracy over all questions and by type.
-
-    Rule: Hudson and Manning 2019 (https://arxiv.org/abs/1902.09506) with LLaVA's reading of the answer.
-
-    Args:
-        rows (`list[dict]`): with the types `structural` and `semantic`.
-    """
-
-    def right(row):
-        return gqa_accuracy(row["answer"], row["label"])
-
-    return {
-        "n": len(rows),
-        "accuracy": _percent(map(right, rows)),
-        "structural": _percent_by(rows, "structural", right),
-        "semantic": _percent_by(rows, "semantic", right),
-    }
-
-
 # ---- ScienceQA ----
 
 
+def question_options(question: str) -> dict[str, str]:
+    """Return letter to text of the options at the end of a question, as LLaVA writes them: `A. text`, `B. text`, …."""
+    _, mark, rest = f"\n{question}".rpartition("\nA. ")
+    texts = [rest] if mark else []
+    for letter in ascii_uppercase[1:]:
+        if not texts or f"\n{letter}. " not in texts[-1]:
+            break
+        texts[-1:] = texts[-1].split(f"\n{letter}. ", 1)
+    return dict(zip(ascii_uppercase, texts, strict=False))
+
+
 def scienceqa_letter(answer: str, num_choices: int = len(OPTION_LETTERS)) -> str | None:
-    """The letter of an answer `X`, `X. …` or `… The answer is X. …` (just once); None without one of the choices."""
+    """Return the letter of an answer `X`, `X. …` or `… The answer is X. …` (once). None without a valid letter."""
+    letter: str | None
     if answer in OPTION_LETTERS and len(answer) == 1:
         letter = answer
     elif answer[:1] and answer[0] in OPTION_LETTERS and answer[1:3] == ". ":
         letter = answer[0]
     else:
-        found = re.findall(r"The answer is ([A-Z]).", answer)
-        letter = found[0] if len(found) == 1 else None
+        letters = re.findall(r"The answer is ([A-Z]).", answer)
+        letter = letters[0] if len(letters) == 1 else None
     return letter if letter and letter in OPTION_LETTERS[:num_choices] else None
 
 
-def score_scienceqa(rows: list[dict]) -> dict:
+def _scienceqa_letter(answer: str, question: Row) -> str | None:
+    return scienceqa_letter(answer, len(question_options(question["question"])) or len(OPTION_LETTERS))
+
+
+def summarize_scienceqa(questions: Sequence[Row], answers: Sequence[str]) -> dict[str, Any]:
     r"""
-    Accuracy over all questions and over those with a image (SQA-I). An answer without a letter is wrong.
+    Return the accuracy of all questions and of those with an image (SQA-I). An answer without a letter is wrong.
 
     Rule: Lu et al. 2022 (https://arxiv.org/abs/2209.09513), as `eval_science_qa.py` of LLaVA reads the letter.
 
     Args:
-        rows (`list[dict]`): with `n_choices` and `has_image`.
+        questions (`list[dict]`): `question` has the options as lines `A. text`; the ground truth is a letter.
     """
-    letters = [scienceqa_letter(row["answer"], row["n_choices"]) for row in rows]
-    right = [letter == row["label"] for letter, row in zip(letters, rows, strict=True)]
-    with_image = [value for value, row in zip(right, rows, strict=True) if row["has_image"]]
+    letters = [_scienceqa_letter(answer, question) for answer, question in zip(answers, questions, strict=True)]
+    correct = [letter == question["answer"] for letter, question in zip(letters, questions, strict=True)]
+    with_image = [value for value, question in zip(correct, questions, strict=True) if question["images"]]
     return {
-        "n": len(rows),
-        "accuracy": _percent(right),
+        "n": len(questions),
+        "accuracy": _percent(correct),
         "n_image": len(with_image),
         "accuracy_image": _percent(with_image),
         "unparsed": letters.count(None),
@@ -140,11 +184,11 @@ def score_scienceqa(rows: list[dict]) -> dict:
 # ---- MMBench and MMBench-CN ----
 
 
-def mmbench_option(answer: str, options: dict[str, str]) -> str | None:
+def mmbench_option(answer: str, options: Mapping[str, str]) -> str | None:
     r"""
-    The option that an answer means: its letter stands alone in it, or else its text does; None when it is not one.
+    Return the option that an answer names by its letter as a word, otherwise by its text. None if it is ambiguous.
 
-    An "A" in more than three words may be an article and is not taken. Rule: `can_infer` of VLMEvalKit
+    An "A" among more than three words may be an article and does not count. Rule: `can_infer` of VLMEvalKit
     (https://github.com/open-compass/VLMEvalKit), without the language model that it asks as a last resort.
 
     Args:
@@ -155,58 +199,45 @@ def mmbench_option(answer: str, options: dict[str, str]) -> str | None:
     letters = [letter for letter in options if letter in words]
     if len(letters) == 1 and not ("A" in words and len(words) > 3):
         return letters[0]
-    texts = [letter for letter, text in options.items() if str(text).lower() in answer.lower()]
+    texts = [letter for letter, text in options.items() if text.lower() in answer.lower()]
     return texts[0] if len(texts) == 1 else None
 
 
-def score_mmbench(rows: list[dict]) -> dict:
+def mmbench_score(answer: str, question: Row) -> float:
+    """Return 1 if an answer names the correct option. `question` has the options as lines `A. text`."""
+    options = question_options(question["question"])
+    if not options:
+        raise ValueError("The question has no options. Write them as lines `A. text`, `B. text`, ….")
+    return float(mmbench_option(answer, options) == _known(question["answer"], tuple(options)))
+
+
+def summarize_mmbench(questions: Sequence[Row], answers: Sequence[str]) -> dict[str, Any]:
     r"""
-    Circular accuracy, where a question is right when it is under all rotations of its options, and that of the first.
+    Return the circular accuracy, where a question counts if all rotations of its options are correct, and the accuracy
+    of the first rotation.
 
     Rule: Liu et al. 2023 (https://arxiv.org/abs/2307.06281). MMBench-CN is scored alike.
 
     Args:
-        rows (`list[dict]`): with `index`, the question's plus 1,000,000 for every rotation, and options `A`, `B`, ….
-    """
-    rotations = defaultdict(dict)
-    for row in rows:
-        # an empty cell is None, or NaN (which is not itself) where pandas read it
-        options = {letter: row[letter] for letter in OPTION_LETTERS if row.get(letter) is not None}
-        options = {letter: option for letter, option in options.items() if option == option}
-        rotation, question = divmod(row["index"], MMBENCH_ROTATION)
-        rotations[question][rotation] = mmbench_option(row["answer"], options) == row["label"]
-    return {
-        "rows": len(rows),
-        "n": len(rotations),
-        "circular": _percent(all(right.values()) for right in rotations.values()),
-        "plain": _percent(right[0] for right in rotations.values()),
-    }
-
-
-# ---- MM-Vet ----
-
-
-def score_mmvet(rows: list[dict], grade: str = "grade") -> dict:
-    r"""
-    Mean of a judge's grades, over all questions and over those that need a capability (a question may need several).
-
-    Rule: Yu et al. 2023 (https://arxiv.org/abs/2308.02490).
-
-    Args:
-        rows (`list[dict]`): with `capability`, a list, and the grade, 0 to 1.
-        grade (`str`, *optional*, defaults to `"grade"`): the key of the grade.
+        questions (`list[dict]`): `id` is the index of the question, plus 1,000,000 for every rotation.
 
     Raises:
-        `ValueError`: for a question without a grade, which must not count as 0.
+        `ValueError`: if an id is missing, or the first rotation of a question is missing.
     """
-    for row in rows:
-        if row.get(grade) is None or not 0 <= row[grade] <= 1:
-            raise ValueError(f"MM-Vet question {row.get('question_id')}: {grade} is {row.get(grade)!r}, not in 0..1.")
-    pairs = [{"capability": name, "grade": row[grade]} for row in rows for name in row["capability"]]
+    rotations: dict[Hashable, dict[int, bool]] = defaultdict(dict)
+    for question, answer in zip(questions, answers, strict=True):
+        if not isinstance(question["id"], int):
+            raise ValueError(f"The scorer mmbench needs the column index as ids (--id index), not {question['id']!r}.")
+        rotation, index = divmod(question["id"], MMBENCH_ROTATION)
+        rotations[index][rotation] = mmbench_score(answer, question) == 1
+    missing = [index for index, correct in rotations.items() if 0 not in correct]
+    if missing:
+        raise ValueError(f"Question {missing[0]} of MMBench has rotations, but not the question itself.")
     return {
-        "n": len(rows),
-        "total": _percent(row[grade] for row in rows),
-        "capability": _percent_by(pairs, "capability", lambda pair: pair["grade"]),
+        "rows": len(questions),
+        "n": len(rotations),
+        "circular": _percent(all(correct.values()) for correct in rotations.values()),
+        "plain": _percent(correct[0] for correct in rotations.values()),
     }
 
 
@@ -214,38 +245,39 @@ def score_mmvet(rows: list[dict], grade: str = "grade") -> dict:
 
 
 def mme_answer(answer: str) -> str:
-    """`"yes"`, `"no"` or, where neither is in the first four characters, `"other"`, which is never right."""
+    """Return `"yes"` or `"no"` if the first four characters have it, otherwise `"other"`, which is always wrong."""
     start = answer.lower()[:4]
     return next((word for word in ("yes", "no") if word in start), "other")
 
 
-def score_mme(rows: list[dict]) -> dict:
+def summarize_mme(questions: Sequence[Row], answers: Sequence[str]) -> dict[str, Any]:
     r"""
-    Score of each task, the percentage of right questions plus that of images with both questions right, and the sums
-    over the ten tasks of perception and the four of cognition.
+    Return the score of each task and the sums over the ten tasks of perception and the four tasks of cognition.
+
+    The score of a task is the percentage of correct answers plus the percentage of images with two correct answers.
 
     Rule: Fu et al. 2023 (https://arxiv.org/abs/2306.13394), the evaluation tool that comes with the benchmark.
 
     Args:
-        rows (`list[dict]`): with `category`, the task, and `question_id`, the image; labels are yes and no.
+        questions (`list[dict]`): `kind` is the task; ground truths are yes and no.
 
     Raises:
-        `ValueError`: for a image that has not two questions.
+        `ValueError`: if an image does not have two questions.
     """
-    images = defaultdict(list)
-    for row in rows:
-        images[row["category"], row["question_id"]].append(mme_answer(row["answer"]) == _known(row["label"]))
-    tasks = defaultdict(list)
-    for (task, image), right in images.items():
-        if len(right) != 2:
-            raise ValueError(f"MME asks two questions about a image; {task} has {len(right)} about {image}.")
-        tasks[task].append(right)
+    images: dict[tuple, list[bool]] = defaultdict(list)
+    for question, answer in zip(questions, answers, strict=True):
+        images[(question["kind"], *question["images"])].append(mme_answer(answer) == _known(question["answer"]))
+    tasks: dict[str, list[list[bool]]] = defaultdict(list)
+    for (task, *names), correct in images.items():
+        if len(correct) != 2:
+            raise ValueError(f"MME has two questions for each image, but task {task} has {len(correct)} for {names}.")
+        tasks[task].append(correct)
     scores = {
-        task: _percent(right for pair in pairs for right in pair) + _percent(map(all, pairs))
+        task: _percent(correct for pair in pairs for correct in pair) + _percent(map(all, pairs))
         for task, pairs in sorted(tasks.items())
     }
     return {
-        "n": len(rows),
+        "n": len(questions),
         "perception": sum(score for task, score in scores.items() if task not in MME_COGNITION),
         "cognition": sum(score for task, score in scores.items() if task in MME_COGNITION),
         "category": scores,
@@ -255,20 +287,28 @@ def score_mme(rows: list[dict]) -> dict:
 # ---- One answer at a time ----
 
 
-def exact_match(answer: str, label: str) -> float:
-    """1 when they are equal; capitals and blanks around them do not count."""
-    return float(answer.strip().lower() == label.strip().lower())
+def _best(score: Callable[[str, str], float]) -> Callable[[str, Row], float]:
+    """Return a scorer that compares an answer with each reference and returns the best score."""
+    return lambda answer, question: max(score(answer, label) for label in references(question))
 
 
-# Name → function (answer, truth) → 0 to 1; the truth of the VQA scorers is ten answers.
-SCORERS = {
-    "exact": exact_match,
-    "vqa": vqa_accuracy,
-    "textvqa": textvqa_accuracy,
-    "gqa": gqa_accuracy,
-    "pope": lambda answer, label: float(pope_answer(answer) == _known(label)),
-    "mme": lambda answer, label: float(mme_answer(answer) == _known(label)),
-    "scienceqa": lambda answer, label: float(scienceqa_letter(answer) == _known(label, tuple(OPTION_LETTERS))),
+# Name to a function of the answer and its question
+SCORERS: dict[str, Callable[[str, Row], float]] = {
+    "exact": _best(exact_match),
+    "vqa": lambda answer, question: vqa_accuracy(answer, references(question)),
+    "textvqa": lambda answer, question: textvqa_accuracy(answer, references(question)),
+    "gqa": _best(gqa_accuracy),
+    "pope": _best(lambda answer, label: float(pope_answer(answer) == _known(label))),
+    "mme": _best(lambda answer, label: float(mme_answer(answer) == _known(label))),
+    "scienceqa": lambda answer, question: float(
+        _scienceqa_letter(answer, question) == _known(question["answer"], tuple(OPTION_LETTERS))
+    ),
+    "mmbench": mmbench_score,
 }
-# What these benchmarks report beyond a mean of scores
-SUMMARIES = {"pope": score_pope, "mme": score_mme}
+# What a benchmark reports in addition to the mean
+SUMMARIES: dict[str, Callable[[Sequence[Row], Sequence[str]], dict[str, Any]]] = {
+    "pope": summarize_pope,
+    "mme": summarize_mme,
+    "scienceqa": summarize_scienceqa,
+    "mmbench": summarize_mmbench,
+}

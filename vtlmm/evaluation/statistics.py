@@ -44,13 +44,13 @@ def mean_estimate(
 
     Args:
         values (iterable of `float`): One value for each question or image.
-        clusters (sequence, *optional*): What each value belongs to, e.g. the image of a question. Each value is a
-            cluster of its own if it is not specified.
+        clusters (sequence, *optional*): What each value belongs to, e.g. the image of a question. By default
+            each value is its own cluster.
         bounds (`tuple[float, float]`, *optional*): Possible values, `SCORE_BOUNDS` or `DIFFERENCE_BOUNDS`. Without
             it, the interval of equal values has no width. See [`bootstrap_interval`].
 
     Raises:
-        `ValueError`: If there are no values.
+        `ValueError`: If `values` is empty.
     """
     numbers = [float(value) for value in values]
     if not numbers:

@@ -1,53 +1,79 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Files for the servers that keep the answers of VQAv2, VizWiz and MMBench, in the forms that LLaVA uploads."""
+"""Files for the servers with the ground truths of VQAv2, VizWiz and MMBench, in the formats that LLaVA uploads."""
 
-import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from vtlmm.data.output_files import atomic_path, write_json
+
+from .scorers import question_options
 from .vqa_accuracy import normalize_textvqa_answer
 
 
-# Column of the id by which the server knows a question
-JSON_SUBMISSIONS = {"vqav2": "question_id", "vizwiz": "image"}
-# What MMBench's table has for reading only
-MMBENCH_UNUSED = ["hint", "category", "source", "image", "comment", "l2-category"]
+# Benchmark to the column with the id of a question
+SUBMISSION_IDS = {"vqav2": "question_id", "vizwiz": "image", "mmbench": "index"}
 
 
-def write_submission(path: str | Path, benchmark: str, answers: dict) -> None:
-    r"""
-    A JSON file with all answers, normalized as the server would.
-
-    Args:
-        path (`str` or `Path`)
-        benchmark (`str`): `"vqav2"` or `"vizwiz"`.
-        answers (`dict`): question id (VQAv2) or file name of the image (VizWiz) to answer.
+def check_submission(benchmark: str, questions: Sequence[Mapping[str, Any]], subset: str | None) -> None:
     """
-    name = JSON_SUBMISSIONS[benchmark]
-    entries = [{name: key, "answer": normalize_textvqa_answer(answer)} for key, answer in answers.items()]
-    Path(path).write_text(json.dumps(entries), encoding="utf-8")
-
-
-def write_mmbench_submission(path: str | Path, table: str | Path, answers: dict[int, str]) -> None:
-    r"""
-    MMBench's own table with a column `prediction`; an `.xlsx`, which the server wants, takes the package openpyxl.
-
-    Args:
-        path (`str` or `Path`): `.xlsx`, or `.tsv`.
-        table (`str` or `Path`): the benchmark's `.tsv`.
-        answers (`dict[int, str]`): `index` of the table to answer.
+    Check that a submission has every question once, with its id.
 
     Raises:
-        `ValueError`: when a question has no answer.
+        `ValueError`: for a subset, a question without an id, and two questions with one id.
     """
-    rows = pd.read_table(table)
-    missing = [index for index in rows["index"] if index not in answers]
-    if missing:
-        raise ValueError(f"{len(missing)} questions of {table} have no answer, e.g. index {missing[0]}.")
-    rows = rows.drop(columns=MMBENCH_UNUSED, errors="ignore")
-    rows["prediction"] = [answers[index] for index in rows["index"]]
-    if Path(path).suffix == ".xlsx":
-        rows.to_excel(path, index=False)
-    else:
-        rows.to_csv(path, sep="\t", index=False)
+    if subset:
+        raise ValueError(f"A submission needs the whole dataset, not {subset}. Remove the limit.")
+    seen: dict[Any, int] = {}
+    for number, question in enumerate(questions):
+        name = question["id"]
+        if name is None:
+            raise ValueError(
+                f"Question {number} ({question['question'][:60]!r}) has no id. A submission to {benchmark} needs the "
+                f"column {SUBMISSION_IDS[benchmark]}."
+            )
+        if name in seen:
+            raise ValueError(f"Questions {seen[name]} and {number} have the same id {name}. Remove one of them.")
+        seen[name] = number
+
+
+def write_submission(
+    folder: str | Path, benchmark: str, questions: Sequence[Mapping[str, Any]], answers: Sequence[str]
+) -> Path:
+    r"""
+    Write the file that the server of a benchmark accepts, and return its path.
+
+    - VQAv2 and VizWiz: `submission.json` with the answers as the server normalizes them.
+    - MMBench: a table of ids, questions, options and predictions: `submission.xlsx`, which the server accepts, or
+      `submission.tsv` if openpyxl is not installed.
+
+    Args:
+        folder (`str` or `Path`)
+        benchmark (`str`): a key of `SUBMISSION_IDS`.
+        questions (`list[dict]`): with `id` and `question`; MMBench's questions end with their options.
+        answers (`list[str]`): one answer for each question.
+    """
+    folder = Path(folder)
+    pairs = list(zip(questions, answers, strict=True))
+    if benchmark != "mmbench":
+        name = SUBMISSION_IDS[benchmark]
+        entries = [{name: question["id"], "answer": normalize_textvqa_answer(answer)} for question, answer in pairs]
+        write_json(folder / "submission.json", entries)
+        return folder / "submission.json"
+    rows = []
+    for question, answer in pairs:
+        options = question_options(question["question"])
+        text = question["question"].rpartition("\nA. ")[0] if options else question["question"]
+        rows.append({"index": question["id"], "question": text, **options, "prediction": answer})
+    table = pd.DataFrame(rows)
+    table = table[[*(name for name in table if name != "prediction"), "prediction"]]
+    path = folder / ("submission.xlsx" if find_spec("openpyxl") else "submission.tsv")
+    with atomic_path(path) as draft:
+        if path.suffix == ".xlsx":
+            table.to_excel(draft, index=False, engine="openpyxl")
+        else:
+            table.to_csv(draft, sep="\t", index=False)
+    return path

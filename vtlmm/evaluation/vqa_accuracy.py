@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""VQA accuracy: an answer against those of ten people, by the two official programs, which differ."""
+"""VQA accuracy: compare an answer with the answers of ten annotators, as the two official programs do."""
 
 import re
 
@@ -10,10 +10,10 @@ NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBE
 ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ';/[]"{}()=+\\_->@<`,?!'
 NUMBER_COMMA = re.compile(r"\d,\d")
-PERIOD = re.compile(r"\.(?!\d)")  # the official pattern also looks behind, but its look-behind is mistyped
+PERIOD = re.compile(r"\.(?!\d)")  # the official pattern has a look-behind that never matches
 MAX_PERIODS = 32  # the official program passes a flag, worth 32, where `re` expects the number of replacements
 
-# Words whose apostrophes the official table restores. It lists each without one of them: dont, couldn'tve, couldnt've
+# Words whose apostrophes the official table restores: it lists each word without one apostrophe
 RIGHT_CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -25,7 +25,7 @@ RIGHT_CONTRACTIONS = """
 """.split()
 CONTRACTIONS = {
     word[:i] + word[i + 1 :]: word for word in RIGHT_CONTRACTIONS for i, letter in enumerate(word) if letter == "'"
-} | {"somebody'd": "somebodyd"}  # the official table has this one the wrong way round
+} | {"somebody'd": "somebodyd"}  # reversed in the official table
 
 
 def _one_line(text: str) -> str:
@@ -34,10 +34,10 @@ def _one_line(text: str) -> str:
 
 def normalize_vqa_answer(text: str) -> str:
     """
-    An answer without punctuation, articles and capitals, with digits for number words and with its apostrophes.
+    Return an answer in lower case without punctuation and articles, with digits for number words and with apostrophes.
 
-    Rules: https://visualqa.org/evaluation.html. A mark of punctuation vanishes where a blank is beside it anywhere in
-    the text, or where the text has a comma inside a number; elsewhere it becomes a blank.
+    Rules: https://visualqa.org/evaluation.html. A punctuation mark is deleted if it is next to a space anywhere in the
+    text, or if the text has a comma inside a number. Otherwise it becomes a space.
     """
     text = _one_line(text)
     plain, has_number_comma = text, NUMBER_COMMA.search(text)
@@ -50,15 +50,17 @@ def normalize_vqa_answer(text: str) -> str:
 
 
 def normalize_textvqa_answer(text: str) -> str:
-    """As [`normalize_vqa_answer`] after TextVQA's own steps: lower case, no `,` and `?`, and a blank before `'s`.
+    """
+    Return [`normalize_vqa_answer`] of an answer in lower case, without `,` and `?`, and with a space before `'s`.
 
-    Rules: the processor `evalai_answer` of https://github.com/facebookresearch/mmf, which LLaVA also applies to the
-    answers that it submits for VQAv2 and VizWiz."""
+    Rules: the processor `evalai_answer` of https://github.com/facebookresearch/mmf. LLaVA also applies it to the
+    answers that it submits for VQAv2 and VizWiz.
+    """
     return normalize_vqa_answer(text.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
 
 
 def _agreement(answer: str, answers: list[str]) -> float:
-    """Mean over the ways to leave one annotator out of min(1, number of the others who said `answer` / 3)."""
+    """Return the mean of min(1, agreeing annotators / 3) over all ways to leave out one annotator."""
     number, agreeing = len(answers), answers.count(answer)
     return (agreeing * min(3, agreeing - 1) + (number - agreeing) * min(3, agreeing)) / (3 * number)
 
@@ -66,28 +68,29 @@ def _agreement(answer: str, answers: list[str]) -> float:
 def _check_ten(answers: list[str]) -> None:
     if len(answers) != NUM_ANNOTATORS:
         raise ValueError(
-            f"VQA accuracy compares with the answers of {NUM_ANNOTATORS} people, and there are {len(answers)} "
-            f"({', '.join(map(repr, answers[:3]))}, …): give all ten, or score by exact."
+            f"VQA accuracy needs the answers of {NUM_ANNOTATORS} annotators, but there are {len(answers)} "
+            f"({', '.join(map(repr, answers[:3]))}). Give all ten, or use the scorer exact."
         )
 
 
 def vqa_accuracy(answer: str, answers: list[str]) -> float:
     r"""
-    VQA accuracy of VQAv2 and VizWiz: 1 when at least three of nine annotators said the same, averaged over the nines.
+    Return the VQA accuracy of VQAv2 and VizWiz: 1 if at least three of nine annotators agree with the answer, averaged
+    over all ways to leave out one of ten.
 
-    Answers are normalized only where the ten differ: "Yes" against ten times "yes" scores 0.
+    Answers are normalized only if the annotators disagree: "Yes" compared with ten times "yes" scores 0.
 
     Source: Antol et al. 2015 (https://arxiv.org/abs/1505.00468), and https://visualqa.org/evaluation.html.
 
     Args:
         answer (`str`)
-        answers (`list[str]`): those of the ten annotators.
+        answers (`list[str]`): answers of the ten annotators.
 
     Returns:
         `float`: 0, 0.3, 0.6, 0.9 or 1 by the number of annotators who agree.
 
     Raises:
-        `ValueError`: when there are not ten.
+        `ValueError`: if there are not ten answers.
     """
     _check_ten(answers)
     answer, answers = _one_line(answer), [_one_line(other) for other in answers]
@@ -97,8 +100,10 @@ def vqa_accuracy(answer: str, answers: list[str]) -> float:
 
 
 def textvqa_accuracy(answer: str, answers: list[str]) -> float:
-    """VQA accuracy of TextVQA: as [`vqa_accuracy`], but everything is always normalized, and by other rules.
+    """
+    Return the VQA accuracy of TextVQA. All answers are normalized by [`normalize_textvqa_answer`].
 
-    Source: Singh et al. 2019 (https://arxiv.org/abs/1904.08920), and the evaluator of mmf that LLaVA uses."""
+    Source: Singh et al. 2019 (https://arxiv.org/abs/1904.08920), and the evaluator of mmf that LLaVA uses.
+    """
     _check_ten(answers)
     return _agreement(normalize_textvqa_answer(answer), [normalize_textvqa_answer(other) for other in answers])

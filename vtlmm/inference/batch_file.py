@@ -1,57 +1,95 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Answer a file of questions; resumable."""
+"""Answer the questions of a dataset into a file; an interrupted run resumes."""
 
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from datasets import Dataset
 from PIL import Image
-from tqdm.auto import tqdm
 
 from vtlmm.data.images import image_key, open_image
+from vtlmm.data.output_files import one_writer
 from vtlmm.data.questions import split_questions
 from vtlmm.data.rows import load_rows, undecoded_images
+from vtlmm.data.validation import check_rows
 
 from .resumable import answer_all, digest, open_run, run_key
 
 
-def load_questions(
-    dataset: str | Path, image_folder: str | Path | None = None
-) -> tuple[list[dict], Callable[[str], Image.Image]]:
+def answer_file(
+    model,
+    processor,
+    dataset: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    image_folder: str | os.PathLike | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 512,
+    name: str | None = None,
+) -> list[str]:
     r"""
-    Load questions, with or without answers, in any format of [`load_rows`].
+    Answer the questions of a dataset greedily into a file of JSON lines.
+
+    Each line has the `index` of its question, the question, its images and the `answer`. Questions of similar length
+    are answered together, so the lines are not in order. All rows and images are checked before the first answer. The
+    same call resumes an interrupted run. The file `.run.json` next to the output identifies the run.
+
+    Args:
+        model, processor: see [`load_model`].
+        dataset (`str`): file, folder or Hub id, with or without answers, see [`load_rows`].
+        output (`str`): the file of answers.
+        image_folder (`str`, *optional*): folder of the image paths; by default the folder of the dataset.
+        batch_size (`int`, *optional*, defaults to 8): questions per forward pass.
+        max_new_tokens (`int`, *optional*, defaults to 512): longest answer in tokens.
+        name (`str`, *optional*): name of the model in `.run.json`.
 
     Returns:
-        The questions (see [`split_questions`]; `images` are names, `id` is kept), and a function that opens the image
-        of a name.
+        `list[str]`: the answers, in the order of the questions.
 
     Raises:
-        `ValueError`: if there are no rows, and see [`load_rows`].
-        `FileNotFoundError`: naming the row of an image file that does not exist.
+        `ValueError`: for invalid rows or images, an `output` with answers of another model, other questions, images or
+            settings, or another process that writes to `output`.
+        `FileNotFoundError`: for a dataset or image file that does not exist.
     """
-    rows = load_rows(dataset, image_folder=image_folder, require_answers=False, keep_columns=["id"])
-    rows = undecoded_images(rows)
+    output = Path(output)
+    rows = undecoded_images(load_rows(dataset, image_folder=image_folder, require_answers=False, keep_columns=["id"]))
+    check_rows(rows, processor, require_answers=False, require_marks=False).raise_for_problems(
+        advice=f"Fix these rows of {dataset}. No question was answered."
+    )
+    questions, load_image = read_file_questions(rows, dataset, image_folder)
+    names = dict.fromkeys(name for question in questions for name in question["images"])
+    images = [image_key(load_image(name)) for name in names]
+    key = run_key(model, processor, questions, max_new_tokens=max_new_tokens) | {"images": digest(images)}
+    about = {"model": name or model.name_or_path, "num_questions": len(questions)}
+    with one_writer(output.with_name(f".{output.name}.lock"), output):
+        open_run(output.with_suffix(".run.json"), [output], key, about)
+        return answer_all(output, model, processor, questions, load_image, batch_size, max_new_tokens)
+
+
+def read_file_questions(
+    rows: Dataset, dataset: str | os.PathLike, image_folder: str | os.PathLike | None = None
+) -> tuple[list[dict[str, Any]], Callable[[str], Image.Image]]:
+    """Return the questions of rows, whose `images` are names, and a function that opens the image of a name."""
     folder = os.path.abspath(image_folder or (dataset if os.path.isdir(dataset) else os.path.dirname(dataset)))
     places: dict[str, tuple[int, int]] = {}
 
     def image_name(image: dict, index: int, position: int) -> str:
-        name = f"row {index}, image {position}"
-        if image["bytes"] is None:
-            if not os.path.isfile(image["path"]):
-                raise FileNotFoundError(f"{dataset}, row {index}: the image file {image['path']} does not exist.")
-            name = os.path.relpath(image["path"], folder)
+        is_file = image["bytes"] is None
+        name = os.path.relpath(image["path"], folder) if is_file else f"row {index}, image {position}"
         places.setdefault(name, (index, position))
         return name
 
-    questions = []
+    questions: list[dict[str, Any]] = []
     for index, row in enumerate(rows):
         names = [image_name(image, index, position) for position, image in enumerate(row["images"])]
         row_id = json.loads(row["id"])
         for question in split_questions([{**row, "images": names}], unanswered=True):
-            # the answer is not compared here: `vtlmm eval` scores answers
-            kept = {key: value for key, value in question.items() if key not in ("row", "answer")}
-            questions.append({**kept, **({} if row_id is None else {"id": row_id})})
+            # without the ground truth: `vtlmm eval` scores answers
+            kept: dict[str, Any] = {key: value for key, value in question.items() if key != "answer"}
+            questions.append({**kept, "row": index, **({} if row_id is None else {"id": row_id})})
     if not questions:
         raise ValueError(f"{dataset} has no rows with a question.")
 
@@ -60,30 +98,3 @@ def load_questions(
         return open_image(rows[index]["images"][position])
 
     return questions, load_image
-
-
-def answer_rows(
-    output: Path,
-    model,
-    processor,
-    questions: list[dict],
-    load_image,
-    batch_size: int,
-    max_new_tokens: int,
-    name: str,
-) -> list[str]:
-    r"""
-    Greedy answers in the order of `questions`, appended to the file `output` batch by batch, shortest question first;
-    `index` says whose an answer is. Beside it `.run.json` says which model, images and settings they are of.
-
-    Every image is opened once before the first answer, so that a broken one stops nothing half-way.
-
-    Raises:
-        `ValueError`: for a image that cannot be read; when `output` holds answers of another model, of other
-            images, questions or settings.
-    """
-    names = dict.fromkeys(name for question in questions for name in question["images"])
-    images = [image_key(load_image(name)) for name in tqdm(names, desc="opening images", leave=False)]
-    key = run_key(model, processor, questions, max_new_tokens=max_new_tokens) | {"images": digest(images)}
-    open_run(output.with_suffix(".run.json"), [output], key, {"model": name, "num_questions": len(questions)})
-    return answer_all(output, model, processor, questions, load_image, batch_size, max_new_tokens)

@@ -1,9 +1,8 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Generate answers to questions about images. Every command, the demo and the evaluations use this code."""
 
-import random
 import threading
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -184,7 +183,8 @@ def generate_answers(
         `list[Answer]`: in the order of `prompts`.
     """
     vision_features = VisionFeatures() if vision_features is None else vision_features
-    order, answers = answer_order(prompts), {}
+    order = answer_order(prompts)
+    answers: dict[int, Answer] = {}
     for start in tqdm(range(0, len(order), batch_size), desc="Answering", leave=False, disable=len(order) <= 1):
         batch = order[start : start + batch_size]
         found = generate_batch(
@@ -351,7 +351,7 @@ def stream_answer(
     inputs = model_inputs(model, processor, [prompt], sources.__getitem__, features)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     stopped = threading.Event()
-    settings = {
+    settings: dict[str, Any] = {
         "max_new_tokens": limit_new_tokens(model, inputs["input_ids"].shape[1], max_new_tokens),
         "do_sample": False,
         "stopping_criteria": [_StopOnEvent(stopped)],
@@ -369,42 +369,6 @@ def stream_answer(
 # ---- Questions as dicts ----
 
 
-def with_shuffled_images(questions: list[dict], seed: int = 0) -> list[dict]:
-    """
-    The blind control: every question gets other images; the answers stay.
-
-    The different images stand in a ring, in random order, and each of a question's is replaced by the next that is
-    not the question's. So a question never sees its own, unless it has all there are.
-
-    Args:
-        questions (`list[dict]`): with `images`: images, or their keys from [`~vtlmm.data.images.image_key`].
-        seed (`int`, *optional*, defaults to 0): of the order.
-    """
-    keys = [
-        [image if isinstance(image, str) else image_key(image) for image in question["images"]]
-        for question in questions
-    ]
-    images = {
-        key: image
-        for question, own in zip(questions, keys, strict=True)
-        for key, image in zip(own, question["images"], strict=True)
-    }
-    ring = list(images)
-    random.Random(seed).shuffle(ring)
-    following = dict(zip(ring, ring[1:] + ring[:1], strict=True))
-
-    def replacement(key: str, own: list[str]) -> str:
-        other = following[key]
-        while other in own and other != key:
-            other = following[other]
-        return following[key] if other == key else other
-
-    return [
-        {**question, "images": [images[replacement(key, own)] for key in own]}
-        for question, own in zip(questions, keys, strict=True)
-    ]
-
-
 def conversation(question: dict) -> list[dict]:
     """Return the messages of a question, with its images in place: `before`, then the user's turn."""
     before = question.get("before", ())
@@ -417,16 +381,6 @@ def conversation(question: dict) -> list[dict]:
 
     messages = (*before, {"role": "user", "content": content})
     return [{**message, "content": [with_image(part) for part in message["content"]]} for message in messages]
-
-
-def accuracy_by_kind(questions: list[dict], answers: list[str]) -> dict[str, tuple[float, int]]:
-    """Share of exact matches and number of questions, per kind and over `"all"`; blanks and case do not count."""
-    right = defaultdict(list)
-    for question, found in zip(questions, answers, strict=True):
-        correct = found.strip().lower() == question["answer"].strip().lower()
-        for kind in {question["kind"], "all"}:
-            right[kind].append(correct)
-    return {kind: (sum(values) / len(values), len(values)) for kind, values in sorted(right.items())}
 
 
 def answer_batch(model, processor, questions: list[dict], max_new_tokens: int = 16) -> list[str]:

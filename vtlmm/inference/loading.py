@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
@@ -60,7 +60,7 @@ def load_model(
         revision (`str`, *optional*): branch, tag or commit of a Hub id.
         trust_remote_code (`bool`, *optional*, defaults to `False`): allow code in the model's folder to run.
         device_map (`str` or `dict`, *optional*): as in transformers. By default the whole model is on the first
-            accelerator, or on the CPU if there is none.
+            accelerator, or on the CPU without one.
         load_in_4bit, load_in_8bit (`bool`, *optional*, defaults to `False`): quantize the decoder with bitsandbytes
             (nf4 or int8). The vision tower, the projector and both heads are not quantized.
         use_pseudo_image_features (`bool`, *optional*, defaults to `False`): give the decoder softmax(VM head(v)) E
@@ -71,7 +71,7 @@ def load_model(
         [`LoadedModel`]: a named tuple `(model, processor)`.
 
     Raises:
-        `FileNotFoundError`: if `name` looks like a path and there is no such folder.
+        `FileNotFoundError`: if `name` looks like a path and the folder does not exist.
         `ValueError`: if the folder is not a model, if the checkpoint has missing tensors, or if the adapter does not
             fit its base.
     """
@@ -84,7 +84,7 @@ def load_model(
         config.use_pseudo_image_features = True
     if load_in_4bit or load_in_8bit:
         kwargs["quantization_config"] = _quantization_config(config, dtype, load_in_4bit, load_in_8bit)
-    model, info = AutoModelForImageTextToText.from_pretrained(
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
         source.base,
         config=config,
         dtype=dtype,
@@ -94,6 +94,7 @@ def load_model(
         **remote,
         **kwargs,
     )
+    model, info = loaded
     missing = {*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}
     if source.adapter is not None:
         model, in_adapter = _apply_adapter(model, source.adapter, merge=not (load_in_4bit or load_in_8bit))
@@ -196,7 +197,7 @@ def _quantization_config(config: PreTrainedConfig, dtype: str | torch.dtype, in_
 def _apply_run_record(config: PreTrainedConfig, folder: Path) -> None:
     """Set what the training changed in the model. Only the run record says it, not the adapter's own config."""
     path = folder / RUN_RECORD
-    if not path.is_file():  # a checkpoint folder: the record is beside it
+    if not path.is_file():  # a checkpoint folder: the record is in its parent
         path = folder.resolve().parent / RUN_RECORD
     if not path.is_file():
         logger.warning(
@@ -211,14 +212,14 @@ def _apply_run_record(config: PreTrainedConfig, folder: Path) -> None:
             setattr(config, name, settings[name])
 
 
-def _apply_adapter(model: PreTrainedModel, folder: str, merge: bool) -> tuple[PreTrainedModel, set[str]]:
+def _apply_adapter(model: PreTrainedModel, folder: str, merge: bool) -> tuple[Any, set[str]]:
     """Return the model with the adapter's weights, and the names of the tensors that the adapter holds in full."""
     from peft import PeftModel
 
     adapted = PeftModel.from_pretrained(model, folder)
     names = require_fit(adapted, folder)
     in_full = {name.removeprefix("base_model.model.") for name in names if ".lora_" not in name}
-    # A quantized base stays as it is: merging would round the adapter's weights to 4 or 8 bits
+    # A quantized base is not merged: merging would round the adapter's weights to 4 or 8 bits
     return (adapted.merge_and_unload() if merge else adapted.get_base_model()), in_full
 
 

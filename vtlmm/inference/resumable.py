@@ -3,76 +3,88 @@
 
 import hashlib
 import json
-import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from tqdm.auto import tqdm
 
+from vtlmm.data.output_files import write_json
+from vtlmm.data.validation import image_tokens_per_image
+
 from .generation import VisionFeatures, conversation, generate_batch
-from .prompt_encoding import Prompt
+from .prompt_encoding import Prompt, encode_prompt
 
 
-def asking_order(questions: list[dict]) -> list[int]:
-    return sorted(range(len(questions)), key=lambda i: (len(questions[i]["images"]), len(questions[i]["question"])))
-
-
-# What a config says about where it comes from, not about what the model computes
+# Config keys that do not change what the model computes
 ORIGIN_KEYS = {"_name_or_path", "transformers_version", "_commit_hash", "_from_model_config"}
 
 
-def digest(value) -> str:
-    """Of anything that JSON can say."""
+def asking_order(questions: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the order in which questions are answered: by number of images, then by length."""
+    return sorted(range(len(questions)), key=lambda i: (len(questions[i]["images"]), len(questions[i]["question"])))
+
+
+# ---- Identity of a run ----
+
+
+def digest(value: Any) -> str:
+    """Return a short SHA-256 of a JSON value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def weights_digest(model) -> str:
-    """Of every tensor of the model with its name and type: the same for a copy of the folder, another after a step."""
+    """Return a short SHA-256 of the names, dtypes and values of all tensors of a model."""
     state = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        if tensor.is_meta:  # offloaded: its module has it where it runs only
-            parent, _, own = name.rpartition(".")
+        if tensor.is_meta:  # an offloaded module has its weights only while it runs
+            parent, _, tensor_name = name.rpartition(".")
             module = model.get_submodule(parent)
             with align_module_device(module, torch.device("cpu")):
-                tensor = getattr(module, own).clone()
+                tensor = getattr(module, tensor_name).clone()
         state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return state.hexdigest()[:16]
 
 
-def _without_origin(config):
+def _without_origin(config: Any) -> Any:
     if isinstance(config, dict):
         return {key: _without_origin(value) for key, value in config.items() if key not in ORIGIN_KEYS}
     return config
 
 
 def run_key(
-    model, processor, questions: list[dict], prompt: str | None = None, max_new_tokens: int = 128, seed: int = 0
-) -> dict:
+    model,
+    processor,
+    questions: list[dict[str, Any]],
+    prompt: str | None = None,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+) -> dict[str, Any]:
     r"""
-    What answers depend on: two runs with one key give the same answers.
+    Return everything that answers depend on. Two runs with equal keys give the same answers.
 
-    The batch size is not in it, so that a run that ran out of memory may go on with a smaller one. In float32 it
-    changes no answer; in bfloat16 it may tip one that is nearly a tie.
+    The batch size is not part of the key, so a run that ran out of memory can resume with a smaller batch. In float32
+    it changes no answer. In bfloat16 it may change an answer whose two likeliest tokens are almost equal.
 
     Args:
-        questions (`list[dict]`): as they are asked, with the wording that `prompt` names.
-        prompt (`str`, *optional*): name of the wording, for the record.
+        questions (`list[dict]`): questions with their prompts.
+        prompt (`str`, *optional*): benchmark of the prompt.
         max_new_tokens (`int`, *optional*, defaults to 128): longest answer.
-        seed (`int`, *optional*, defaults to 0): of the shuffled images.
+        seed (`int`, *optional*, defaults to 0): seed of the shuffled images.
+
+    Raises:
+        `ValueError`: for a question that the chat template rejects or that is longer than the decoder's position
+            limit. It names the row.
     """
-    texts = processor.apply_chat_template(
-        [conversation({**question, "images": [None] * len(question["images"])}) for question in questions],
-        add_generation_prompt=True,
-        tokenize=False,
-    )
     configs = [model.config.to_dict(), model.generation_config.to_dict(), processor.image_processor.to_dict()]
     return {
         "weights": weights_digest(model),
         "configuration": digest([_without_origin(config) for config in configs]),
-        "prompts": digest(processor.tokenizer(texts, add_special_tokens=False)["input_ids"]),
+        "prompts": digest(encode_questions(model, processor, questions)),
         "rows": digest([{k: v for k, v in question.items() if k != "question"} for question in questions]),
         "settings": {
             "prompt": prompt,
@@ -84,32 +96,56 @@ def run_key(
     }
 
 
-def open_run(path: Path, answers: list[Path], key: dict, about: dict) -> None:
+def encode_questions(model, processor, questions: list[dict[str, Any]]) -> list[list[int]]:
+    """Return the token ids of each prompt with one token for each image. Raises as [`run_key`] does."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    num_image_tokens = image_tokens_per_image(processor) if any(q["images"] for q in questions) else 0
+    prompts = []
+    for question in questions:
+        where = f"Row {question['row']}, question {question['question'][:60]!r}"
+        try:
+            ids = encode_prompt(processor, conversation({**question, "images": [None] * len(question["images"])}))
+        except Exception as error:  # chat templates raise any type of error
+            raise ValueError(f"{where}: {error}") from error
+        length = len(ids) + len(question["images"]) * (num_image_tokens - 1)
+        if limit is not None and length >= limit:
+            raise ValueError(
+                f"{where} has {length} tokens with its images, but the decoder has {limit} positions. Shorten the "
+                "question or use fewer images."
+            )
+        prompts.append(ids)
+    return prompts
+
+
+def open_run(path: Path, answers: list[Path], key: dict[str, Any], about: dict[str, Any]) -> None:
     r"""
-    Writes the file `path`, which says whose the `answers` beside it are, or finds it as it was left.
+    Write the file `path` that identifies the run of the `answers` next to it, or check that it is the same run.
 
     Raises:
-        `ValueError`: when they are of another run; it says what differs.
+        `ValueError`: if the answers are of another run. It lists what differs.
     """
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))["key"]
-        differing = [name for name in key if found.get(name) != key[name]]
+        saved = json.loads(path.read_text(encoding="utf-8"))["key"]
+        differing = [name for name in key if saved.get(name) != key[name]]
         if differing:
             raise ValueError(
-                f"{answers[0]} holds answers of another run ({', '.join(differing)} differ): choose another --output, "
-                f"or delete it and {path.name}. Answers of two runs are never mixed."
+                f"{answers[0]} holds answers of another run ({', '.join(differing)} differ). Choose another output, "
+                f"or delete {answers[0].name} and {path.name}."
             )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     if any(file.exists() for file in answers):
-        raise ValueError(f"{answers[0]} is there, but no {path.name} that says whose: choose another --output.")
-    draft = path.with_suffix(".part")  # a kill while it is written leaves no half of it
-    draft.write_text(json.dumps({"key": key, **about}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+        raise ValueError(
+            f"{answers[0]} exists, but {path.name}, which identifies its run, does not. Choose another "
+            "output, or delete it."
+        )
+    write_json(path, {"key": key, **about})
 
 
-def finished_answers(path: Path) -> list[tuple[dict, int]]:
-    """The records of a file of answers, each with the number of bytes up to its end; half a line is none."""
+# ---- The file of answers ----
+
+
+def finished_answers(path: Path) -> list[tuple[dict[str, Any], int]]:
+    """Return the records of a file of answers, each with the byte offset of its end. A cut last line is ignored."""
     records, end = [], 0
     for line in (path.read_bytes() if path.is_file() else b"").split(b"\n")[:-1]:
         end += len(line) + 1
@@ -121,20 +157,20 @@ def answer_all(
     path: Path,
     model,
     processor,
-    questions: list[dict],
-    load_image,
+    questions: list[dict[str, Any]],
+    load_image: Callable,
     batch_size: int,
     max_new_tokens: int,
     vision_features: VisionFeatures | None = None,
 ) -> list[str]:
     r"""
-    Answers every question that has none in the file `path` yet, and appends a batch as soon as it is answered.
+    Answer every question that has no answer in the file `path`. Each batch is appended when it is answered.
 
-    Batches begin where they would without a stop, so that a resumed run computes the very same.
+    Batches start where they would without an interruption, so a resumed run computes the same answers.
 
     Args:
         questions (`list[dict]`): `images` are keys.
-        load_image (callable): image key to image.
+        load_image (`Callable`): image key to image.
         vision_features ([`VisionFeatures`], *optional*): shared with other calls, so that the vision tower encodes
             each image once.
 
@@ -142,12 +178,12 @@ def answer_all(
         `list[str]`: all answers, in the order of `questions`.
 
     Raises:
-        `ValueError`: for a file of other questions.
+        `ValueError`: for a file with answers to other questions.
     """
     order, features = asking_order(questions), VisionFeatures() if vision_features is None else vision_features
     finished = finished_answers(path)
     if [record["index"] for record, _ in finished] != order[: len(finished)]:
-        raise ValueError(f"{path} does not fit its run: it was changed by hand. Delete it.")
+        raise ValueError(f"The answers in {path} are not in the order of its run. Delete the file.")
     if len(finished) < len(order):
         finished = finished[: len(finished) // batch_size * batch_size]
     answers = {record["index"]: record["answer"] for record, _ in finished}
@@ -156,7 +192,7 @@ def answer_all(
         for start in range(len(finished), len(order), batch_size):
             batch = order[start : start + batch_size]
             prompts = [Prompt(conversation(questions[i]), questions[i]["images"]) for i in batch]
-            found = generate_batch(
+            generated = generate_batch(
                 model,
                 processor,
                 prompts,
@@ -164,15 +200,16 @@ def answer_all(
                 max_new_tokens=max_new_tokens,
                 vision_features=features,
             )
-            texts = [answer.text for answer in found]
             lines = []
-            for i, text in zip(batch, texts, strict=True):
-                answers[i] = text
-                question = questions[i]
-                truth = {"truth": question["answer"]} if "answer" in question else {}
-                record = {"index": i, **question, **truth, "answer": text}
-                lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+            for i, answer in zip(batch, generated, strict=True):
+                answers[i] = answer.text
+                lines.append(json.dumps(_record(i, questions[i], answer.text), ensure_ascii=False) + "\n")
             file.write("".join(lines).encode())
             file.flush()
             progress.update(len(batch))
     return [answers[i] for i in range(len(questions))]
+
+
+def _record(index: int, question: dict[str, Any], answer: str) -> dict[str, Any]:
+    truth = {"truth": question["answer"]} if "answer" in question else {}
+    return {"index": index, **question, **truth, "answer": answer}
