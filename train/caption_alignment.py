@@ -92,13 +92,7 @@ def align_captions(
     Raises:
         `ValueError`: if the VM head has a residual block, or too few rows have one image and a caption word.
     """
-    if not isinstance(model.model.vm_head.residual_block, torch.nn.Identity):
-        raise ValueError(
-            f"Caption alignment needs a linear VM head, but vm_head_type is {model.config.vm_head_type!r}. Compose "
-            "the model with `vm_head_type='linear'`."
-        )
-    if not keep_projector and not model.config.multimodal_projector_bias:
-        raise ValueError("Caption alignment needs a projector with biases: set `multimodal_projector_bias=True`.")
+    _check_model(model, keep_projector)
     captions = _Captions(model, processor.tokenizer, rows, frequency_exponent, caption_words_only)
     images = rows.select_columns("images").cast_column("images", UNDECODED)
     projector = model.model.multi_modal_projector
@@ -122,10 +116,8 @@ def align_captions(
     word_rows, constant = _fit_parts(model, captions, sums, sample, penalty, keep_projector)
     scores = projector(sample).float().cpu() @ word_rows.T
     word_ids = [captions.word_ids[index] for index in held_out]
-    likelihoods = {
-        value: _negative_log_likelihood(value * scores, word_ids)
-        for value in (TEMPERATURES if temperature is None else (temperature,))
-    }
+    values = TEMPERATURES if temperature is None else (temperature,)
+    likelihoods = {value: _negative_log_likelihood(value * scores, word_ids) for value in values}
     temperature = min(likelihoods, key=likelihoods.__getitem__)
     vm_weight = model.model.vm_head.weight
     vm_weight.copy_((EXCLUDED_LOGIT * constant).expand(len(vm_weight), -1))
@@ -137,6 +129,16 @@ def align_captions(
         temperature=temperature,
         negative_log_likelihood=likelihoods[temperature],
     )
+
+
+def _check_model(model, keep_projector: bool) -> None:
+    if not isinstance(model.model.vm_head.residual_block, torch.nn.Identity):
+        raise ValueError(
+            f"Caption alignment needs a linear VM head, but vm_head_type is {model.config.vm_head_type!r}. Compose "
+            "the model with `vm_head_type='linear'`."
+        )
+    if not keep_projector and not model.config.multimodal_projector_bias:
+        raise ValueError("Caption alignment needs a projector with biases: set `multimodal_projector_bias=True`.")
 
 
 def _fit_parts(model, captions, sums, sample: torch.Tensor, penalty: float, keep_projector: bool):

@@ -121,10 +121,12 @@ def _sha256(path: Path) -> str:
 
 
 def _is_write_error(error: Exception) -> bool:
-    """Whether writing failed. torch and safetensors raise their own errors for a full disk."""
+    """Return whether writing failed. torch and safetensors raise their own errors for a full disk."""
     if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
         return True
-    return isinstance(error, RuntimeError) and bool(re.search(r"StreamWriter|inline_container", str(error)))
+    return isinstance(error, RuntimeError) and bool(
+        re.search(r"StreamWriter|inline_container|iostream error", str(error))
+    )
 
 
 # ---- The trainer's part ----

@@ -76,7 +76,7 @@ def merge_adapter(
     if dequantize:
         round_weights(model, base, revision, quantization, settings.get("dtype", "float32"))
     merged = merge_into(model, adapter)
-    merged.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    cast(Any, merged).to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     if output is not None:
         _save(merged, Path(output), adapter)
         logger.info("Merged %s into %s; saved to %s.", adapter, base, output)

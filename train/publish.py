@@ -135,13 +135,18 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
 
 
 def push_trained_model(
-    trainer: Any, commit_message: str, blocking: bool, token: str | None, revision: str | None, **card: Any
+    trainer: Any,
+    commit_message: str = "End of training",
+    blocking: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    **card: Any,
 ) -> Any:
     """Save the trainer's model with its card and upload it; see [`~transformers.Trainer.push_to_hub`]."""
     token = token or trainer.args.hub_token
     if trainer.hub_model_id is None:
-        trainer.init_hf_repo(token=token, private=card.pop("private", None))
-    card.pop("private", None)
+        trainer.init_hf_repo(token=token, private=private)
     trainer.save_model(_internal_call=True)
     if not trainer.is_world_process_zero():
         return None

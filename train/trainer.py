@@ -25,7 +25,6 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTTrainer
 
 from modeling_vtlmm.losses_vtlmm import predicted_positions, text_labels
-from vtlmm.data.validation import position_limit
 from vtlmm.data.vision_feature_cache import undecoded
 from vtlmm.evaluation.runner import task_scores
 from vtlmm.inference.loading import require_fit
@@ -43,6 +42,7 @@ from .parallelism import check_parallelism, keep_exact_when_sharded
 from .publish import push_checkpoint, push_trained_model, write_run_card
 from .stages import describe, set_trainable
 from .trainer_inputs import (
+    build_collator,
     check_model,
     hidden_from_sft_trainer,
     load_model_and_processor,
@@ -138,9 +138,7 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
         model, processor = load_model_and_processor(model, args, processing_class, quantization_config)
         check_model(model, args, processor, peft_config)
         if data_collator is None:
-            limits = (args.max_length, position_limit(model.config))
-            max_length = min((limit for limit in limits if limit is not None), default=None)
-            data_collator = VTLMMCollator(processor, max_length, cast(int | None, args.pad_to_multiple_of))
+            data_collator = build_collator(model, args, processor)
         shuffle_seed = args.seed if args.shuffle_dataset else None
         train_dataset = prepare_dataset(train_dataset, "train_dataset", shuffle_seed)
         eval_dataset = prepare_dataset(eval_dataset, "eval_dataset")
@@ -171,22 +169,24 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
             keep_exact_when_sharded(self, base_model)
         self.task_scores = None
         if eval_task_data is not None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError("`eval_task_data` is not supported with FSDP or DeepSpeed. Remove it.")
-            batch_size = args.per_device_eval_batch_size
-            self.task_scores = task_scores(eval_task_data, processor, eval_task_images, batch_size)
+            self.task_scores = self._prepare_task_scores(eval_task_data, processor, eval_task_images)
         if args.cache_image_features:
             cache = cache_vision_features(self, base_model, datasets)
             cast(VTLMMCollator, self.data_collator).feature_cache = cache
-        words = None
-        if self.stage.visual_student is not None:
-            words = blank_words(self._tokenizer, base_model.config.visual_vocab_size)
+        has_visual_loss = self.stage.visual_student is not None
+        words = blank_words(self._tokenizer, base_model.config.visual_vocab_size) if has_visual_loss else None
         self._sums = {mode: LossSums(self.accelerator, words) for mode in ("train", "eval")}
         self._log_time = time.perf_counter()
         if self.is_world_process_zero():
             print(describe(self.model, self.stage))
 
     # ---- Setup ----
+
+    def _prepare_task_scores(self, eval_task_data: Dataset, processor, eval_task_images: int):
+        """Return the function that answers and scores `eval_task_data`."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("`eval_task_data` is not supported with FSDP or DeepSpeed. Remove it.")
+        return task_scores(eval_task_data, processor, eval_task_images, self.args.per_device_eval_batch_size)
 
     def _prepare_model(self, model, base_model, args, peft_config, eval_dataset) -> PreTrainedModel | PeftModel:
         """Set the stage, the trainable parameters and the initial VM heads; return the model, with its adapter."""
@@ -395,6 +395,6 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
         if not self._staging:  # called again when the folder has its final name
             push_checkpoint(self, Path(checkpoint_folder))
 
-    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **card):
-        """As in the base class, but upload only the files of a model; `card` goes to [`create_model_card`]."""
-        return push_trained_model(self, commit_message, blocking, token, revision, **card)
+    def push_to_hub(self, *args, **kwargs):
+        """As in the base class, but upload only the files of a model; see [`push_trained_model`]."""
+        return push_trained_model(self, *args, **kwargs)

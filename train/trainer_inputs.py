@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, IterableDataset, IterableDatasetDict
 from peft import PeftModel
@@ -16,7 +16,9 @@ from transformers import (
 )
 
 from vtlmm.data.rows import ROW_FEATURES, convert_dataset
+from vtlmm.data.validation import position_limit
 
+from .collator import VTLMMCollator
 from .config import VTLMMTrainingConfig
 
 
@@ -123,6 +125,13 @@ def check_model(model: PreTrainedModel | PeftModel, args: VTLMMTrainingConfig, p
         )
     if not has_adapter and peft_config is None and getattr(model, "is_quantized", False):
         raise ValueError("A quantized model cannot be trained in full. Pass `peft_config=LoraConfig(…)`.")
+
+
+def build_collator(model: PreTrainedModel | PeftModel, args: VTLMMTrainingConfig, processor) -> VTLMMCollator:
+    """Return the collator of a run. Rows are at most as long as `max_length` and as the positions of the decoder."""
+    limits = (args.max_length, position_limit(model.config))
+    max_length = min((limit for limit in limits if limit is not None), default=None)
+    return VTLMMCollator(processor, max_length, cast(int | None, args.pad_to_multiple_of))
 
 
 def prepare_dataset(dataset, name: str, shuffle_seed: int | None = None):

@@ -95,9 +95,8 @@ def convert_row(
             f"{where} has columns {sorted(given)}, which match no supported format. Supported: {FORMATS}."
             + suggest_columns(given)
         )
-    embedded = [
-        part.pop("image") for message in turns.conversations[0] for part in message["content"] if "image" in part
-    ]
+    parts = [part for message in turns.conversations[0] for part in message["content"]]
+    embedded = [part.pop("image") for part in parts if "image" in part]
     if embedded and images:
         raise ValueError(f"{where} has images in its messages and in {sorted(image_columns)}. Keep one of them.")
     images = embedded or images

@@ -51,7 +51,7 @@ def load_rows(
     Args:
         dataset: a file (JSON, JSON lines, parquet, CSV, TSV, WebDataset tar; JSON and CSV also compressed), a folder
             (of images with metadata or `.txt` captions, of tar files, or from `save_to_disk`), a Hub dataset id, a
-            dataset from `datasets`, or a list of rows. See [`convert_row`] for the formats of rows.
+            dataset from `datasets`, or a list of rows, in a format of [`convert_row`].
         image_folder: folder that relative image paths start from. Default: the folder of the file.
         split (`str`): split, or a slice of a split such as `"train[:2000]"`. A file has the split `train` only.
         config_name (`str`): configuration of a Hub dataset.
