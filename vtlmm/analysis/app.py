@@ -3,6 +3,7 @@
 
 import html
 from collections.abc import Iterator
+from typing import Any
 
 from vtlmm.data.images import open_image
 from vtlmm.inference.generation import conversation, stream_answer
@@ -74,7 +75,7 @@ def build_page(model, processor, name: str, max_new_tokens: int = 512):
         return [], [], words_frame(model, processor, image, features)
 
     # the model answers one request at a time, because the kind of features is a setting of the model
-    alone = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
+    alone: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
     with gradio.Blocks(title=f"VT-LMM: {name}", analytics_enabled=False, fill_width=True) as page:
         turns = gradio.State([])
         gradio.Markdown(f"## {name}")
