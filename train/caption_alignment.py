@@ -2,9 +2,9 @@
 """
 Closed-form start of the projector and the VM head from captions, without gradient steps.
 
-A ridge regression maps the mean vision feature of an image to the mean embedding of the words in its caption. The
-projector then places each patch near the embeddings of the words that describe it, and the VM head scores a patch by
-the angle between its image feature and each word embedding.
+A ridge regression maps the mean vision feature of an image to the mean direction of the word embeddings of its
+caption. The projector then places each patch near the embeddings of the words that describe it, and the VM head
+scores a patch by the cosine between its image feature and each word direction.
 """
 
 import math
@@ -24,12 +24,12 @@ from vtlmm.hub.paths import check_output
 from vtlmm.inference.loading import load_model
 
 
-# Images whose vision features are kept in memory, to set the scale and the temperature
+# Images whose vision features are kept in memory, to set the sizes of the projector and the VM head
 NUM_SAMPLE_IMAGES = 256
 MIN_ROWS = 32
 # Visual logit of every token that is not a candidate word
 EXCLUDED_LOGIT = -30.0
-TEMPERATURES = (8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0)
+SIMILARITY_SCALES = (8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0)
 UNDECODED = List(Image(decode=False))
 
 
@@ -42,15 +42,15 @@ class CaptionAlignment:
         num_images (`int`): images with a caption word.
         num_words (`int`): different words of the captions that the tokenizer writes as one token.
         num_candidates (`int`): words that the VM head can give. All other tokens have a probability near 0.
-        temperature (`float`): factor of the cosine similarities in the VM head.
+        similarity_scale (`float`): factor of the cosines in the VM head. A larger factor gives sharper visual tokens.
         negative_log_likelihood (`float`): of the caption words under the mean visual token of an image, in nats per
-            word, on images that the regression was not fitted on.
+            word, on images that the regression was not fitted on. `similarity_scale` was chosen on them.
     """
 
     num_images: int
     num_words: int
     num_candidates: int
-    temperature: float
+    similarity_scale: float
     negative_log_likelihood: float
 
 
@@ -64,15 +64,16 @@ def align_captions(
     penalty: float = 1.7,
     frequency_exponent: float = 0.5,
     caption_words_only: bool = True,
-    temperature: float | None = None,
+    similarity_scale: float | None = None,
     batch_size: int = 16,
 ) -> CaptionAlignment:
     r"""
     Set the projector and the VM head of `model` from captioned images. The vision tower and the decoder do not change.
 
-    The cost is one pass of the vision tower over the images and P² multiplications per image, where P is the number of
-    channels of a vision feature (with `keep_projector`, of an image feature). The memory is the Gram matrix of P²
-    float64 numbers (134 MB for the 4,096 channels of a 7B decoder) and the vision features of 256 images.
+    The cost is one pass of the vision tower over the images and P · (P + D) multiplications per image. P is the input
+    size of the regression: the channels of a vision feature, with `keep_projector` of an image feature. D is the
+    hidden size of the decoder. The memory is P · (P + D) float64 numbers (at most 268 MB for a 7B decoder) and the
+    vision features of 256 images.
 
     Args:
         model ([`VTLMMForConditionalGeneration`]): with a linear VM head.
@@ -85,12 +86,13 @@ def align_captions(
             weight ``log(N / k) ** frequency_exponent`` in the target of an image.
         caption_words_only (`bool`, *optional*, defaults to `True`): whether only words of the captions are
             candidates. Otherwise all whole words of the vocabulary are.
-        temperature (`float`, *optional*): factor of the cosine similarities. By default the value of `TEMPERATURES`
+        similarity_scale (`float`, *optional*): factor of the cosines. By default the value of `SIMILARITY_SCALES`
             with the largest likelihood of the caption words of held-out images.
         batch_size (`int`, *optional*, defaults to 16): images per pass of the vision tower.
 
     Raises:
-        `ValueError`: if the VM head has a residual block, or too few rows have one image and a caption word.
+        `ValueError`: if the VM head has a residual block, the projector has no biases, or too few rows have one image
+            and a caption word.
     """
     _check_model(model, keep_projector)
     captions = _Captions(model, processor.tokenizer, rows, frequency_exponent, caption_words_only)
@@ -114,20 +116,20 @@ def align_captions(
         sums.add(inputs.mean(1).cpu(), captions.targets(indices))
     sample = torch.cat([vision_features([index]) for index in held_out])
     word_rows, constant = _fit_parts(model, captions, sums, sample, penalty, keep_projector)
-    scores = projector(sample).float().cpu() @ word_rows.T
+    features = projector(sample).float().cpu()
     word_ids = [captions.word_ids[index] for index in held_out]
-    values = TEMPERATURES if temperature is None else (temperature,)
-    likelihoods = {value: _negative_log_likelihood(value * scores, word_ids) for value in values}
-    temperature = min(likelihoods, key=likelihoods.__getitem__)
+    values = SIMILARITY_SCALES if similarity_scale is None else (similarity_scale,)
+    likelihoods = {value: _negative_log_likelihood(features, value * word_rows, word_ids) for value in values}
+    similarity_scale = min(likelihoods, key=likelihoods.__getitem__)
     vm_weight = model.model.vm_head.weight
     vm_weight.copy_((EXCLUDED_LOGIT * constant).expand(len(vm_weight), -1))
-    vm_weight[captions.token_ids.to(vm_weight.device)] = (temperature * word_rows).to(vm_weight)
+    vm_weight[captions.token_ids.to(vm_weight.device)] = (similarity_scale * word_rows).to(vm_weight)
     return CaptionAlignment(
         num_images=len(captions.rows),
         num_words=captions.num_words,
         num_candidates=len(captions.token_ids),
-        temperature=temperature,
-        negative_log_likelihood=likelihoods[temperature],
+        similarity_scale=similarity_scale,
+        negative_log_likelihood=likelihoods[similarity_scale],
     )
 
 
@@ -143,7 +145,7 @@ def _check_model(model, keep_projector: bool) -> None:
 
 def _fit_parts(model, captions, sums, sample: torch.Tensor, penalty: float, keep_projector: bool):
     r"""
-    Write the projector, unless it is kept, and return the VM head's rows for a temperature of 1.
+    Write the projector, unless it is kept, and return the VM head's rows for a `similarity_scale` of 1.
 
     Args:
         sample (`torch.Tensor` of shape `(num_images, num_patches, vision_feature_size)`): vision features.
@@ -333,15 +335,16 @@ def _answers(messages: list[dict]) -> list[str]:
     return [part["text"] for content in answers for part in content if part["text"]]
 
 
-def _negative_log_likelihood(logits: torch.Tensor, word_ids: list[list[int]]) -> float:
+def _negative_log_likelihood(features: torch.Tensor, head: torch.Tensor, word_ids: list[list[int]]) -> float:
     """
     Return the mean of -log p over the caption words of each image, in nats, where p is the image's mean visual token.
 
     Args:
-        logits (`torch.Tensor` of shape `(num_images, num_patches, num_candidates)`)
+        features (`torch.Tensor` of shape `(num_images, num_patches, hidden_size)`): image features.
+        head (`torch.Tensor` of shape `(num_candidates, hidden_size)`): rows of the VM head.
     """
     losses = []
-    for patches, ids in zip(logits, word_ids, strict=True):
-        log_probabilities = patches.log_softmax(-1).logsumexp(0) - math.log(len(patches))
+    for patches, ids in zip(features, word_ids, strict=True):
+        log_probabilities = (patches @ head.T).log_softmax(-1).logsumexp(0) - math.log(len(patches))
         losses.append(-log_probabilities[ids].mean())
     return torch.stack(losses).mean().item()
