@@ -35,6 +35,8 @@ def check_checkpoint(name: str | Path) -> str:
         `NotADirectoryError`: if `name` is a file.
     """
     path, text = Path(name), str(name)
+    if name == "":
+        raise FileNotFoundError("The name of the checkpoint is empty. Specify a folder or a Hub id (user/name).")
     if path.is_dir():
         return text
     if path.is_file():
@@ -42,7 +44,6 @@ def check_checkpoint(name: str | Path) -> str:
     first = text.split("/")[0]
     is_path = (
         isinstance(name, Path)
-        or not text
         or text[0] in "/.~"
         or "\\" in text
         or text.count("/") > 1
@@ -81,7 +82,7 @@ def check_output(output: str | Path, inputs: Iterable[str | Path | None] = (), o
         inputs: folders or Hub ids that are read.
 
     Raises:
-        `ValueError`: if `output` is an input, or contains an input or lies in one.
+        `ValueError`: if `output` is an input or contains an input.
         `FileExistsError`: if `output` exists and is not empty, and `overwrite` is not set.
     """
     output = Path(output)

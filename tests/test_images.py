@@ -198,3 +198,13 @@ def test_usual_aspect_ratios_are_not_changed():
         assert limit_aspect_ratio(image, padding) is image
     image = Image.new("RGB", (12000, 20))
     assert limit_aspect_ratio(image, CLIPImageProcessorPil(size=SIDE, do_center_crop=False)) is image
+
+
+def test_palette_images_have_different_keys():
+    """Both images have index 0 at each pixel, in palettes with another color."""
+    keys = set()
+    for color in ((255, 0, 0), (0, 0, 255)):
+        image = Image.new("P", (4, 4), 0)
+        image.putpalette(color)
+        keys.add(image_key(image))
+    assert len(keys) == 2

@@ -198,9 +198,11 @@ class SafeCheckpoints(Trainer):
                 f"{checkpoint.path} is of a run with other settings: {'; '.join(other)}. Restore them, or choose "
                 "another `output_dir`."
             )
-        for folder in checkpoint_folders(output_dir):  # newer ones are incomplete, or the user goes back
-            if _step(folder) > _step(checkpoint.path):
-                shutil.rmtree(folder)
+        if checkpoint.path.parent.resolve() == Path(output_dir).resolve():
+            for folder in checkpoint_folders(output_dir):  # newer ones are incomplete, or the user goes back
+                if _step(folder) > _step(checkpoint.path):
+                    print(f"Deleting {folder}, which is newer than the checkpoint to resume from")
+                    shutil.rmtree(folder)
         print(f"Resuming from {checkpoint.path}")
         return str(checkpoint.path)
 

@@ -270,7 +270,11 @@ def check_settings(settings: dict[str, Any], source: str | Path) -> dict[str, An
     if "stages" not in settings:
         return _check_flat(settings, source)
     stages = settings["stages"]
-    if not isinstance(stages, dict) or not all(own is None or isinstance(own, dict) for own in stages.values()):
+    if (
+        not isinstance(stages, dict)
+        or not stages
+        or not all(own is None or isinstance(own, dict) for own in stages.values())
+    ):
         raise ValueError(f"{source}: `stages` must map each stage to its settings (or to nothing).")
     checked = {stage: _check_flat(own or {}, source) for stage, own in stages.items()}
     shared = {key: value for key, value in settings.items() if key != "stages"}
@@ -338,4 +342,4 @@ def split_stages(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 def merged_folder(run: dict[str, Any]) -> Path:
     """Return the folder for the whole model of a stage that trains an adapter."""
-    return Path(run["output_dir"], "merged")
+    return Path(run.get("output_dir") or "trainer_output", "merged")

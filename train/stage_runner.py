@@ -3,6 +3,7 @@
 
 import gc
 import os
+import shutil
 import time
 import warnings
 from contextlib import ExitStack
@@ -154,6 +155,7 @@ def run_training(settings: dict[str, Any], **kwargs) -> VTLMMTrainer:
             if overwrite:
                 clear_output(output_dir)
             (output_dir / RUN_RECORD).unlink(missing_ok=True)  # a record means that the stage is finished
+            shutil.rmtree(output_dir / "merged", ignore_errors=True)  # it holds the weights of an earlier run
         trainer.accelerator.wait_for_everyone()
         try:
             trainer.train(resume_from_checkpoint=resume)

@@ -75,11 +75,12 @@ def image_key(source: ImageSource) -> str:
     """
     Return a SHA-256 of an image's content, 64 hexadecimal digits.
 
-    The key of an undecoded image is the hash of its file. The key of an image from Pillow is the hash of its mode,
-    size and pixels, so the two keys of one image differ.
+    The key of an undecoded image is the hash of its file. The key of an image from Pillow is the hash of its size and
+    its pixels as [`open_image`] returns them, so the two keys of one image differ.
     """
     if isinstance(source, Image.Image):
-        content = f"{source.mode} {source.size} ".encode() + source.tobytes()
+        image = open_image(source)  # the raw pixels of a palette image do not say their colors
+        content = f"{image.size} ".encode() + image.tobytes()
     else:
         file = _file(source)
         content = Path(file).read_bytes() if isinstance(file, str) else file.read()

@@ -380,6 +380,12 @@ def conversation(question: dict) -> list[dict]:
         return {**part, "image": next(images)} if part["type"] == "image" else part
 
     messages = (*before, {"role": "user", "content": content})
+    num_parts = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if num_parts != len(question["images"]):
+        raise ValueError(
+            f"The question {question['question'][:60]!r} has {num_parts} image placeholders and "
+            f"{len(question['images'])} images. Give each image one placeholder, or remove all placeholders."
+        )
     return [{**message, "content": [with_image(part) for part in message["content"]]} for message in messages]
 
 

@@ -97,7 +97,7 @@ def load_model(
     model, info = loaded
     missing = {*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}
     if source.adapter is not None:
-        model, in_adapter = _apply_adapter(model, source.adapter, merge=not (load_in_4bit or load_in_8bit))
+        model, in_adapter = _apply_adapter(model, source.adapter, revision)
         missing -= in_adapter
     if missing:  # from_pretrained only warns for LLaVA, and the answers would come from random weights
         raise ValueError(
@@ -212,18 +212,19 @@ def _apply_run_record(config: PreTrainedConfig, folder: Path) -> None:
             setattr(config, name, settings[name])
 
 
-def _apply_adapter(model: PreTrainedModel, folder: str, merge: bool) -> tuple[Any, set[str]]:
+def _apply_adapter(model: PreTrainedModel, folder: str, revision: str | None) -> tuple[Any, set[str]]:
     """Return the model with the adapter's weights, and the names of the tensors that the adapter holds in full."""
     from peft import PeftModel
 
-    adapted = PeftModel.from_pretrained(model, folder)
-    names = require_fit(adapted, folder)
+    quantized = getattr(model, "is_quantized", False)
+    adapted = PeftModel.from_pretrained(model, folder, revision=revision)
+    names = require_fit(adapted, folder, revision)
     in_full = {name.removeprefix("base_model.model.") for name in names if ".lora_" not in name}
     # A quantized base is not merged: merging would round the adapter's weights to 4 or 8 bits
-    return (adapted.merge_and_unload() if merge else adapted.get_base_model()), in_full
+    return (adapted.get_base_model() if quantized else adapted.merge_and_unload()), in_full
 
 
-def require_fit(model, folder: str | os.PathLike) -> list[str]:
+def require_fit(model, folder: str | os.PathLike, revision: str | None = None) -> list[str]:
     """
     Return the names of the adapter's tensors in `folder`. PEFT only warns if they do not fit the model.
 
@@ -233,7 +234,7 @@ def require_fit(model, folder: str | os.PathLike) -> list[str]:
     from peft import get_peft_model_state_dict
     from peft.utils.save_and_load import load_peft_weights
 
-    saved = load_peft_weights(str(folder), device="cpu").keys()
+    saved = load_peft_weights(str(folder), device="cpu", revision=revision).keys()
     expected = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     if saved != expected:
         raise ValueError(

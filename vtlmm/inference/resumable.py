@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,12 @@ from tqdm.auto import tqdm
 from vtlmm.data.output_files import write_json
 from vtlmm.data.validation import image_tokens_per_image
 
-from .generation import VisionFeatures, conversation, generate_batch
+from .generation import VisionFeatures, answer_order, conversation, generate_batch
 from .prompt_encoding import Prompt, encode_prompt
 
 
 # Config keys that do not change what the model computes
 ORIGIN_KEYS = {"_name_or_path", "transformers_version", "_commit_hash", "_from_model_config"}
-
-
-def asking_order(questions: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the order in which questions are answered: by number of images, then by length."""
-    return sorted(range(len(questions)), key=lambda i: (len(questions[i]["images"]), len(questions[i]["question"])))
 
 
 # ---- Identity of a run ----
@@ -180,7 +175,8 @@ def answer_all(
     Raises:
         `ValueError`: for a file with answers to other questions.
     """
-    order, features = asking_order(questions), VisionFeatures() if vision_features is None else vision_features
+    all_prompts = [Prompt(conversation(question), question["images"]) for question in questions]
+    order, features = answer_order(all_prompts), VisionFeatures() if vision_features is None else vision_features
     finished = finished_answers(path)
     if [record["index"] for record, _ in finished] != order[: len(finished)]:
         raise ValueError(f"The answers in {path} are not in the order of its run. Delete the file.")
@@ -191,7 +187,7 @@ def answer_all(
         file.truncate(finished[-1][1] if finished else 0)
         for start in range(len(finished), len(order), batch_size):
             batch = order[start : start + batch_size]
-            prompts = [Prompt(conversation(questions[i]), questions[i]["images"]) for i in batch]
+            prompts = [all_prompts[i] for i in batch]
             generated = generate_batch(
                 model,
                 processor,
