@@ -167,6 +167,7 @@ def test_adapters_are_merged_between_stages(recipe, tmp_path, capsys):
         ("  [visual_head, joint]", [], "`stages` must map each stage"),
         ("  [visual_head, joint]", ["--stages.joint.seed", "1"], "'stages' is ['visual_head', 'joint']"),
         ("  {joint: 5}", [], "`stages` must map each stage"),
+        ("  {}", [], "`stages` must map each stage"),
     ],
 )
 def test_mistakes_in_a_later_stage_stop_the_first(recipe, tmp_path, capsys, stages, options, message):
