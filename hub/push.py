@@ -307,7 +307,9 @@ def _upload(
     logger.info("Uploading to %s:", repo_id)
     for file in files:
         logger.info("%15s  %s", f"{(folder / file).stat().st_size:,}", file)
-    deleted = [file for file in on_hub if file not in files and "/" not in file and matches(file, replaced)]
+    stale = [file for file in on_hub if file not in files]
+    deleted = [file for file in stale if "/" not in file and matches(file, replaced)]
+    deleted += [file for file in stale if file.startswith((f"{RESULTS_FOLDER}/", ".eval_results/"))]  # other weights
     commit = api.create_commit(
         repo_id,
         [*_additions(folder, files), *(CommitOperationDelete(path_in_repo=file) for file in deleted)],

@@ -18,7 +18,7 @@ from transformers import AutoProcessor
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
 from vtlmm.hub.repository import RUN_RECORD
-from vtlmm.train.output_folder import lock_output
+from vtlmm.train.output_folder import clear_output, lock_output
 from vtlmm.train.recipe import parse_settings, read_recipe
 from vtlmm.train.run_record import loss_curves
 from vtlmm.train.stage_runner import prepare_datasets, run_training
@@ -327,3 +327,11 @@ def test_packing_with_grouping_by_length(recipe, tmp_path, monkeypatch):
     options = ["--packing", "--train_sampling_strategy", "group_by_length", "--max_length", 40, "--max_steps", 1]
     assert train(recipe, *options) == 0
     assert (tmp_path / "trainer_output" / RUN_RECORD).is_file()
+
+
+def test_overwrite_removes_scores_of_the_old_weights(tmp_path):
+    for name in ("results/pope.json", ".eval_results/pope.yaml", "notes.txt", "results/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    clear_output(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["notes.txt", "notes.txt"]

@@ -71,8 +71,10 @@ def holds_model(folder: Path) -> bool:
 
 
 def clear_output(folder: Path) -> None:
-    """Delete the model, the checkpoints and the record of an earlier run. Other files stay."""
+    """Delete the model, the checkpoints, the scores and the record of an earlier run. Other files stay."""
     remove_model_files(folder)
     (folder / "trainer_state.json").unlink(missing_ok=True)
+    for path in [*folder.glob("results/*.json"), *folder.glob(".eval_results/*.yaml")]:  # scores of the old weights
+        path.unlink()
     for path in [*folder.glob("checkpoint-*"), folder / "merged"]:
         shutil.rmtree(path, ignore_errors=True)

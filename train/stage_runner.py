@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from vtlmm.data.rows import ROW_FEATURES
 from vtlmm.data.validation import check_rows, checked_stream, position_limit
 from vtlmm.hub.quantize import quantization_config
-from vtlmm.hub.repository import RUN_RECORD
+from vtlmm.hub.repository import CHECK_FILE, RUN_RECORD
 
 from .adapters import keep_differentiable_on_cpu, peft_config
 from .checkpoints import checkpoint_folders
@@ -155,6 +155,7 @@ def run_training(settings: dict[str, Any], **kwargs) -> VTLMMTrainer:
             if overwrite:
                 clear_output(output_dir)
             (output_dir / RUN_RECORD).unlink(missing_ok=True)  # a record means that the stage is finished
+            (output_dir / CHECK_FILE).unlink(missing_ok=True)  # its logits are of the weights before this run
             shutil.rmtree(output_dir / "merged", ignore_errors=True)  # it holds the weights of an earlier run
         trainer.accelerator.wait_for_everyone()
         try:
