@@ -212,3 +212,8 @@ def test_batches_cannot_be_split_by_rows(tmp_path, name):
 def test_packing_is_restored_after_sft_trainer_ignores_it(tmp_path):
     trainer = build_trainer(tmp_path, packing=True, max_length=50)
     assert trainer.args.packing and trainer.args.assistant_only_loss and "rows" in trainer.train_dataset[0]
+
+
+def test_default_settings_give_no_warning(tmp_path, recwarn):
+    VTLMMTrainingConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert [str(warning.message) for warning in recwarn if "deprecated" in str(warning.message)] == []

@@ -1,6 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Training arguments: those of TRL's SFTConfig, and the settings of one VT-LMM stage."""
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,10 @@ class VTLMMTrainingConfig(SFTConfig):
             # TRL would enable bf16 everywhere, and fail on a machine without a GPU.
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.use_cpu
         self._check_combinations(stage)
-        super().__post_init__()
+        with warnings.catch_warnings():
+            # SFTConfig sets this by default, so the warning would be about a setting that the user did not choose.
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
+            super().__post_init__()
         if self.accelerator_config.dispatch_batches or self.accelerator_config.split_batches:
             raise ValueError(
                 "`dispatch_batches` and `split_batches` are not supported: they split a batch by rows, and its images "
