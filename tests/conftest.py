@@ -39,7 +39,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of shared reference data, which lies beside the repository on some machines only."""
+    """Return the folder of shared reference data next to the repository; skip the test if it does not exist."""
     if not SHARED.is_dir():
         pytest.skip("../shared is not here")
     return SHARED

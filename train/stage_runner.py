@@ -39,7 +39,7 @@ from .vm_head_search import replace_vm_head
 def prepare_dataset(
     data: DatasetConfig, split: str, processor, max_length: int | None, max_positions: int | None = None
 ):
-    """Return the checked rows of one split, or None if there are none. A stream is checked row by row."""
+    """Return the checked rows of one split, or None without such a split. A stream is checked row by row."""
     dataset = data.load(split)
     if dataset is None or not data.check_data:
         return dataset
