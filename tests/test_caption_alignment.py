@@ -14,7 +14,8 @@ from vtlmm.analysis.caption_words import measure_caption_words
 from vtlmm.cli.main import main
 from vtlmm.data.rows import ROW_FEATURES
 from vtlmm.inference.loading import load_model
-from vtlmm.train.caption_alignment import _RegressionSums, align_captions
+from vtlmm.train.caption_alignment import align_captions
+from vtlmm.train.word_regression import WordRegression
 
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30), "white": (235, 235, 235)}
@@ -44,9 +45,9 @@ def test_alignment_names_unseen_images(build_model, projector_type, vision):
         processor.image_processor.size = processor.image_processor.crop_size = {"height": 64, "width": 64}
     before = measure_caption_words(model, processor, captioned_images(24, seed=1))
     decoder = {name: tensor.clone() for name, tensor in model.model.language_model.state_dict().items()}
-    result = align_captions(model, processor, captioned_images(96, seed=0), frequency_exponent=1.0, penalty=0.1)
+    result = align_captions(model, processor, captioned_images(96, seed=0))
     after = measure_caption_words(model, processor, captioned_images(24, seed=1))
-    assert result.num_images == 96 and result.num_words == 5
+    assert result.num_images == 96 and result.num_candidates == 5
     assert after.top_word.value > 0.8 > 0.5 > before.top_word.value
     assert after.top_word_lift.low > 0.2 and after.patch_word_lift.low > 0.1
     assert after.num_patch_words <= result.num_candidates
@@ -58,9 +59,7 @@ def test_alignment_names_unseen_images(build_model, projector_type, vision):
 def test_a_trained_projector_is_kept(build_model, processor):
     model = build_model()
     projector = {name: tensor.clone() for name, tensor in model.model.multi_modal_projector.state_dict().items()}
-    align_captions(
-        model, processor, captioned_images(96, seed=0), keep_projector=True, frequency_exponent=1.0, penalty=0.1
-    )
+    align_captions(model, processor, captioned_images(96, seed=0), keep_projector=True)
     assert measure_caption_words(model, processor, captioned_images(24, seed=1)).top_word.value > 0.9
     for name, tensor in model.model.multi_modal_projector.state_dict().items():
         assert torch.equal(tensor, projector[name])
@@ -89,29 +88,48 @@ def test_two_layers_compute_the_regression(build_model, processor):
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
 
 
-def test_sums_solve_the_ridge_regression():
-    """Against least squares on standardized inputs with added rows."""
+def random_regression() -> tuple[torch.Tensor, torch.Tensor, WordRegression]:
+    """Return inputs `(50, 6)`, word indicators `(50, 4)` and their sums."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(50, 6, generator=generator).double() * torch.arange(1, 7) + 3
-    targets = inputs @ torch.randn(6, 4, generator=generator).double() + torch.randn(50, 4, generator=generator)
-    sums = _RegressionSums(6, 4)
+    words = (torch.rand(50, 4, generator=generator) < torch.tensor([0.1, 0.3, 0.5, 0.8])).double()
+    regression = WordRegression(6, 4, exponent=0.35)
     for start in range(0, 50, 7):
-        sums.add(inputs[start : start + 7], targets[start : start + 7])
-    weight, bias = sums.solve(0.5)
+        word_ids = [row.nonzero()[:, 0].tolist() for row in words[start : start + 7]]
+        regression.add(inputs[start : start + 7], word_ids)
+    return inputs, words, regression
+
+
+def test_sums_solve_the_ridge_regression():
+    """Against least squares on standardized inputs with added rows."""
+    inputs, words, regression = random_regression()
+    weight, bias = regression.solve(0.5)
+    shares = words.mean(0)
+    targets = (words - shares) / (shares * (1 - shares)) ** 0.35
     spread = inputs.std(0, correction=0)
     standardized = (inputs - inputs.mean(0)) / spread
     rows = torch.cat([standardized, (0.5 * 50) ** 0.5 * torch.eye(6).double()])
-    expected = torch.linalg.lstsq(rows, torch.cat([targets - targets.mean(0), torch.zeros(6, 4)])).solution
+    expected = torch.linalg.lstsq(rows, torch.cat([targets, torch.zeros(6, 4)])).solution
     torch.testing.assert_close(weight, expected / spread[:, None], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(inputs.mean(0) @ weight + bias, targets.mean(0).double())
+    torch.testing.assert_close(inputs.mean(0) @ weight + bias, torch.zeros(4).double())
+
+
+def test_mapped_sums_equal_sums_of_mapped_inputs():
+    inputs, words, regression = random_regression()
+    weight, bias = torch.randn(6, 3).double(), torch.randn(3).double()
+    expected = WordRegression(3, 4, exponent=0.35)
+    expected.add(inputs @ weight + bias, [row.nonzero()[:, 0].tolist() for row in words])
+    mapped = regression.mapped(weight, bias)
+    for name in ("count", "inputs", "gram", "words", "products"):
+        torch.testing.assert_close(getattr(mapped, name), getattr(expected, name))
 
 
 def test_unusable_input_is_rejected(build_model, processor):
     with pytest.raises(ValueError, match="vm_head_type is 'mlp'"):
         align_captions(build_model(vm_head_type="mlp"), processor, captioned_images(4, seed=0))
-    with pytest.raises(ValueError, match="4 of 4 rows .* at least 32"):
+    with pytest.raises(ValueError, match="0 images .* at least 32"):
         align_captions(build_model(), processor, captioned_images(4, seed=0))
-    with pytest.raises(ValueError, match="1 of 1 rows"):
+    with pytest.raises(ValueError, match="1 images"):
         measure_caption_words(build_model(), processor, captioned_images(1, seed=0))
 
 

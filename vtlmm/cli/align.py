@@ -39,6 +39,6 @@ def align(
         overwrite=overwrite,
     )
     print(
-        f"Aligned with {result.num_images} captioned images and {result.num_words} words: {output or model}\n"
+        f"Aligned with {result.num_images} captioned images and {result.num_candidates} words: {output or model}\n"
         "Show the words of an image: vtlmm tokens MODEL IMAGE"
     )
