@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import WORDS, build_processor
+from helpers.tiny_models import WORDS, build_processor
+from helpers.training import build_trainer
 from PIL import Image
-from training_setup import build_trainer
 from transformers import TrainerCallback
 
 from vtlmm.train.collator import VTLMMCollator

@@ -2,7 +2,6 @@
 """LoRA, DoRA and quantized bases: quantized layers, trainable parameters, saved files, and resuming."""
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -10,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.adapter_settings import ADAPTERS, DECODER_LINEARS, LORA, QLORA, QUANTIZED
+from helpers.processes import environment
+from helpers.training import write_start
 from safetensors.torch import load_file, save_file
-from training_setup import write_start
 from transformers import BitsAndBytesConfig
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
@@ -22,13 +23,6 @@ from vtlmm.train.stages import describe
 
 
 pytest.importorskip("bitsandbytes")
-
-ADAPTERS = {"none": {}, "lora": {"use_peft": True}, "dora": {"use_peft": True, "use_dora": True}}
-QUANTIZED = {"none": {}, "nf4": {"load_in_4bit": True}, "int8": {"load_in_8bit": True}}
-LORA = {"use_peft": True, "lora_r": 2, "learning_rate": 1e-2}
-QLORA = {**LORA, "load_in_4bit": True}
-PROJECTIONS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-DECODER_LINEARS = {f"model.language_model.layers.{i}.{name}" for i in range(2) for name in PROJECTIONS}
 
 
 @pytest.fixture(scope="module")
@@ -283,9 +277,8 @@ def killed(settings, tmp_path_factory):
     """Return, for each kind, the folder of a run that SIGKILL stopped one step after its checkpoint."""
     folders = {kind: tmp_path_factory.mktemp("killed") for kind in KINDS}
     runs = [{**settings, **KINDS[kind], "output_dir": str(folder)} for kind, folder in folders.items()]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", KILLED, json.dumps(runs)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert result.stdout.splitlines()[-1] == "[-9, -9]", result.stderr[-3000:]
     return folders
 

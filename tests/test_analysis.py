@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import WORDS
-from evaluation_setup import save_model
-from PIL import Image, ImageDraw
+from helpers.analysis import NUM_IMAGES, make_image, model, work  # noqa: F401 - fixtures
+from helpers.tiny_models import WORDS
+from PIL import Image
 
 from vtlmm.analysis.dataset_analysis import Analysis, AnalysisResult, analyze, analyze_images
 from vtlmm.analysis.failure_modes import evenly_spaced, measure_failure_modes
@@ -23,28 +23,8 @@ from vtlmm.cli.main import main
 from vtlmm.data.rows import load_rows
 
 
-NUM_IMAGES = 14
 # Tokens that can be a label: `<unk>` to `<pad>` are control tokens
 NAMES = [word for word in WORDS if content_words([word])]
-
-
-def make_image(seed: int, size: int = 28) -> Image.Image:
-    """Return an image of four squares of random colors, one per patch."""
-    rng, image = random.Random(seed), Image.new("RGB", (size, size))
-    draw = ImageDraw.Draw(image)
-    for x in (0, size // 2):
-        for y in (0, size // 2):
-            draw.rectangle((x, y, x + size // 2, y + size // 2), fill=tuple(rng.randrange(256) for _ in range(3)))
-    return image
-
-
-@pytest.fixture
-def model(build_model):
-    model = build_model()
-    model.initialize_vm_head("random")
-    with torch.no_grad():
-        model.model.vm_head.weight.mul_(10)
-    return model
 
 
 def test_lens_of_last_layer_equals_logits(model, processor):
@@ -230,20 +210,6 @@ def test_failure_modes_by_hand(model, processor, monkeypatch):
 
 
 # ---- The function and the command ----
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("analysis")
-    save_model(folder / "model", 0)
-    rows = []
-    for i in range(NUM_IMAGES):
-        make_image(i).save(folder / f"{i}.png")
-        row = {"image": f"{i}.png", "question": "is it red", "answer": "no", "what": [{"label": WORDS[9 + i]}]}
-        row["what"][0]["bbox"] = [0, 0, 14, 14]
-        rows.append(row)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def test_analyze_accepts_loaded_rows(work, model, processor):

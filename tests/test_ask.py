@@ -8,7 +8,7 @@ import re
 
 import pytest
 from datasets import Dataset, Features, Image, Value
-from inference_setup import COLORS, QUESTION, expected_answer, model_and_processor, work  # noqa: F401 - fixtures
+from helpers.inference import COLORS, QUESTION, expected_answer, model_and_processor, work  # noqa: F401 - fixtures
 from PIL import Image as PILImage
 from PIL import ImageOps
 

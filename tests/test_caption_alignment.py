@@ -6,8 +6,8 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import build_processor
 from datasets import Dataset
+from helpers.tiny_models import build_processor
 from PIL import Image
 
 from vtlmm.analysis.caption_words import measure_caption_words

@@ -5,7 +5,7 @@ import html
 import io
 
 import pytest
-from inference_setup import QUESTION, expected_answer, loaded, model_and_processor, turns, work  # noqa: F401 - fixtures
+from helpers.inference import QUESTION, expected_answer, loaded, model_and_processor, turns, work  # noqa: F401 - fixtures
 from PIL import Image as PILImage
 
 from vtlmm.analysis.app import IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES, answers_so_far, build_page, words_frame

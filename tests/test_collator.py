@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import WORDS, build_processor
+from helpers.tiny_models import WORDS, build_processor
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaImageProcessorPil, PreTrainedTokenizerFast

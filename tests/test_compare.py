@@ -4,7 +4,7 @@
 import json
 
 import pytest
-from evaluation_setup import NUM_IMAGES, arguments, finished, records, work  # noqa: F401 - fixtures
+from helpers.evaluation import NUM_IMAGES, arguments, finished, records, work  # noqa: F401 - fixtures
 
 from vtlmm.cli.main import main
 from vtlmm.evaluation.compare import compare_results

@@ -1,15 +1,15 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Composed models: tower and decoder are unchanged, and the saved folder is complete."""
 
-import json
 import textwrap
 
 import pytest
 import torch
-import transformers
+from helpers.byte_tokenizers import byte_tokenizer
+from helpers.composition import DECODERS, SIZE, TOWERS, asked, decoder_folder, tower_folder  # noqa: F401 - fixtures
+from helpers.processes import in_clean_process
+from helpers.tiny_models import scale_weights
 from PIL import Image
-from test_remote_code import in_clean_process
-from test_templates import CHATML, byte_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
@@ -17,131 +17,6 @@ from vtlmm.hub.chat_templates import load_template
 from vtlmm.hub.compose import compose_model
 from vtlmm.hub.special_tokens import Vocabulary, add_special_tokens, fit_embeddings
 from vtlmm.hub.vision_tower import load_image_processor, load_vision_tower
-
-
-SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-TOWER = {**SIZE, "hidden_size": 16, "num_hidden_layers": 3, "image_size": 28, "patch_size": 14}
-DINO = {key: value for key, value in TOWER.items() if key != "intermediate_size"}
-TEXT_TOWER = {**SIZE, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-
-# model_type, saved class, config, image processor and its settings; then what compose must find:
-# image tokens, positions before the patches, channels
-CROP = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-TOWERS = {
-    "clip": ("CLIPModel", {"vision_config": TOWER, "text_config": TEXT_TOWER}, "CLIP", CROP, (4, 1, 16)),
-    "siglip": (
-        "SiglipModel",
-        {"vision_config": TOWER, "text_config": TEXT_TOWER},
-        "Siglip",
-        {"size": {"height": 28, "width": 28}},
-        (4, 0, 16),
-    ),
-    "dinov2": ("Dinov2Model", {**DINO, "image_size": 42}, "Bit", CROP, (4, 1, 16)),
-    "dinov2_with_registers": (
-        "Dinov2WithRegistersModel",
-        {**DINO, "num_register_tokens": 2},
-        "Bit",
-        CROP,
-        (4, 3, 16),
-    ),
-    "mobilenet_v2": (
-        "MobileNetV2ForImageClassification",
-        {"image_size": 64, "depth_multiplier": 0.25},
-        "MobileNetV2",
-        {"size": {"shortest_edge": 72}, "crop_size": {"height": 64, "width": 64}},
-        (4, 0, 1280),
-    ),
-    "convnext": (
-        "ConvNextForImageClassification",
-        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_stages": 4},
-        "ConvNext",
-        {"size": {"shortest_edge": 64}, "crop_pct": 0.875},
-        (4, 0, 32),
-    ),
-}
-
-# config, rows beyond the tokenizer's tokens, settings of the tokenizer, its template
-CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]
-DECODERS = {
-    "llama": ({"num_key_value_heads": 2}, 0, {}, None),
-    "mistral": ({"num_key_value_heads": 2, "sliding_window": None}, 0, {"pad": "<pad>"}, None),
-    "qwen2": (
-        {"num_key_value_heads": 2, "tie_word_embeddings": True},
-        5,
-        {"special": CHAT_TOKENS, "bos": None, "eos": "<|endoftext|>", "pad": "<|endoftext|>", "unk": None},
-        CHATML,
-    ),
-    "qwen3": (
-        {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
-        0,
-        {"special": CHAT_TOKENS, "bos": None, "eos": "<|endoftext|>", "unk": None},
-        CHATML,
-    ),
-}
-
-
-def scaled(model):
-    """Multiply the weights by ten. With the default scale, distributions are uniform and hide errors."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(10)
-    return model
-
-
-@pytest.fixture(scope="module")
-def tower_folder(tmp_path_factory):
-    """Return a function from a tower's name to its folder with weights and image processor."""
-    folders = {}
-
-    def get(name: str) -> str:
-        if name not in folders:
-            folder = tmp_path_factory.mktemp(name)
-            class_name, config, processor, settings, _ = TOWERS[name]
-            model_class = getattr(transformers, class_name)
-            torch.manual_seed(0)
-            model = model_class(AutoConfig.for_model(name, **config))
-            (scaled(model) if "Image" not in class_name else model).save_pretrained(folder)
-            getattr(transformers, f"{processor}ImageProcessorPil")(**settings).save_pretrained(folder)
-            folders[name] = str(folder)
-        return folders[name]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def decoder_folder(tmp_path_factory):
-    """Return a function from a decoder's name to its folder with weights and tokenizer."""
-    folders = {}
-
-    def get(name: str) -> str:
-        if name not in folders:
-            folder = tmp_path_factory.mktemp(name)
-            config, spare_rows, settings, template = DECODERS[name]
-            tokenizer = byte_tokenizer(**settings)
-            tokenizer.chat_template = template
-            ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            config = AutoConfig.for_model(name, **SIZE, **config, **ids, vocab_size=len(tokenizer) + spare_rows)
-            torch.manual_seed(1)
-            scaled(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            folders[name] = str(folder)
-        return folders[name]
-
-    return get
-
-
-def asked(processor, image=None, **kwargs):
-    image = image or Image.new("RGB", (80, 50), (200, 30, 30))
-    content = [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-        **kwargs,
-    )
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -351,77 +226,6 @@ def test_padding_token(settings, pad):
     assert again.image_token_id == image_token_id and again.new_ids == []
 
 
-REFUSED = {
-    "phi": ({}, "head has a bias"),
-    "cohere": ({}, r"`logit_scale` is 0\.0625"),
-    "gemma2": ({"head_dim": 8, "num_key_value_heads": 2}, "final_logit_softcapping"),
-    "gemma": ({"head_dim": 8, "num_key_value_heads": 2}, "it scales its embeddings"),
-    "granite": ({"logits_scaling": 8.0}, "logits_scaling"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_decoders_with_another_head_are_rejected(tower_folder, tmp_path, name):
-    config, said = REFUSED[name]
-    tokenizer = byte_tokenizer()
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(name, **SIZE, **config, **ids, vocab_size=len(tokenizer))
-    )
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=said):
-        compose_model(tower_folder("clip"), str(tmp_path))
-
-
-def test_unknown_change_of_the_logits_is_found(tower_folder, decoder_folder, monkeypatch):
-    forward = transformers.LlamaForCausalLM.forward
-
-    def doubled(self, *args, **kwargs):
-        outputs = forward(self, *args, **kwargs)
-        outputs.logits = 2 * outputs.logits
-        return outputs
-
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", doubled)
-    with pytest.raises(ValueError, match="not its head × its last hidden state"):
-        compose_model(tower_folder("clip"), decoder_folder("llama"))
-
-
-@pytest.mark.parametrize(
-    ("vision", "changes", "options", "said"),
-    [
-        ("mobilenet_v2", {"do_center_crop": False}, {}, "different sizes"),
-        ("mobilenet_v2", {}, {"vision_feature_layer": -2}, "has one feature map"),
-        ("dinov2", {}, {"vision_feature_layer": 9}, "has 4 hidden states"),
-        ("clip", {}, {"chat_template": "vicuna"}, "vicuna_v1 or mistral, or a .jinja file"),
-        ("clip", {}, {"vm_head_init": "zeros"}, "'zeros'"),
-    ],
-)
-def test_unfitting_parts_are_rejected_with_the_reason(
-    tower_folder, decoder_folder, tmp_path, vision, changes, options, said
-):
-    for file in ("config.json", "model.safetensors", "preprocessor_config.json"):
-        source = f"{tower_folder(vision)}/{file}"
-        (tmp_path / file).write_bytes(open(source, "rb").read())
-    values = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**values, **changes}))
-    with pytest.raises(ValueError, match=said):
-        compose_model(str(tmp_path), decoder_folder("llama"), **options)
-
-
-def test_incomplete_checkpoints_are_rejected(tower_folder, decoder_folder, tmp_path):
-    tower = AutoModel.from_pretrained(tower_folder("convnext"))
-    state_dict = {name: value for name, value in tower.state_dict().items() if "stages.2" not in name}
-    tower.save_pretrained(tmp_path, state_dict=state_dict)
-    with pytest.raises(ValueError, match=r"Tensors of the vision tower \(ConvNextModel\) are missing .*stages\.2"):
-        compose_model(str(tmp_path), decoder_folder("llama"))
-    AutoModel.from_pretrained(tower_folder("convnext")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="contains no image processor"):
-        compose_model(str(tmp_path), decoder_folder("llama"))
-    with pytest.raises(ValueError, match=r"has 259 tokens but the decoder only 200"):
-        add_special_tokens(byte_tokenizer(), 200)
-
-
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou "
     "are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
@@ -449,7 +253,7 @@ def smollm2_folder(tmp_path_factory) -> str:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(1)
-    scaled(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
+    scale_weights(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -473,17 +277,6 @@ def test_decoder_whose_bos_token_starts_each_turn(tower_folder, smollm2_folder, 
     assert ids.count(tokenizer.bos_token_id) == (2 if drop else 3) and ids[0] == tokenizer.bos_token_id
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert VTLMMProcessor.from_pretrained(output).chat_template == processor.chat_template
-
-
-def test_system_prompt_of_another_template_is_not_dropped(tower_folder, decoder_folder):
-    with pytest.raises(ValueError, match="Leave out `chat_template`"):
-        options = {"chat_template": "vicuna_v1", "drop_system_prompt": True}
-        compose_model(tower_folder("clip"), decoder_folder("llama"), **options)
-
-
-def test_missing_part_is_not_looked_up_on_the_hub(tower_folder):
-    with pytest.raises(FileNotFoundError, match=r"'\./decoder' does not exist"):
-        compose_model(tower_folder("clip"), "./decoder")
 
 
 def test_reloaded_model_is_the_same(tower_folder, decoder_folder, tmp_path):

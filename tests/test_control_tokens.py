@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import build_processor
+from helpers.tiny_models import build_processor
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 

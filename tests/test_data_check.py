@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import build_config, build_processor
+from helpers.tiny_models import build_config, build_processor
 from PIL import ImageFile
 from transformers import CLIPImageProcessorPil
 

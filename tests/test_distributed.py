@@ -2,7 +2,6 @@
 """Two processes on gloo (DDP and FSDP2) equal one process: updates, evaluation, saving, resuming."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,11 +12,20 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
-from conftest import build_processor
-from distributed_run import EVALUATED, FSDP2, RAGGED, RESUMED, TEXT_ON_ONE, UPDATES, broken_rows, with_scored_questions
+from helpers.distributed_run import (
+    EVALUATED,
+    FSDP2,
+    RAGGED,
+    RESUMED,
+    TEXT_ON_ONE,
+    UPDATES,
+    broken_rows,
+    with_scored_questions,
+)
+from helpers.processes import environment
+from helpers.tiny_models import build_processor
+from helpers.training import assert_same_update, build_rows, build_trainer, update, weights
 from safetensors.torch import load_file
-from test_trainer import assert_same_update, update
-from training_setup import build_rows, build_trainer, weights
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.data.validation import check_rows
@@ -28,9 +36,8 @@ from vtlmm.train.parallelism import keep_exact_when_sharded
 def folder(tmp_path_factory) -> Path:
     """Run all cases, and return their folder. One run of each kind is killed and resumed."""
     folder = tmp_path_factory.mktemp("distributed")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, str(Path(__file__).with_name("distributed_run.py")), str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    command = [sys.executable, "-m", "helpers.distributed_run", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from doc_snippets import PAGES, ROOT, blocks, commands, write_demo_outputs
+from helpers.doc_snippets import PAGES, ROOT, blocks, commands, write_demo_outputs
 
 import vtlmm
 from vtlmm.cli.main import build_app, main

@@ -10,8 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import build_processor
-from evaluation_setup import (  # noqa: F401 - fixtures
+from helpers.evaluation import (  # noqa: F401 - fixtures
     NUM_IMAGES,
     QUESTIONS_PER_IMAGE,
     arguments,
@@ -20,6 +19,7 @@ from evaluation_setup import (  # noqa: F401 - fixtures
     save_model,
     work,
 )
+from helpers.tiny_models import build_processor
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 

@@ -5,9 +5,9 @@ import json
 import random
 
 import pytest
-from conftest import build_processor
 from datasets import Dataset, List
 from datasets import Image as ImageFeature
+from helpers.tiny_models import build_processor
 from PIL import ExifTags
 from PIL import Image as PILImage
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from doc_snippets import ROOT, write_demo_outputs
+from helpers.doc_snippets import ROOT, write_demo_outputs
 
 
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))

@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from conftest import build_config, build_tokenizer
+from helpers.released_checkpoints import CLOSE, NUM_WORDS, Case
+from helpers.tiny_models import build_config, build_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_convert import CLOSE, NUM_WORDS, Case
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,

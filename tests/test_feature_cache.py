@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import build_processor
+from helpers.tiny_models import build_processor
+from helpers.training import IMAGES_PER_ROW, assert_same_update, build_rows, build_trainer, update, weights
 from PIL import Image as PILImage
-from test_trainer import assert_same_update, update
-from training_setup import IMAGES_PER_ROW, build_rows, build_trainer, weights
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 from vtlmm.data.rows import load_rows

@@ -1,71 +1,27 @@
 """The fused losses have the values and gradients of the plain ones, and the properties in their docstrings."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers.fused_losses import (  # noqa: F401 - fixture
+    FUNCTIONS,
+    HIDDEN_SIZE,
+    LOSSES,
+    NUM_ROWS,
+    VOCAB_SIZE,
+    function_and_inputs,
+    relative_error,
+    several_blocks_per_chunk,
+    value_and_gradients,
+)
 from torch.utils.checkpoint import checkpoint
 
 from modeling_vtlmm import fused_losses_vtlmm as fused
 from modeling_vtlmm import losses_vtlmm as plain
 
 
-# A CPU makes two chunks of 150 and 149 rows, in blocks of 8 rows. The two sides differ in hidden size.
-NUM_ROWS, VOCAB_SIZE, IMAGE_SIZE, HIDDEN_SIZE = 299, 61, 12, 20
-LOSSES = ("vm_head is student", "lm_head is student", "language")
-FUNCTIONS = (*LOSSES, "pseudo image features")
-
-
-@pytest.fixture(autouse=True)
-def several_blocks_per_chunk(monkeypatch):
-    monkeypatch.setattr(fused, "LOGITS_PER_BLOCK_AND_THREAD_CPU", 8 * VOCAB_SIZE)
-
-
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-def function_and_inputs(module, name, num_rows=NUM_ROWS, dtype=torch.float64, exact=False, device="cpu"):
-    """
-    Return a function of `module` (plain or fused) with its constants bound, and the tensors to differentiate.
-
-    With `exact`, the numbers are rounded to `dtype` and converted to float64.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        numbers = torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
-        return numbers.double() if exact else numbers
-
-    image = normal(num_rows, IMAGE_SIZE), normal(VOCAB_SIZE, IMAGE_SIZE) / 2
-    text = normal(num_rows, HIDDEN_SIZE), normal(VOCAB_SIZE, HIDDEN_SIZE) / 2
-    embeddings = normal(VOCAB_SIZE, HIDDEN_SIZE)
-    words = torch.randint(VOCAB_SIZE, (num_rows,), generator=generator).to(device)
-
-    prefix = "fused_" if module is fused else ""
-    visual_loss_sum, language_loss_sum, pseudo_image_features = (
-        getattr(module, prefix + f) for f in ("visual_loss_sum", "language_loss_sum", "pseudo_image_features")
-    )
-    return {
-        "vm_head is student": (lambda features, weight: visual_loss_sum(features, weight, *text), image),
-        "lm_head is student": (lambda features, weight: visual_loss_sum(features, weight, *image), text),
-        "language": (lambda features, weight: language_loss_sum(features, weight, words), text),
-        "pseudo image features": (pseudo_image_features, (*image, embeddings)),
-    }[name]
-
-
-def value_and_gradients(function, inputs, scale=1.0, learn=(True, True, True)):
-    leaves = [tensor.detach().clone().requires_grad_(needed) for tensor, needed in zip(inputs, learn, strict=False)]
-    value = function(*leaves)
-    # Different weights, because a plain sum of the pseudo image features would hide errors in the columns.
-    weights = torch.arange(1, value.numel() + 1, device=value.device).view(value.shape) / value.numel()
-    (value * weights * scale).sum().backward()
-    return [value.detach(), *(leaf.grad for leaf in leaves)]
-
-
-def relative_error(found, expected):
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -281,102 +237,6 @@ def test_gradient_checkpointing(name, use_reentrant):
         inputs,
     )
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Record the number of elements of the largest tensor that an operation returns."""
-
-    num_elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
-        for result in results if isinstance(results, (tuple, list)) else [results]:
-            if isinstance(result, torch.Tensor):
-                self.num_elements = max(self.num_elements, result.numel())
-        return results
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_no_tensor_is_larger_than_the_logits_of_a_chunk(name, monkeypatch):
-    monkeypatch.setattr(fused, "ROWS_PER_CHUNK_CPU", 32)
-    largest = {}
-    for module in (fused, plain):
-        with LargestTensor() as mode:
-            value_and_gradients(*function_and_inputs(module, name))
-        largest[module] = mode.num_elements
-    inputs_size = NUM_ROWS * HIDDEN_SIZE
-    assert largest[plain] == NUM_ROWS * VOCAB_SIZE > inputs_size
-    assert largest[fused] <= max(32 * VOCAB_SIZE, inputs_size)
-
-
-@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, None])
-def test_compiled_functions_equal_the_blocks(grad_dtype):
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 19, VOCAB_SIZE, generator=generator)
-    words = torch.randint(VOCAB_SIZE, (19,), generator=generator)
-    for definition, in_blocks, target in (
-        (fused._divergence, fused._divergence_in_blocks, teacher),
-        (fused._cross_entropy, fused._cross_entropy_in_blocks, words),
-    ):
-        expected_losses, expected_gradient = definition(student, target, grad_dtype)
-        losses, gradient = in_blocks(student.clone(), target.clone(), grad_dtype)
-        torch.testing.assert_close(losses, expected_losses)
-        if grad_dtype is None:
-            assert expected_gradient is None
-        else:
-            torch.testing.assert_close(gradient.to(grad_dtype), expected_gradient)
-
-
-def test_failed_compilation_warns_once_and_falls_back(monkeypatch):
-    def fails(*_):
-        raise RuntimeError("no C compiler")
-
-    on_cuda = SimpleNamespace(is_cuda=True)
-    monkeypatch.setattr(fused, "_compiled", {})
-    monkeypatch.setattr(torch, "compile", lambda definition: fails)
-    with pytest.warns(UserWarning, match="no C compiler") as caught:
-        assert [fused._run("definition", lambda *_: "in blocks", on_cuda) for _ in range(3)] == ["in blocks"] * 3
-    assert len(caught) == 1
-
-
-def test_out_of_memory_error_is_not_a_compile_failure(monkeypatch):
-    def fails(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(fused, "_compiled", {"definition": fails})
-    with pytest.raises(torch.OutOfMemoryError):
-        fused._run("definition", lambda *_: "in blocks", SimpleNamespace(is_cuda=True))
-
-
-@pytest.mark.parametrize("num_rows", [0, 1, 191, 192, 193, 300, 1152])
-def test_chunks_are_even_and_cover_every_row(num_rows):
-    features = torch.empty(num_rows, 1)
-    chunks = [len(features[rows]) for rows in fused._chunks(features)]
-    assert sum(chunks) == num_rows and len(chunks) == math.ceil(num_rows / fused.ROWS_PER_CHUNK_CPU)
-    assert not chunks or max(chunks) - min(chunks) < len(chunks)
-    assert max(chunks, default=0) == fused._logits_tile(features, features).shape[0]
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("num_rows", [0, 1, NUM_ROWS])
-def test_gradients_do_not_contain_uninitialized_memory(name, num_rows, monkeypatch):
-    monkeypatch.setattr(fused, "ROWS_PER_CHUNK_CPU", 16)
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
-        assert torch.empty(1).isnan()
-        found = value_and_gradients(*function_and_inputs(fused, name, num_rows, torch.float32))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(tensor.isfinite().all() for tensor in found)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_sum_of_many_rows_keeps_float32_precision(name):
-    # Added chunk by chunk in float32, a sum of 40,000 losses is off by several units in the last place.
-    num_rows, dtype = 40_000, torch.float32
-    exact = value_and_gradients(*function_and_inputs(plain, name, num_rows, dtype, exact=True))
-    found = value_and_gradients(*function_and_inputs(fused, name, num_rows, dtype))
-    assert relative_error(found[0], exact[0]) < torch.finfo(dtype).eps
 
 
 @needs_cuda

@@ -2,7 +2,7 @@
 """`generate`: prompts, images and batches of the Python API."""
 
 import pytest
-from inference_setup import COLORS, QUESTION, expected_answer, model_and_processor, work  # noqa: F401 - fixtures
+from helpers.inference import COLORS, QUESTION, expected_answer, model_and_processor, work  # noqa: F401 - fixtures
 from PIL import Image as PILImage
 
 from vtlmm.inference.generation import VisionFeatures, generate

@@ -13,9 +13,9 @@ from importlib.metadata import entry_points
 import pytest
 import torch
 import yaml
-from conftest import WORDS, build_processor
 from datasets import Dataset, Image, load_dataset
-from evaluation_setup import save_model
+from helpers.evaluation import save_model
+from helpers.tiny_models import WORDS, build_processor
 from jinja2 import Template
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file

@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 import torch
-from inference_setup import QUESTION, expected_answer, loaded, model_and_processor, work  # noqa: F401 - fixtures
+from helpers.inference import QUESTION, expected_answer, loaded, model_and_processor, work  # noqa: F401 - fixtures
+from helpers.training import write_start
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
-from training_setup import write_start
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, CompileConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask

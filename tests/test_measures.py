@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import build_processor
+from helpers.tiny_models import build_processor
 
 from vtlmm.analysis.labels import read_labels
 from vtlmm.analysis.metrics import (

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.adapter_settings import ADAPTERS, DECODER_LINEARS, LORA, QLORA, QUANTIZED
+from helpers.processes import LOAD, in_clean_process
+from helpers.training import write_start
 from peft.utils.integrations import dequantize_module_weight
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_adapters import ADAPTERS, DECODER_LINEARS, LORA, QLORA, QUANTIZED
-from test_remote_code import LOAD, in_clean_process
-from training_setup import write_start
 from transformers import LlavaForConditionalGeneration
 
 from modeling_vtlmm import VTLMMForConditionalGeneration

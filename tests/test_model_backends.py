@@ -4,7 +4,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
-from conftest import build_config, random_rows
+from helpers.tiny_models import build_config, random_rows
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import build_config, build_processor
+from helpers.tiny_models import build_config, build_processor
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from matplotlib.axes import Axes
 from PIL import Image

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from conftest import random_rows
+from helpers.tiny_models import random_rows
 from transformers import StaticCache
 
 

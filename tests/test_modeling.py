@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TEXT_CONFIGS, VISION_CONFIGS, build_config, random_rows
+from helpers.tiny_models import TEXT_CONFIGS, VISION_CONFIGS, build_config, random_rows
 from transformers import AutoModel
 
 from modeling_vtlmm import VTLMMForConditionalGeneration

@@ -7,9 +7,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import build_processor
+from helpers.ablation import rows_of, work, write_grid  # noqa: F401 - `work` is a fixture
+from helpers.tiny_models import build_processor
 from PIL import Image as PILImage
-from test_ablate import rows_of, work, write_grid  # noqa: F401 - `work` is a fixture
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.ablations.grid import EvaluateConfig

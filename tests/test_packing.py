@@ -3,10 +3,9 @@
 
 import pytest
 import torch
-from conftest import build_config, build_processor
 from datasets import Image
-from test_trainer import assert_same_update, update
-from training_setup import build_rows, build_trainer
+from helpers.tiny_models import build_config, build_processor
+from helpers.training import assert_same_update, build_rows, build_trainer, update
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.data.validation import check_rows

@@ -7,8 +7,8 @@ import io
 import peft
 import pytest
 import torch
+from helpers.training import build_rows, write_start
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from training_setup import build_rows, write_start
 from transformers import BitsAndBytesConfig
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor

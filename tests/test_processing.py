@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from conftest import TEMPLATE, build_processor
+from helpers.tiny_models import TEMPLATE, build_processor
 from PIL import Image
 from transformers import CLIPImageProcessorPil, pipeline
 

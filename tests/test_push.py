@@ -2,13 +2,13 @@
 """Pushes to a loopback Hub with the unmodified client. hub_session.py runs them and reports the outcomes."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import environment
 from huggingface_hub import ModelCard
 
 from vtlmm.hub.model_card import CARD_MARK
@@ -26,9 +26,8 @@ PROCESSOR = {"chat_template.jinja", "processor_config.json", "tokenizer.json", "
 def facts(tmp_path_factory) -> dict:
     """Return the outcomes of the session by name: exit code, output, error, and commits of each repository."""
     work = tmp_path_factory.mktemp("session")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("hub_session.py")), str(work)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=work)
+    command = [sys.executable, "-m", "helpers.hub_session", str(work)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"), cwd=work)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.split("FACTS")[-1])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_setup import write_start
+from helpers.training import write_start
 
 from vtlmm.train.recipe import parse_arguments, split_stages
 from vtlmm.train.stage_runner import build_trainer

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from training_setup import write_start
+from helpers.training import write_start
 
 from vtlmm.cli.main import main
 from vtlmm.train import checkpoints

@@ -4,7 +4,7 @@
 import json
 
 import pytest
-from training_setup import build_trainer, write_start
+from helpers.training import build_trainer, write_start
 
 from vtlmm.train.stage_runner import build_trainer as build_run
 

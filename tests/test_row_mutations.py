@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
-from conftest import TEMPLATE, build_processor
+from helpers.tiny_models import TEMPLATE, build_processor
 from PIL import Image
 
 from vtlmm.data.data_report import FIXES

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_config, build_processor
+from helpers.tiny_models import build_config, build_processor
 from PIL import Image as PILImage
 from transformers import AutoProcessor
 

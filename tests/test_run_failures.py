@@ -7,8 +7,8 @@ import signal
 import time
 
 import pytest
+from helpers.training import write_start
 from torch.utils.data import get_worker_info
-from training_setup import write_start
 
 from vtlmm.cli.main import main
 from vtlmm.train.checkpoints import STAGING, find_checkpoint

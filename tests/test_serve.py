@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import build_processor
+from helpers.tiny_models import build_processor, scale_weights
 from PIL import Image
 
 from vtlmm.cli.app import app
@@ -28,17 +28,14 @@ QUESTION = "what is in the image ?"
 
 @pytest.fixture(scope="module")
 def model():
-    from conftest import build_config
+    from helpers.tiny_models import build_config
     from transformers import GenerationConfig
 
     from modeling_vtlmm import VTLMMForConditionalGeneration
 
     torch.manual_seed(0)
     model = VTLMMForConditionalGeneration(build_config()).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(10)
+    scale_weights(model)
     model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=3)
     model.generation_config.suppress_tokens = [0, 1, 2, 3, model.config.image_token_id, *range(45, 64)]
     return model

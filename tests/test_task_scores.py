@@ -7,10 +7,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, build_processor
 from datasets import Dataset
+from helpers.tiny_models import WORDS, build_processor
+from helpers.training import build_rows, build_trainer, weights, write_start
 from PIL import Image as PILImage
-from training_setup import build_rows, build_trainer, weights, write_start
 
 from vtlmm.cli.main import main
 from vtlmm.data.rows import load_rows

@@ -4,10 +4,10 @@
 import json
 
 import pytest
+from helpers.byte_tokenizers import CHATML, byte_tokenizer
 from jinja2 import TemplateError
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil
 
 from modeling_vtlmm import VTLMMProcessor
 from vtlmm.hub.chat_templates import TEMPLATE_NAMES, _read, add_images_and_marks, end_of_turn, load_template
@@ -21,10 +21,6 @@ TWO_TURNS = [
     {"role": "user", "content": "What colour is it?"},
     {"role": "assistant", "content": "White."},
 ]
-CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
-    "'\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 LLAMA_3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
     "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
@@ -43,23 +39,6 @@ THINKING = (
     "    {%- endif %}\n    {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}\n{%- endfor %}"
 )
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-
-
-def byte_tokenizer(special=(), bos="<s>", eos="</s>", unk="<unk>", pad=None) -> PreTrainedTokenizerFast:
-    """One token per byte, so that every text comes back from its ids; puts BOS in front when there is one."""
-    named = [token for token in dict.fromkeys((unk, bos, eos, pad)) if token]
-    words = [*named, *special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token=unk))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if bos:
-        template = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, named.index(bos))])
-        tokenizer.post_processor = template
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, unk_token=unk, pad_token=pad
-    )
-    fast.add_special_tokens({"extra_special_tokens": list(special)})
-    return fast
 
 
 @pytest.fixture(scope="module")

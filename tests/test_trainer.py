@@ -2,40 +2,24 @@
 """The trainer: exact normalization, trainable modules of each stage, resuming, logging."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import build_processor
+from helpers.processes import environment
+from helpers.tiny_models import build_processor
+from helpers.training import assert_same_update, build_rows, build_trainer, update, weights
 from safetensors.torch import load_file
-from training_setup import build_rows, build_trainer, weights
 
 from modeling_vtlmm.losses_vtlmm import predicted_positions
 from vtlmm.train.collator import VTLMMCollator
 from vtlmm.train.config import VTLMMTrainingConfig
 from vtlmm.train.stages import MODULES, STAGES, describe, module_of, resolve_stage
 from vtlmm.train.trainer import VTLMMTrainer
-
-
-def update(trainer) -> dict[str, torch.Tensor]:
-    """Return the change of each parameter in one optimizer step."""
-    before = weights(trainer.model)
-    trainer.train()
-    return {name: tensor - before[name] for name, tensor in weights(trainer.model).items()}
-
-
-def assert_same_update(found: dict, expected: dict, tolerance: float = 1e-6):
-    """Check the relative difference of the whole update, and that the same parameters change."""
-    assert found.keys() == expected.keys()
-    difference = sum((found[name] - expected[name]).double().square().sum() for name in expected).sqrt()
-    size = sum(tensor.double().square().sum() for tensor in expected.values()).sqrt()
-    assert size > 1e-3 and difference / size < tolerance, (difference / size).item()
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +204,7 @@ RESUMED |= {"per_device_train_batch_size": 2, "lr_scheduler_type": "cosine", "tr
 KILLED = textwrap.dedent(
     """
     import os, signal, sys
-    from training_setup import build_trainer
+    from helpers.training import build_trainer
     from transformers import TrainerCallback
 
     class Kill(TrainerCallback):
@@ -239,9 +223,8 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     """SIGKILL stops stage IV two steps after a checkpoint."""
     whole = build_trainer(tmp_path / "whole", **RESUMED)
     whole.train()
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     code = KILLED.replace("SETTINGS", repr(RESUMED))
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "killed")], env=environment, timeout=300)
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "killed")], env=environment(), timeout=300)
     assert result.returncode == -9
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-3"]
     resumed = build_trainer(tmp_path / "killed", **RESUMED)

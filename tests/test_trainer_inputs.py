@@ -7,12 +7,12 @@ import io
 
 import pytest
 import torch
-from conftest import build_config, build_processor
 from datasets import Dataset, DatasetDict, Image
 from datasets import List as ListFeature
+from helpers.tiny_models import build_config, build_processor
+from helpers.training import build_rows, weights
 from peft import LoraConfig
 from PIL import Image as PILImage
-from training_setup import build_rows, weights
 from transformers import BitsAndBytesConfig, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 

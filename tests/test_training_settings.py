@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from training_setup import build_rows, build_trainer
+from helpers.training import build_rows, build_trainer
 from trl import SFTConfig
 
 from vtlmm.train.config import LIMITED_SETTINGS, VTLMMTrainingConfig
@@ -124,13 +124,13 @@ NOT_TRAINED_HERE = {
     "ddp_backend": "passed through to DDP",
     "ddp_timeout": "passed through to DDP",
     "local_rank": "set by the launcher",
-    "push_to_hub": "hub_session.py",
-    "hub_token": "hub_session.py",
-    "hub_private_repo": "hub_session.py",
-    "hub_model_id": "hub_session.py",
-    "hub_strategy": "hub_session.py",
-    "hub_always_push": "hub_session.py",
-    "hub_revision": "hub_session.py",
+    "push_to_hub": "helpers/hub_session.py",
+    "hub_token": "helpers/hub_session.py",
+    "hub_private_repo": "helpers/hub_session.py",
+    "hub_model_id": "helpers/hub_session.py",
+    "hub_strategy": "helpers/hub_session.py",
+    "hub_always_push": "helpers/hub_session.py",
+    "hub_revision": "helpers/hub_session.py",
     "trackio_space_id": "needs trackio",
     "trackio_bucket_id": "needs trackio",
     "trackio_static_space_id": "needs trackio",

@@ -10,7 +10,7 @@ import sys
 import unittest
 
 import pytest
-from conftest import build_processor
+from helpers.tiny_models import build_processor
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.models.auto import modeling_auto

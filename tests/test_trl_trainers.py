@@ -3,8 +3,8 @@
 
 import pytest
 import torch
-from conftest import TEMPLATE, build_processor
 from datasets import Dataset
+from helpers.tiny_models import TEMPLATE, build_processor
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import build_config, build_processor
+from helpers.tiny_models import build_config, build_processor
 from safetensors.torch import load_file, save_file
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor

@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_processor
-from test_trainer import assert_same_update, update
-from training_setup import build_rows, build_trainer
+from helpers.tiny_models import build_processor
+from helpers.training import assert_same_update, build_rows, build_trainer, update
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.train.collator import VTLMMCollator

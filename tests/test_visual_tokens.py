@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from helpers.analysis import make_image, model, work  # noqa: F401 - fixtures
 from PIL import Image
-from test_analysis import make_image, model, work  # noqa: F401 - fixtures
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 

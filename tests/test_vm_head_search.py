@@ -3,7 +3,6 @@
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import environment
+from helpers.training import build_rows, build_trainer, weights
 from safetensors.torch import load_file
-from training_setup import build_rows, build_trainer, weights
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.hub.repository import RUN_RECORD
@@ -126,7 +126,7 @@ WORKER = textwrap.dedent(
     import sys
     from safetensors.torch import save_file
     from test_vm_head_search import build
-    from training_setup import weights
+    from helpers.training import weights
 
     trainer = build(sys.argv[1], per_device_train_batch_size=1)
     trainer._keep_best_candidate = lambda: None
@@ -143,9 +143,7 @@ def test_two_processes_equal_one(trained, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(tmp_path / "worker.py"), str(tmp_path)]
-    tests = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     found = load_file(tmp_path / "heads.safetensors")
     prefixes = ["model.vm_head.", *(f"model.vm_head_candidates.{i}." for i in range(len(heads) - 1))]

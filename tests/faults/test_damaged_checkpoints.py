@@ -4,7 +4,7 @@
 import shutil
 
 import pytest
-from training_setup import write_start
+from helpers.training import write_start
 
 from vtlmm.train.stage_runner import build_trainer, run_training
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training_setup import write_start
+from helpers.training import write_start
 
 from vtlmm.cli.main import main
 from vtlmm.train.checkpoints import STAGING

@@ -1,6 +1,6 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """
-The runs of `test_distributed.py`: `python distributed_run.py folder`.
+The runs of `test_distributed.py`: `python -m helpers.distributed_run folder`.
 
 Imports take longer than the training, so they run once and each pair of processes is forked. Each case writes its
 final weights to `case.safetensors`, or its results to `case.json`.
@@ -17,11 +17,9 @@ from unittest.mock import patch
 
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from conftest import build_processor
 from datasets import Dataset, Image, List
 from safetensors.torch import save_file
 from torch.multiprocessing import ProcessExitedException, start_processes
-from training_setup import build_rows, build_trainer
 from transformers import TrainerCallback
 
 from vtlmm.data.validation import check_rows
@@ -29,8 +27,11 @@ from vtlmm.evaluation.runner import task_scores
 from vtlmm.inference.generation import answer_batch
 from vtlmm.train.adapters import AdapterConfig
 
+from .tiny_models import build_processor
+from .training import build_rows, build_trainer
 
-FSDP2 = Path(__file__).parents[1] / "recipes/accelerate/fsdp2.yaml"
+
+FSDP2 = Path(__file__).parents[2] / "recipes/accelerate/fsdp2.yaml"
 RAGGED = (1, 0, 2, 1, 0, 3, 1, 1)
 TEXT_ON_ONE = (1, 2, 1, 1, 0, 0, 0, 0)  # batches of four: the second process has no image
 HALF, QUARTER = {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2}

@@ -6,14 +6,15 @@ import shlex
 from pathlib import Path
 
 import torch
-from conftest import build_config, build_processor
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 
+from .tiny_models import build_config, build_processor
 
-ROOT = Path(__file__).parents[1]
+
+ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/**/*.md"), ROOT / "benchmarks/README.md"]
 )

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS, build_config, build_processor
 from PIL import Image as PILImage
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
+
+from .tiny_models import WORDS, build_config, build_processor, scale_weights
 
 
 NUM_IMAGES, QUESTIONS_PER_IMAGE = 6, 3
@@ -21,10 +22,7 @@ def save_model(folder: Path, seed: int) -> None:
     """Save a model whose weights are large enough that its answers depend on the image."""
     torch.manual_seed(seed)
     model = VTLMMForConditionalGeneration(build_config())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(10)
+    scale_weights(model)
     model.save_pretrained(folder)
     build_processor().save_pretrained(folder)
 

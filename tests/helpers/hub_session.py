@@ -12,7 +12,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from loopback_hub import TOKEN, USER, LoopbackHub, Repository
+from .loopback_hub import TOKEN, USER, LoopbackHub, Repository
 
 
 HUB = LoopbackHub().__enter__()
@@ -21,11 +21,9 @@ os.environ.update(HF_ENDPOINT=HUB.endpoint, HF_TOKEN=TOKEN, HF_HOME=str(WORK / "
 os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
 
 import torch  # noqa: E402
-from conftest import build_config, build_processor  # noqa: E402
 from huggingface_hub.utils import close_session  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from safetensors.torch import load  # noqa: E402
-from training_setup import write_start  # noqa: E402
 from transformers import modeling_utils  # noqa: E402
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor  # noqa: E402
@@ -34,6 +32,9 @@ from vtlmm.hub import verify  # noqa: E402
 from vtlmm.hub.isolated_load import probe  # noqa: E402
 from vtlmm.hub.push import push_model  # noqa: E402
 from vtlmm.train.stage_runner import build_trainer, run_training  # noqa: E402
+
+from .tiny_models import build_config, build_processor  # noqa: E402
+from .training import write_start  # noqa: E402
 
 
 FACTS, SHARD_SIZES = {}, []

@@ -3,14 +3,15 @@
 
 import pytest
 import torch
-from conftest import build_config, build_processor
 from PIL import Image as PILImage
-from test_analysis import make_image
 from transformers import GenerationConfig
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.inference.generation import answer_batch, conversation
 from vtlmm.inference.loading import load_model
+
+from .analysis import make_image
+from .tiny_models import build_config, build_processor, scale_weights
 
 
 QUESTION = "what is in the image ?"
@@ -25,10 +26,8 @@ def work(tmp_path_factory):
     config.text_config.update({"hidden_size": 64, "intermediate_size": 64, "head_dim": 16})
     torch.manual_seed(0)
     model = VTLMMForConditionalGeneration(config)
+    scale_weights(model)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(10)
         model.initialize_vm_head("random")
         model.model.vm_head.weight.mul_(3)
         # without the mean of the features, which would choose the same word for all patches

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import torch
-from conftest import WORDS, build_config, build_processor
 from datasets import Dataset, Image
 from datasets import List as ListFeature
 from PIL import Image as PILImage
@@ -16,6 +15,8 @@ from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration
 from vtlmm.train.adapters import AdapterConfig, peft_config
 from vtlmm.train.config import VTLMMTrainingConfig
 from vtlmm.train.trainer import VTLMMTrainer
+
+from .tiny_models import WORDS, build_config, build_processor, scale_weights
 
 
 IMAGES_PER_ROW = (1, 0, 2, 1, 0, 3, 1, 1)
@@ -48,10 +49,7 @@ def build_trainer(
     """Return a trainer for a tiny random model, with SGD, so that one step shows the gradient."""
     torch.manual_seed(0)
     model = VTLMMForConditionalGeneration(build_config(**(model_options or {})))
-    with torch.no_grad():  # see `build_model`
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(5)
+    scale_weights(model, 5)
     model.initialize_vm_head("random")
     defaults = {
         "optim": "sgd",
@@ -93,10 +91,7 @@ def write_start(folder: Path, text: str = "llama", vision: str = "clip_vision_mo
     config = build_config(text, vision, **options).to_dict()
     config["text_config"].update(hidden_size=64, intermediate_size=128, head_dim=16)
     model = VTLMMForConditionalGeneration(VTLMMConfig(**config))
-    with torch.no_grad():  # see `build_model`
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(5)
+    scale_weights(model, 5)
     model.save_pretrained(folder / "start")
     processor = build_processor()
     if config["vision_feature_select_strategy"] == "full":  # no CLS position
@@ -115,3 +110,18 @@ def write_start(folder: Path, text: str = "llama", vision: str = "clip_vision_mo
     quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no"}
     steps = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "check_data": False}
     return {**data, **quiet, **steps, "output_dir": str(folder / "out")}
+
+
+def update(trainer) -> dict[str, torch.Tensor]:
+    """Return the change of each parameter in one optimizer step."""
+    before = weights(trainer.model)
+    trainer.train()
+    return {name: tensor - before[name] for name, tensor in weights(trainer.model).items()}
+
+
+def assert_same_update(found: dict, expected: dict, tolerance: float = 1e-6):
+    """Check the relative difference of the whole update, and that the same parameters change."""
+    assert found.keys() == expected.keys()
+    difference = sum((found[name] - expected[name]).double().square().sum() for name in expected).sqrt()
+    size = sum(tensor.double().square().sum() for tensor in expected.values()).sqrt()
+    assert size > 1e-3 and difference / size < tolerance, (difference / size).item()
