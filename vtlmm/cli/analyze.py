@@ -1,8 +1,9 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`vtlmm analyze MODEL --dataset …`"""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Option
 
@@ -15,6 +16,7 @@ EXAMPLES = (
 )
 
 
+@options.with_loading_options
 def analyze(
     model: options.Model,
     dataset: options.RequiredDataset,
@@ -37,33 +39,19 @@ def analyze(
     batch_size: options.BatchSize = 4,
     seed: options.Seed = 0,
     output: Annotated[Path | None, Option(help="Folder for the results. Default: one in outputs/analysis.")] = None,
-    dtype: options.Dtype = "auto",
-    load_in_4bit: options.LoadIn4Bit = False,
-    load_in_8bit: options.LoadIn8Bit = False,
-    device_map: options.DeviceMap = None,
-    use_pseudo_image_features: options.PseudoImageFeatures = False,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     overwrite: options.Overwrite = False,
+    *,
+    loading: options.LoadingOptions,
 ) -> None:
     """Measure what the visual tokens of a dataset mean."""
     from vtlmm.analysis.dataset_analysis import analyze as analyze_dataset
 
-    from .load import load, require_vtlmm
-
-    require_vtlmm(model, revision, trust_remote_code)
+    loading.require_visual_tokens(model)
+    loading_previous = replace(loading, revision=None)  # the revision is of `model`
     if previous:
-        require_vtlmm(previous, trust_remote_code=trust_remote_code)
-    loading: dict[str, Any] = {
-        "dtype": dtype,
-        "load_in_4bit": load_in_4bit,
-        "load_in_8bit": load_in_8bit,
-        "device_map": device_map,
-        "use_pseudo_image_features": use_pseudo_image_features,
-        "trust_remote_code": trust_remote_code,
-    }
+        loading_previous.require_visual_tokens(previous)
     folder = output or Path("outputs", "analysis", Path(model).name)
-    loaded, processor = load(model, revision=revision, **loading)
+    loaded, processor = loading.load(model)
     result = analyze_dataset(
         loaded,
         processor,
@@ -73,7 +61,7 @@ def analyze(
         labels=labels,
         limit=limit,
         num_questions=questions,
-        previous=load(previous, **loading) if previous else None,
+        previous=loading_previous.load(previous) if previous else None,
         layers=layers,
         batch_size=batch_size,
         seed=seed,

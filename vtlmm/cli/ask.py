@@ -3,7 +3,7 @@
 
 from os.path import isfile  # `Path.is_file` raises an error for a long question
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument, Option
 
@@ -16,6 +16,7 @@ EXAMPLES = (
 )
 
 
+@options.with_loading_options
 def ask(
     model: options.Model,
     prompt: Annotated[
@@ -28,13 +29,8 @@ def ask(
     image_folder: options.ImageFolder = None,
     batch_size: options.BatchSize = 8,
     max_new_tokens: options.MaxNewTokens = 512,
-    dtype: options.Dtype = "auto",
-    load_in_4bit: options.LoadIn4Bit = False,
-    load_in_8bit: options.LoadIn8Bit = False,
-    device_map: options.DeviceMap = None,
-    use_pseudo_image_features: options.PseudoImageFeatures = False,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    *,
+    loading: options.LoadingOptions,
 ) -> None:
     """Answer one question on stdout, or the questions of a file into a file."""
     prompt = prompt or []
@@ -51,26 +47,15 @@ def ask(
     from vtlmm.inference.batch_file import answer_file
     from vtlmm.inference.generation import answer_batch
 
-    from .load import load
-
-    loading: dict[str, Any] = {
-        "dtype": dtype,
-        "load_in_4bit": load_in_4bit,
-        "load_in_8bit": load_in_8bit,
-        "device_map": device_map,
-        "use_pseudo_image_features": use_pseudo_image_features,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-    }
     if dataset is None:
         *paths, question = prompt
         images = [open_image(path) for path in paths]
-        loaded, processor = load(model, **loading)
+        loaded, processor = loading.load(model)
         [answer] = answer_batch(loaded, processor, [{"images": images, "question": question}], max_new_tokens)
         print(answer)
         return
     assert output is not None  # checked above
-    loaded, processor = load(model, **loading)
+    loaded, processor = loading.load(model)
     answers = answer_file(
         loaded,
         processor,

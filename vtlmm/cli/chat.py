@@ -16,36 +16,21 @@ EXAMPLES = ("vtlmm chat outputs/joint --image image.jpg", "vtlmm chat user/name 
 HELP = "/image PATH adds an image to the next question, /words shows the top word of each patch, /reset, /quit"
 
 
+@options.with_loading_options
 def chat(
     model: options.Model,
     image: Annotated[list[Path] | None, Option(help="Image of the first question; repeat it for several.")] = None,
     max_new_tokens: options.MaxNewTokens = 512,
-    dtype: options.Dtype = "auto",
-    load_in_4bit: options.LoadIn4Bit = False,
-    load_in_8bit: options.LoadIn8Bit = False,
-    device_map: options.DeviceMap = None,
-    use_pseudo_image_features: options.PseudoImageFeatures = False,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    *,
+    loading: options.LoadingOptions,
 ) -> None:
     """Chat with a model about images in the terminal."""
     from vtlmm.data.images import open_image
 
-    from .load import load
-
     with contextlib.suppress(ImportError):  # not every Python has it
         import readline  # noqa: F401 - gives `input` a history
     images = [open_image(path) for path in image or []]
-    loaded, processor = load(
-        model,
-        dtype=dtype,
-        load_in_4bit=load_in_4bit,
-        load_in_8bit=load_in_8bit,
-        device_map=device_map,
-        use_pseudo_image_features=use_pseudo_image_features,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    loaded, processor = loading.load(model)
     print(HELP)
     converse(loaded, processor, images, max_new_tokens)
 

@@ -15,6 +15,24 @@ EXAMPLES = (
     "vtlmm eval outputs/joint --tasks pope,gqa",
 )
 
+Kind = Annotated[str | None, Option(metavar="COLUMN", help="Column with the kind of a question.")]
+References = Annotated[str | None, Option(metavar="COLUMN", help="Column with all accepted answers of a question.")]
+Id = Annotated[str | None, Option(metavar="COLUMN", help="Column with the id of a question.")]
+Scorer = Annotated[str, Option(help="exact, vqa, textvqa, gqa, pope, mme, scienceqa or mmbench.")]
+Prompt = Annotated[str | None, Option(metavar="BENCHMARK", help="End questions as LLaVA does for vqav2, mmbench, …")]
+BadRows = Annotated[Literal["raise", "skip"], Option(help="skip: leave out invalid rows and report them.")]
+MaxNewTokens = Annotated[
+    int | None, Option(min=1, help="Longest answer in tokens. Default: LLaVA's for the prompt, otherwise 128.")
+]
+Seed = Annotated[int, Option(help="Seed of the shuffled images.")]
+Output = Annotated[Path | None, Option(help="Folder for the results. Default: one in outputs/eval.")]
+Submission = Annotated[
+    Literal["vqav2", "vizwiz", "mmbench"] | None, Option(help="Also write the file for this benchmark's server.")
+]
+Tasks = Annotated[str | None, Option(metavar="TASK,…", help="Tasks of a harness. With --dataset: one local task.")]
+Harness = Annotated[Literal["lm-eval", "lmms-eval"], Option(help="Harness of --tasks.")]
+IncludePath = Annotated[Path | None, Option(help="Folder with more tasks of the harness, in YAML.")]
+
 # Options that a harness uses; the others have no effect with --tasks
 TASK_OPTIONS = {
     *("model", "tasks", "harness", "include_path", "dataset", "limit", "batch_size", "output"),
@@ -22,77 +40,44 @@ TASK_OPTIONS = {
 }
 
 
+@options.with_loading_options
 def eval(
     ctx: typer.Context,
     model: options.Model,
     dataset: options.Dataset = None,
     split: options.Split = "train",
     image_folder: options.ImageFolder = None,
-    kind: Annotated[str | None, Option(metavar="COLUMN", help="Column with the kind of a question.")] = None,
-    references: Annotated[
-        str | None, Option(metavar="COLUMN", help="Column with all accepted answers of a question.")
-    ] = None,
-    id: Annotated[str | None, Option(metavar="COLUMN", help="Column with the id of a question.")] = None,
-    scorer: Annotated[str, Option(help="exact, vqa, textvqa, gqa, pope, mme, scienceqa or mmbench.")] = "exact",
-    prompt: Annotated[
-        str | None, Option(metavar="BENCHMARK", help="End questions as LLaVA does for vqav2, mmbench, …")
-    ] = None,
-    bad_rows: Annotated[
-        Literal["raise", "skip"], Option(help="skip: leave out invalid rows and report them.")
-    ] = "raise",
+    kind: Kind = None,
+    references: References = None,
+    id: Id = None,
+    scorer: Scorer = "exact",
+    prompt: Prompt = None,
+    bad_rows: BadRows = "raise",
     limit: options.Limit = None,
     batch_size: options.BatchSize = 8,
-    max_new_tokens: Annotated[
-        int | None, Option(min=1, help="Longest answer in tokens. Default: LLaVA's for the prompt, otherwise 128.")
-    ] = None,
-    seed: Annotated[int, Option(help="Seed of the shuffled images.")] = 0,
-    output: Annotated[Path | None, Option(help="Folder for the results. Default: one in outputs/eval.")] = None,
-    submission: Annotated[
-        Literal["vqav2", "vizwiz", "mmbench"] | None, Option(help="Also write the file for this benchmark's server.")
-    ] = None,
-    tasks: Annotated[
-        str | None, Option(metavar="TASK,…", help="Tasks of a harness. With --dataset: one local task.")
-    ] = None,
-    harness: Annotated[Literal["lm-eval", "lmms-eval"], Option(help="Harness of --tasks.")] = "lmms-eval",
-    include_path: Annotated[Path | None, Option(help="Folder with more tasks of the harness, in YAML.")] = None,
-    dtype: options.Dtype = "auto",
-    load_in_4bit: options.LoadIn4Bit = False,
-    load_in_8bit: options.LoadIn8Bit = False,
-    device_map: options.DeviceMap = None,
-    use_pseudo_image_features: options.PseudoImageFeatures = False,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    max_new_tokens: MaxNewTokens = None,
+    seed: Seed = 0,
+    output: Output = None,
+    submission: Submission = None,
+    tasks: Tasks = None,
+    harness: Harness = "lmms-eval",
+    include_path: IncludePath = None,
+    *,
+    loading: options.LoadingOptions,
 ) -> None:
     """Answer and score the questions of a dataset, and repeat it with shuffled images."""
     if not (dataset or tasks):
         raise ValueError("The questions are missing. Pass --dataset or --tasks.")
-    load: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     if tasks:
         refuse_unused(ctx)
-        from vtlmm.evaluation.harness import run_harness
-
-        names = tasks.split(",")
-        output = output or Path("outputs", "eval", f"{Path(model).name}_{harness}_{'_'.join(names)}")
-        folder = None if include_path is None else str(include_path)
-        table = run_harness(harness, model, names, output, dataset, folder, limit, batch_size, **load)
-        if limit is not None:
-            print(f"SUBSET: the first {limit} questions of each task")
-        print(f"{table}\nAnswers and results: {output}")
+        run_tasks(model, tasks.split(","), harness, output, dataset, include_path, limit, batch_size, loading)
         return
 
     from vtlmm.evaluation.runner import evaluate
-    from vtlmm.inference.loading import load_model
 
     assert dataset is not None  # checked above
     output = output or Path("outputs", "eval", "_".join(filter(None, (Path(model).name, Path(dataset).stem, prompt))))
-    loaded, processor = load_model(
-        model,
-        load_in_4bit=load_in_4bit,
-        load_in_8bit=load_in_8bit,
-        device_map=device_map,
-        use_pseudo_image_features=use_pseudo_image_features,
-        **load,
-    )
+    loaded, processor = loading.load(model)
     result = evaluate(
         loaded,
         processor,
@@ -115,6 +100,29 @@ def eval(
     )
     print(result.to_markdown())
     print(f"Answers, tables and samples: {output}")
+
+
+def run_tasks(
+    model: str,
+    tasks: list[str],
+    harness: str,
+    output: Path | None,
+    dataset: str | None,
+    include_path: Path | None,
+    limit: int | None,
+    batch_size: int,
+    loading: options.LoadingOptions,
+) -> None:
+    """Run tasks of a harness and print their table."""
+    from vtlmm.evaluation.harness import run_harness
+
+    output = output or Path("outputs", "eval", f"{Path(model).name}_{harness}_{'_'.join(tasks)}")
+    load: dict[str, Any] = {name: getattr(loading, name) for name in ("dtype", "revision", "trust_remote_code")}
+    folder = None if include_path is None else str(include_path)
+    table = run_harness(harness, model, tasks, output, dataset, folder, limit, batch_size, **load)
+    if limit is not None:
+        print(f"SUBSET: the first {limit} questions of each task")
+    print(f"{table}\nAnswers and results: {output}")
 
 
 def refuse_unused(ctx: typer.Context) -> None:

@@ -1,8 +1,12 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Options that several commands share, so that an option has one name and one help text."""
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
@@ -38,3 +42,45 @@ TrustRemoteCode = Annotated[bool, Option("--trust-remote-code", help="Allow code
 VMHeadInit = Literal["lm_head", "input_embeddings", "random"]
 Host = Annotated[str, Option(help="Address to listen at. The default accepts connections from this machine only.")]
 Port = Annotated[int, Option(min=0, max=65535, help="Port to listen at.")]
+
+
+@dataclass
+class LoadingOptions:
+    """How a command loads its model. [`with_loading_options`] makes an option of each field."""
+
+    dtype: Dtype = "auto"
+    load_in_4bit: LoadIn4Bit = False
+    load_in_8bit: LoadIn8Bit = False
+    device_map: DeviceMap = None
+    use_pseudo_image_features: PseudoImageFeatures = False
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+
+    def load(self, name: str) -> Any:
+        """Return the model and the processor of a folder or Hub id, see [`load_model`]."""
+        from vtlmm.inference.loading import load_model
+
+        return load_model(name, **vars(self))
+
+    def require_visual_tokens(self, name: str) -> None:
+        """Raise a `ValueError` for a model without a VM head, before its weights are loaded."""
+        from vtlmm.inference.loading import load_config, require_visual_tokens
+
+        require_visual_tokens(load_config(name, self.revision, self.trust_remote_code), name)
+
+
+def with_loading_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameter `loading` of a command by one option for each field of [`LoadingOptions`]."""
+    signature = inspect.signature(command)
+    names = [field.name for field in fields(LoadingOptions)]
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        loading = LoadingOptions(**{name: values.pop(name) for name in names})
+        command(**values, loading=loading)
+
+    own = [parameter for name, parameter in signature.parameters.items() if name != "loading"]
+    parameters = [*own, *inspect.signature(LoadingOptions).parameters.values()]
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # typer reads it
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped

@@ -11,18 +11,14 @@ from . import options
 EXAMPLES = ("vtlmm serve outputs/joint", "vtlmm serve user/name --port 8080 --load-in-4bit")
 
 
+@options.with_loading_options
 def serve(
     model: options.Model,
     host: options.Host = "127.0.0.1",
     port: options.Port = 8000,
     compile: Annotated[bool, Option("--compile", help="Decode with a static cache, compiled on a GPU.")] = False,
-    dtype: options.Dtype = "auto",
-    load_in_4bit: options.LoadIn4Bit = False,
-    load_in_8bit: options.LoadIn8Bit = False,
-    device_map: options.DeviceMap = None,
-    use_pseudo_image_features: options.PseudoImageFeatures = False,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    *,
+    loading: options.LoadingOptions,
 ) -> None:
     """Serve OpenAI's chat API with images over HTTP. Needs the extra `vtlmm[serve]`."""
     try:
@@ -31,18 +27,8 @@ def serve(
         from vtlmm.inference.server import build_app
     except ImportError as error:
         raise ValueError(f"`vtlmm serve` needs more packages: pip install 'vtlmm[serve]' ({error}).") from error
-    from .load import load
 
-    loaded, processor = load(
-        model,
-        dtype=dtype,
-        load_in_4bit=load_in_4bit,
-        load_in_8bit=load_in_8bit,
-        device_map=device_map,
-        use_pseudo_image_features=use_pseudo_image_features,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    loaded, processor = loading.load(model)
     api = build_app(model, loaded, processor, compile=compile)
     print(f"{model} answers at http://{host}:{port}/v1", flush=True)
     uvicorn.run(api, host=host, port=port, log_level="warning")

@@ -15,6 +15,7 @@ EXAMPLES = (
 )
 
 
+@options.with_loading_options
 def tokens(
     model: options.Model,
     images: Annotated[list[Path] | None, Argument(metavar="IMAGE", help="Images.")] = None,
@@ -24,14 +25,9 @@ def tokens(
     limit: Annotated[int, Option(min=1, help="Use the images of the first rows of the dataset.")] = 32,
     output: Annotated[Path | None, Option(help="Folder for the results. Default: one in outputs/tokens.")] = None,
     top_k: Annotated[int, Option(min=1, help="Words per patch.")] = 5,
-    dtype: options.Dtype = "auto",
-    load_in_4bit: options.LoadIn4Bit = False,
-    load_in_8bit: options.LoadIn8Bit = False,
-    device_map: options.DeviceMap = None,
-    use_pseudo_image_features: options.PseudoImageFeatures = False,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     overwrite: options.Overwrite = False,
+    *,
+    loading: options.LoadingOptions,
 ) -> None:
     """Show the most likely words of every image patch, as PNG, web page and JSON."""
     if bool(images) == bool(dataset):
@@ -39,24 +35,13 @@ def tokens(
 
     from vtlmm.analysis.visual_token_files import TOKENS_PAGE, images_of_rows, open_images, save_visual_tokens
 
-    from .load import load, require_vtlmm
-
     # The images come first, so that a wrong path is found before the model is loaded.
     if dataset:
         names, opened = images_of_rows(dataset, None if image_folder is None else str(image_folder), split, limit)
     else:
         names, opened = open_images(images or [])
-    require_vtlmm(model, revision, trust_remote_code)
-    loaded, processor = load(
-        model,
-        dtype=dtype,
-        load_in_4bit=load_in_4bit,
-        load_in_8bit=load_in_8bit,
-        device_map=device_map,
-        use_pseudo_image_features=use_pseudo_image_features,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    loading.require_visual_tokens(model)
+    loaded, processor = loading.load(model)
     folder = output or Path("outputs", "tokens", Path(model).name)
     save_visual_tokens(loaded, processor, folder, images=opened, names=names, top_k=top_k, overwrite=overwrite)
     print(f"{len(opened)} images: a PNG each, {TOKENS_PAGE} and JSON in {folder}")
