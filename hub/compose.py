@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMPreTrainedModel, VTLMMProcessor
 
@@ -18,8 +18,9 @@ from .chat_templates import (
     load_template,
 )
 from .paths import check_checkpoint, check_output, clear_output
-from .special_tokens import add_special_tokens, fit_embeddings, set_generation_config
+from .special_tokens import Vocabulary, add_special_tokens, fit_embeddings, set_generation_config
 from .vision_tower import (
+    TowerGeometry,
     load_image_processor,
     load_vision_tower,
     part_config,
@@ -94,36 +95,47 @@ def compose_model(
         load_template(chat_template)  # check it before the parts are loaded
     if output is not None:
         output = check_output(output, [vision, text], overwrite)
-    vision, text = check_checkpoint(vision), check_checkpoint(text)
+    parts = _load_parts(
+        check_checkpoint(vision), check_checkpoint(text), vision_feature_layer, dtype, trust_remote_code
+    )
+    tokenizer = parts.tokenizer
+    tokenizer.chat_template, template_origin = choose_template(chat_template, tokenizer, drop_system_prompt)
+    composed = _assemble_parts(parts, projector_type, vm_head_type, vm_head_init, seed)
+    _log_summary(composed.model, template_origin)
+    if output is not None:
+        _save(composed, output)
+    return composed
+
+
+class _Parts(NamedTuple):
+    """The parts of a model: the tower with its configuration and image sizes, and the decoder with its tokenizer."""
+
+    tower: PreTrainedModel
+    vision_config: PreTrainedConfig
+    image_processor: Any
+    geometry: TowerGeometry
+    decoder: Any
+    text_config: PreTrainedConfig
+    tokenizer: Any
+    vocabulary: Vocabulary
+
+
+def _load_parts(
+    vision: str,
+    text: str,
+    vision_feature_layer: int | list[int] | None,
+    dtype: str | torch.dtype | None,
+    trust_remote_code: bool,
+) -> _Parts:
+    """Load and check the parts, and add the special tokens to the tokenizer."""
     tower = load_vision_tower(vision, trust_remote_code)
     image_processor = load_image_processor(vision, tower.config, trust_remote_code=trust_remote_code)
     geometry = probe_tower(tower, image_processor, vision_feature_layer)
     decoder = load_decoder(text, dtype, trust_remote_code)
     tokenizer: Any = AutoTokenizer.from_pretrained(text, trust_remote_code=trust_remote_code)
     vocabulary = add_special_tokens(tokenizer, decoder.get_input_embeddings().weight.shape[0])
-    tokenizer.chat_template, template_origin = choose_template(chat_template, tokenizer, drop_system_prompt)
-    config = VTLMMConfig(
-        vision_config=part_config(tower.config, vision),
-        text_config=part_config(decoder.config, text),
-        image_token_id=vocabulary.image_token_id,
-        visual_vocab_size=vocabulary.num_words,
-        projector_type=projector_type,
-        vm_head_type=vm_head_type,
-        **geometry.config_values(),
-    )
-    model = _assemble_parts(config, tower, decoder, vm_head_init, seed)
-    fit_embeddings(model, vocabulary)
-    set_generation_config(model, tokenizer, vocabulary, decoder.generation_config)
-    processor = VTLMMProcessor(
-        image_processor, tokenizer, chat_template=tokenizer.chat_template, **geometry.processor_values()
-    )
-    _log_summary(model, template_origin)
-    if output is not None:
-        clear_output(output)
-        model.save_pretrained(output)
-        processor.save_pretrained(output)
-        logger.info("Saved to %s.", output)
-    return ComposedModel(model, processor)
+    configs = part_config(tower.config, vision), part_config(decoder.config, text)
+    return _Parts(tower, configs[0], image_processor, geometry, decoder, configs[1], tokenizer, vocabulary)
 
 
 def load_decoder(name: str, dtype: str | torch.dtype | None, trust_remote_code: bool = False) -> Any:
@@ -202,9 +214,20 @@ def choose_template(chat_template: str | None, tokenizer: Any, drop_system_promp
 
 
 def _assemble_parts(
-    config: VTLMMConfig, tower: PreTrainedModel, decoder: Any, vm_head_init: str, seed: int
-) -> VTLMMForConditionalGeneration:
-    tensors = {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+    parts: _Parts, projector_type: str, vm_head_type: str, vm_head_init: str, seed: int
+) -> ComposedModel:
+    """Return the model of the parts with a new projector and VM head, and its processor."""
+    tokenizer, vocabulary, decoder = parts.tokenizer, parts.vocabulary, parts.decoder
+    config = VTLMMConfig(
+        vision_config=parts.vision_config,
+        text_config=parts.text_config,
+        image_token_id=vocabulary.image_token_id,
+        visual_vocab_size=vocabulary.num_words,
+        projector_type=projector_type,
+        vm_head_type=vm_head_type,
+        **parts.geometry.config_values(),
+    )
+    tensors = {f"model.vision_tower.{name}": tensor for name, tensor in parts.tower.state_dict().items()}
     tensors |= {f"model.language_model.{name}": tensor for name, tensor in decoder.base_model.state_dict().items()}
     if not config.tie_word_embeddings:
         tensors["lm_head.weight"] = decoder.get_output_embeddings().weight
@@ -212,7 +235,18 @@ def _assemble_parts(
         torch.manual_seed(seed)
         model = assemble_model(config, tensors, decoder.dtype, untrained=UNTRAINED)
         model.initialize_vm_head(vm_head_init)
-    return model
+    fit_embeddings(model, vocabulary)
+    set_generation_config(model, tokenizer, vocabulary, decoder.generation_config)
+    sizes = parts.geometry.processor_values()
+    processor = VTLMMProcessor(parts.image_processor, tokenizer, chat_template=tokenizer.chat_template, **sizes)
+    return ComposedModel(model, processor)
+
+
+def _save(composed: ComposedModel, output: Path) -> None:
+    clear_output(output)
+    composed.model.save_pretrained(output)
+    composed.processor.save_pretrained(output)
+    logger.info("Saved to %s.", output)
 
 
 def assemble_model(

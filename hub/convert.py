@@ -89,24 +89,12 @@ def convert_checkpoint(
         `ValueError`: if the checkpoint has another format, or tensors are missing, unexpected or of another shape; all
             are named.
     """
-    if vm_head_init not in VM_HEAD_SOURCES:
-        raise ValueError(f"`vm_head_init` is {vm_head_init!r}; it must be one of {', '.join(VM_HEAD_SOURCES)}.")
-    if chat_template is not None:
-        load_template(chat_template)  # check it before anything is downloaded
+    _check_options(vision_tower, tokenizer, chat_template, vm_head_init)
     output = check_output(output, [checkpoint, vision_tower, tokenizer], overwrite)
-    for name in filter(None, (vision_tower, tokenizer)):
-        check_checkpoint(name)
     folder = local_folder(checkpoint, patterns=CHECKPOINT_FILES)
     source = read_source(folder, vision_tower, tokenizer, chat_template, pad_to_square)
-
     model = model_without_weights(source.config)
-    tensors = _source_tensors(folder, source, model)
-    if not any(name.startswith(VM_HEAD) for name in tensors):
-        tensors[VM_HEAD + "weight"] = _new_vm_head(tensors, model, vm_head_init)
-    stored = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, StoredTensor)}
-    resize_vocabulary(stored, model, source.num_rows)
-    tensors |= stored
-
+    tensors = _converted_tensors(folder, source, model, vm_head_init)
     tokens = None if source.processor is None else source.processor.tokenizer
     generation_config = read_generation_config(folder, model.config.text_config)
     set_generation_config(model, tokens, source.vocabulary, generation_config)
@@ -114,6 +102,18 @@ def convert_checkpoint(
     write_tensors(tensors, output, shard_size)
     _save_without_weights(model, source.processor, _dtype(tensors, model), output)
     logger.info("Converted %s: %s parameters, in %s.", checkpoint, f"{model.num_parameters():,}", output)
+
+
+def _check_options(
+    vision_tower: str | None, tokenizer: str | None, chat_template: str | None, vm_head_init: str
+) -> None:
+    """Check the options of [`convert_checkpoint`] before anything is downloaded."""
+    if vm_head_init not in VM_HEAD_SOURCES:
+        raise ValueError(f"`vm_head_init` is {vm_head_init!r}; it must be one of {', '.join(VM_HEAD_SOURCES)}.")
+    if chat_template is not None:
+        load_template(chat_template)
+    for name in filter(None, (vision_tower, tokenizer)):
+        check_checkpoint(name)
 
 
 def read_source(
@@ -137,6 +137,18 @@ def read_source(
             f"{folder}/config.json has its own padding setting (`image_aspect_ratio`). Leave out `pad_to_square`."
         )
     return read_original(folder, values, vision_tower, tokenizer, chat_template)
+
+
+def _converted_tensors(
+    folder: Path, source: Checkpoint, model: VTLMMForConditionalGeneration, vm_head_init: str
+) -> Tensors:
+    """Return the tensors of the converted model: the checkpoint's, and a VM head if it has none."""
+    tensors = _source_tensors(folder, source, model)
+    if not any(name.startswith(VM_HEAD) for name in tensors):
+        tensors[VM_HEAD + "weight"] = _new_vm_head(tensors, model, vm_head_init)
+    stored = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, StoredTensor)}
+    resize_vocabulary(stored, model, source.num_rows)
+    return tensors | stored
 
 
 def _source_tensors(folder: Path, source: Checkpoint, model: VTLMMForConditionalGeneration) -> Tensors:

@@ -114,20 +114,39 @@ def write_card(
     license = license or earlier.get("license")
     bases = list(base_models) or _earlier_bases(earlier) or find_base_models(kind, config, runs)
     _write_license(folder, license)
-    card = ModelCard.from_template(
-        front_matter(kind, config, repo_id, license, bases, datasets, tags, runs, tables),
+    metadata = front_matter(kind, config, repo_id, license, bases, datasets, tags, runs, tables)
+    curves = CURVES_FILE if plot_curves(runs, folder / CURVES_FILE) else None
+    card = _fill_template(metadata, kind, config, repo_id, bases, datasets, runs, tables, shown, curves)
+    card.save(path)
+
+
+def _fill_template(
+    metadata: ModelCardData,
+    kind: str,
+    config: dict[str, Any],
+    repo_id: str,
+    bases: Sequence[str],
+    datasets: Sequence[str],
+    runs: Sequence[Run],
+    tables: Sequence[Results],
+    images: Sequence[str],
+    curves: str | None,
+) -> ModelCard:
+    """Return the card of `model_card.jinja` with the given front matter."""
+    return ModelCard.from_template(
+        metadata,
         template_path=str(TEMPLATE),
         mark=CARD_MARK,
         title=card_title(kind, config, bases),
         repo_id=repo_id,
         kind=kind,
-        license=license and escape_cell(license),
+        license=metadata.license and escape_cell(metadata.license),
         quantization=quantization_of(config),
         base=bases[0] if kind == ADAPTER and bases else None,
         no_export=_reason_without_export(config) if kind == VTLMM else None,
         parts=describe_parts(config, bases),
         image_tokens=config.get("image_seq_length"),
-        images=shown,
+        images=images,
         data=[escape_cell(name) for name in dict.fromkeys([*training_data(runs), *datasets])],
         bases=bases,
         stages=[escape_cell(run["stage"]) for run in runs],
@@ -135,10 +154,9 @@ def write_card(
         settings=settings_table(runs),
         plans=plans(runs),
         software=software(runs) if runs else "",
-        curves=CURVES_FILE if plot_curves(runs, folder / CURVES_FILE) else None,
+        curves=curves,
         results=[results_section(table) for table in tables],
     )
-    card.save(path)
 
 
 def card_title(kind: str, config: dict[str, Any], base_models: Sequence[str]) -> str:

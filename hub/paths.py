@@ -24,8 +24,8 @@ def check_checkpoint(name: str | Path) -> str:
     r"""
     Check that `name` is an existing folder or a possible Hub id, without any request to the Hub.
 
-    A name is a path if it starts with `/`, `.` or `~`, contains a backslash or more than one `/`, ends like a file, or
-    if its first part is an existing folder (`outputs/model`).
+    A name is a path if it is a `Path`, starts with `/`, `.` or `~`, ends with `/` or like a file, contains a backslash
+    or more than one `/`, or if its first part is an existing folder (`outputs/model`).
 
     Returns:
         `str`: `name`.
@@ -46,6 +46,7 @@ def check_checkpoint(name: str | Path) -> str:
         isinstance(name, Path)
         or text[0] in "/.~"
         or "\\" in text
+        or text[-1] == "/"
         or text.count("/") > 1
         or path.suffix in FILE_SUFFIXES
         or ("/" in text and Path(first).is_dir())

@@ -112,51 +112,37 @@ def push_model(
             installed package, see [`verify_checkpoint`].
         license, base_models, results, images: see [`write_card`].
 
-    Returns:
-        [`PushResult`]
-
     Raises:
         `FileNotFoundError`: if `folder` does not exist.
         `ValueError`: if a setting is invalid, no license is given, or the Hub rejects the push.
     """
     check_repo_id(repo_id)
     folder = Path(check_checkpoint(Path(folder)))
-    if form not in (None, *FORMS):
-        raise ValueError(f"`form` is {form!r}; it must be {', '.join(FORMS[:-1])} or {FORMS[-1]}.")
-    if form == ADAPTER and checkpoint_kind(folder)[0] != ADAPTER:
-        raise ValueError(f"'{folder}' is not an adapter: adapter_config.json is missing. Leave out `form`.")
+    _check_form(folder, form)
     license = license or _license_of(folder)
-    if not license:
-        raise ValueError(
-            f"The license of the weights is not specified. Pass `license` (`--license apache-2.0`), or write "
-            f"`license:` into the front matter of your own {CARD_FILE}."
-        )
     check_files(results, images)
     if not dry_run:
-        with hub_errors(repo_id):
-            _check_account(repo_id, tag)  # before minutes of verification
+        _check_account(repo_id, tag)  # before minutes of verification
     with tempfile.TemporaryDirectory() as place:
-        source = folder
-        if form in (LLAVA, *QUANTIZATIONS):
-            source = Path(place, "form")
-            _write_form(form, folder, source)
-        stage = Path(place, "model")
-        files = stage_files(source, stage, include)
-        if form not in QUANTIZATIONS:
-            add_results(stage, find_results(folder), strict=False)
+        source, stage = _in_form(form, folder, Path(place, "form")), Path(place, "model")
+        files = _stage_form(form, folder, source, stage, include)
         write_card(stage, repo_id, license=license, base_models=base_models, results=results, images=images)
-        if checkpoint_kind(stage)[0] == VTLMM and not (stage / CHECK_FILE).is_file():
-            record_logits(stage)
-        report = verify_checkpoint(stage, trust_remote_code=trust_remote_code)
-        report.checkpoint = str(folder)
-        files = sorted({*(name for name in files if (stage / name).is_file()), *list_published_files(stage)})
-        result = PushResult(repo_id, report, {name: (stage / name).stat().st_size for name in files})
-        if not report.problems and not dry_run:
+        record_logits(stage)
+        result = _verify_stage(stage, folder, repo_id, files, trust_remote_code)
+        if not result.report.problems and not dry_run:
             with hub_errors(repo_id, revision):
-                result.url = _upload(stage, repo_id, files, private, revision, tag)
+                result.url = _upload(stage, repo_id, list(result.files), private, revision, tag)
             if source == folder:
-                _copy_back(stage, folder, files)
+                _copy_back(stage, folder, list(result.files))
     return result
+
+
+def _verify_stage(stage: Path, folder: Path, repo_id: str, files: list[str], trust_remote_code: bool) -> PushResult:
+    """Verify the files of a push in `stage`, and list the given ones that exist and those that were generated."""
+    report = verify_checkpoint(stage, trust_remote_code=trust_remote_code)
+    report.checkpoint = str(folder)
+    names = sorted({*(name for name in files if (stage / name).is_file()), *list_published_files(stage)})
+    return PushResult(repo_id, report, {name: (stage / name).stat().st_size for name in names})
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -177,24 +163,50 @@ def check_repo_id(repo_id: str) -> None:
 def _check_account(repo_id: str, tag: str | None) -> None:
     """Check that the token may write and that the tag is new."""
     api = HfApi()
-    token = api.whoami().get("auth", {}).get("accessToken", {})
+    with hub_errors(repo_id):
+        token = api.whoami().get("auth", {}).get("accessToken", {})
+        tags = api.list_repo_refs(repo_id).tags if tag is not None and api.repo_exists(repo_id) else []
     if token.get("role") == "read":
         raise ValueError("Your token is read-only. Create a token with write access and run `hf auth login` with it.")
-    if tag is not None and api.repo_exists(repo_id) and tag in [ref.name for ref in api.list_repo_refs(repo_id).tags]:
+    if tag in [ref.name for ref in tags]:
         raise ValueError(f"The tag {tag} already exists in {repo_id}. Choose another tag.")
 
 
-def _license_of(folder: Path) -> str | None:
-    """Return the license in the front matter of the card in `folder`."""
+def _check_form(folder: Path, form: str | None) -> None:
+    if form not in (None, *FORMS):
+        raise ValueError(f"`form` is {form!r}; it must be {', '.join(FORMS[:-1])} or {FORMS[-1]}.")
+    if form == ADAPTER and checkpoint_kind(folder)[0] != ADAPTER:
+        raise ValueError(f"'{folder}' is not an adapter: adapter_config.json is missing. Leave out `form`.")
+
+
+def _license_of(folder: Path) -> str:
+    """
+    Return the license in the front matter of the card in `folder`.
+
+    Raises:
+        `ValueError`: if the card does not exist, is invalid or names no license.
+    """
     card = folder / CARD_FILE
     try:
-        return ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+        license = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
     except yaml.YAMLError as error:
         raise ValueError(f"{card}: the front matter is invalid: {error}") from error
+    if not license:
+        raise ValueError(
+            f"The license of the weights is not specified. Pass `license` (`--license apache-2.0`), or write "
+            f"`license:` into the front matter of your own {CARD_FILE}."
+        )
+    return license
 
 
 def record_logits(folder: Path) -> None:
-    """Record the logits of one question, computed with the installed code, for [`verify_checkpoint`] to compare."""
+    """
+    Record the logits of one question, computed with the installed code, for [`verify_checkpoint`] to compare.
+
+    Recorded logits are kept, and only those of a VT-LMM are recorded.
+    """
+    if checkpoint_kind(folder)[0] != VTLMM or (folder / CHECK_FILE).is_file():
+        return
     model = VTLMMForConditionalGeneration.from_pretrained(folder, dtype="auto")
     values = probe(model, VTLMMProcessor.from_pretrained(folder))
     _write_record(folder, values)
@@ -255,8 +267,18 @@ def _copy_back(stage: Path, folder: Path, files: Sequence[str]) -> None:
         license_file.unlink()  # the license has changed
 
 
-def _write_form(form: str, folder: Path, output: Path) -> None:
-    """Write the exported LLaVA or the quantized model of `folder`, with the files that its card needs."""
+def _stage_form(form: str | None, folder: Path, source: Path, stage: Path, include: Sequence[str]) -> list[str]:
+    """Stage the files of `source`, with the results of `folder` unless the model is quantized; return their names."""
+    files = stage_files(source, stage, include)
+    if form not in QUANTIZATIONS:
+        add_results(stage, find_results(folder), strict=False)
+    return files
+
+
+def _in_form(form: str | None, folder: Path, output: Path) -> Path:
+    """Return the folder of the model in another form: `output`, with the files that its card needs, or `folder`."""
+    if form in (None, ADAPTER):
+        return folder
     if form in QUANTIZATIONS:
         write_quantized(folder, output, form)
     else:
@@ -269,6 +291,7 @@ def _write_form(form: str, folder: Path, output: Path) -> None:
     # The results hold for an exported LLaVA, which gives the same answers. A quantized model has others.
     if form == LLAVA and (folder / RESULTS_FOLDER).is_dir():
         shutil.copytree(folder / RESULTS_FOLDER, output / RESULTS_FOLDER)
+    return output
 
 
 def _write_llava(folder: Path, output: Path) -> None:

@@ -142,10 +142,10 @@ def test_adapter_folder_is_loaded_with_its_base(tmp_path):
 def test_missing_folder_is_not_looked_up_on_the_hub(work, tmp_path, monkeypatch):
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args, **kwargs: pytest.fail("looked up"))
     monkeypatch.chdir(work.parent)
-    for name in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c", f"{work.name}/nowhere"):
+    for name in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c", f"{work.name}/nowhere", "nowhere/", Path("nowhere")):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             load_model(name)
     with pytest.raises(ValueError, match=f"has no config.json .*Did you mean {work / 'model'}"):
         load_model(work)
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(NotADirectoryError, match="is a file"):
         load_model(work / "red.png")

@@ -76,17 +76,10 @@ def load_rows(
         "keep_columns": tuple(keep_columns),
         "require_answers": require_answers,
     }
-    rows: Dataset | IterableDataset
     if isinstance(dataset, str | os.PathLike):
         rows = _load_source(os.fspath(dataset), image_folder, split, config_name, streaming, options, max_rows)
     else:
-        folder = os.path.abspath(image_folder or os.curdir)
-        if isinstance(dataset, list):
-            converted = _list_rows(dataset, "The list of rows", folder, options)
-            rows = Dataset.from_list(list(converted), features=row_features(options["keep_columns"]))
-            rows = first_rows(rows, max_rows)
-        else:
-            rows = convert_dataset(first_rows(dataset, max_rows), "The dataset", folder, **options)
+        rows = _rows_in_memory(dataset, os.path.abspath(image_folder or os.curdir), options, max_rows)
     return _one_question_per_row(rows) if one_question_per_row else rows
 
 
@@ -141,6 +134,15 @@ def _load_source(name: str, image_folder, split: str, config_name, streaming: bo
         return Dataset.from_list(converted, features=row_features(options["keep_columns"]))
     table = load_table(name, is_local, split, config_name, streaming)
     return convert_dataset(first_rows(table, max_rows), name, folder, **options)
+
+
+def _rows_in_memory(dataset, folder: str, options: dict, max_rows: int | None) -> Dataset | IterableDataset:
+    """Convert a list of rows or a dataset."""
+    if isinstance(dataset, list):
+        converted = _list_rows(dataset, "The list of rows", folder, options)
+        rows = Dataset.from_list(list(converted), features=row_features(options["keep_columns"]))
+        return first_rows(rows, max_rows)
+    return convert_dataset(first_rows(dataset, max_rows), "The dataset", folder, **options)
 
 
 def _file_rows(files: list[str], folder: str, options: dict) -> Iterator[dict]:

@@ -99,77 +99,122 @@ def evaluate(
     r"""
     Answer and score the questions of a dataset, with their own images and with shuffled images.
 
-    All rows and images are checked before the first answer.
+    All rows and images are checked before the first answer. The accepted texts of an argument are in its command's
+    help (`vtlmm eval --help`).
 
     Args:
         model, processor: see [`load_model`].
-        dataset (`str`): file, folder or Hub id, as for training; or rows as in [`load_rows`].
-        output (`str`, *optional*): folder for answers, tables and a page of samples. An interrupted run resumes there.
-        image_folder, split (*optional*): see [`load_rows`].
-        kind, references, row_id (`str`, *optional*): columns with the kind of a question, its accepted answers and
-            its id.
-        scorer (`str`, *optional*, defaults to `"exact"`): a name in [`SCORERS`].
-        prompt (`str`, *optional*): benchmark whose prompt ending is added, as in LLaVA.
-        submission (`str`, *optional*): benchmark (`vqav2`, `vizwiz` or `mmbench`) whose submission file is written to
-            `output`. It needs `row_id`.
-        bad_rows (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out invalid rows and reports them.
-        limit (`int`, *optional*): use the first rows only. The result is marked as a subset.
-        batch_size (`int`, *optional*, defaults to 8): questions per forward pass.
-        max_new_tokens (`int`, *optional*): longest answer in tokens; by default LLaVA's for `prompt`, otherwise 128.
-        seed (`int`, *optional*, defaults to 0): seed of the shuffled images.
-        name (`str`, *optional*): name of the model in the results.
-
-    Returns:
-        [`EvaluationResult`]
+        dataset, image_folder, split: file, folder or Hub id, as for training, or rows in memory; see [`load_rows`].
+        output: folder for answers, tables and a page of samples. An interrupted run resumes there.
+        kind, references, row_id: columns with the kind of a question, its accepted answers and its id.
+        scorer: a name in [`SCORERS`].
+        prompt: benchmark whose prompt ending is added, as in LLaVA.
+        submission: benchmark whose submission file is written to `output`. It needs `row_id`.
+        bad_rows: `"skip"` leaves out invalid rows and reports them.
+        limit: use the first rows only. The result is marked as a subset.
+        batch_size: questions per forward pass.
+        max_new_tokens: longest answer in tokens; by default LLaVA's for `prompt`, otherwise 128.
+        seed: seed of the shuffled images.
+        name: name of the model in the results.
 
     Raises:
         `ValueError`: for invalid rows or images, a scorer that does not fit the rows, an `output` of another run, or
             another process that writes to `output`.
     """
-    check_prompt(prompt)
-    _check_settings(submission, row_id, output, bad_rows, limit)
-    keep = [column for column in (kind, references, row_id) if column]
-    rows = load_rows(dataset, image_folder=image_folder, split=split, keep_columns=keep)
+    _check_settings(prompt, submission, row_id, output, bad_rows, limit)
+    data = _read_data(dataset, processor, image_folder, split, (kind, references, row_id), bad_rows, limit)
+    data.check_scoring(scorer, submission)
+    prompts = with_prompt(data.questions, prompt)
+    key = run_key(model, processor, prompts, prompt, max_new_tokens or MAX_NEW_TOKENS.get(prompt or "", 128), seed)
+    about = {"model": name or model.name_or_path, "split": split, **data.about()}
+    with TemporaryDirectory() as temporary:
+        folder = Path(output or temporary)
+        with one_writer(folder / LOCK_FILE, folder):
+            answers = run_questions(model, processor, data.rows, prompts, data.places, folder, key, batch_size, about)
+            return _report(data, prompts, *answers, scorer, submission, folder, {**about, "key": key})
+
+
+@dataclass
+class _EvaluationData:
+    """The questions of a dataset. `rows` are its valid rows, and `skipped` are the problems of the others."""
+
+    name: str
+    rows: Dataset
+    questions: list[dict[str, Any]]
+    places: Places
+    num_rows: int
+    subset: str | None
+    skipped: list[Problem]
+
+    def about(self) -> dict[str, Any]:
+        """Return the entries of `run.json` and `results.json` about the data."""
+        numbers = {"num_rows": self.num_rows, "num_questions": len(self.questions)}
+        return {"data": self.name, "subset": self.subset, **numbers}
+
+    def check_scoring(self, scorer: str, submission: str | None) -> None:
+        """Find a scorer or a submission that does not fit the questions before the first answer."""
+        for check in (score_answers, summarize):
+            check(self.questions, [""] * len(self.questions), scorer)
+        if submission:
+            check_submission(submission, self.questions, self.subset)
+
+
+def _read_data(
+    dataset,
+    processor,
+    image_folder: str | os.PathLike | None,
+    split: str,
+    columns: tuple[str | None, str | None, str | None],
+    bad_rows: str,
+    limit: int | None,
+) -> _EvaluationData:
+    """Read the questions and check their rows; `columns` are those of kind, references and id."""
+    rows = load_rows(dataset, image_folder=image_folder, split=split, keep_columns=[c for c in columns if c])
     num_rows, subset = len(rows), None
     if limit is not None and limit < num_rows:
         rows, subset = rows.select(range(limit)), f"the first {limit} of {num_rows} rows"
         num_rows = limit
-    rows, row_numbers, skipped = _valid_rows(rows, processor, bad_rows)
-    questions, places = read_questions(rows, kind, references, row_id, row_numbers)
-    for check in (score_answers, summarize):  # find a scorer that does not fit before the first answer
-        check(questions, [""] * len(questions), scorer)
-    if submission:
-        check_submission(submission, questions, subset)
-    prompts = with_prompt(questions, prompt)
-    key = run_key(model, processor, prompts, prompt, max_new_tokens or MAX_NEW_TOKENS.get(prompt or "", 128), seed)
-    data = os.fspath(dataset) if isinstance(dataset, str | os.PathLike) else "rows in memory"
-    about: dict[str, Any] = {"model": name or model.name_or_path, "data": data, "split": split, "subset": subset}
-    about |= {"num_rows": num_rows, "num_questions": len(questions)}
-    submission_file = None
-    with TemporaryDirectory() as temporary:
-        folder = Path(output or temporary)
-        with one_writer(folder / LOCK_FILE, folder):
-            answers, shuffled = run_questions(model, processor, rows, prompts, places, folder, key, batch_size, about)
-            about |= {"skipped": [str(problem) for problem in skipped], "key": key}
-            about["versions"] = package_versions(PACKAGES)
-            load_image = image_loader(rows, places)
-            results = write_report(folder, questions, prompts, answers, shuffled, scorer, load_image, about)
-            if submission:
-                submission_file = write_submission(folder, submission, questions, answers)
+    report = check_rows(rows, processor, require_marks=False)
+    if bad_rows == "raise" or not report.good_rows:
+        report.raise_for_problems(advice="Fix them, or set `bad_rows` to 'skip' to evaluate the other rows.")
+    rows = rows.select(report.good_rows)
+    questions, places = read_questions(rows, *columns, report.good_rows)
+    name = os.fspath(dataset) if isinstance(dataset, str | os.PathLike) else "rows in memory"
+    return _EvaluationData(name, rows, questions, places, num_rows, subset, report.problems)
+
+
+def _report(
+    data: _EvaluationData,
+    prompts: list[dict[str, Any]],
+    answers: list[str],
+    shuffled: list[str] | None,
+    scorer: str,
+    submission: str | None,
+    folder: Path,
+    about: dict[str, Any],
+) -> EvaluationResult:
+    """Write the tables, samples and submission into `folder`, and return the result."""
+    about |= {"skipped": [str(problem) for problem in data.skipped], "versions": package_versions(PACKAGES)}
+    load_image = image_loader(data.rows, data.places)
+    results = write_report(folder, data.questions, prompts, answers, shuffled, scorer, load_image, about)
+    file = write_submission(folder, submission, data.questions, answers) if submission else None
     return EvaluationResult(
         kinds=results["kinds"],
         summary=results["summary"],
         answers=answers,
         answers_shuffled_images=shuffled,
-        num_rows=num_rows,
-        num_questions=len(questions),
-        skipped=skipped,
-        subset=subset,
-        submission=submission_file,
+        num_rows=data.num_rows,
+        num_questions=len(data.questions),
+        skipped=data.skipped,
+        subset=data.subset,
+        submission=file,
     )
 
 
-def _check_settings(submission: str | None, row_id: str | None, output, bad_rows: str, limit: int | None) -> None:
+def _check_settings(
+    prompt: str | None, submission: str | None, row_id: str | None, output, bad_rows: str, limit: int | None
+) -> None:
+    check_prompt(prompt)
     if submission is not None and submission not in SUBMISSION_IDS:
         raise ValueError(f"Unknown submission {submission!r}. Choose one of {', '.join(SUBMISSION_IDS)}.")
     if submission is not None and row_id is None:
@@ -181,14 +226,6 @@ def _check_settings(submission: str | None, row_id: str | None, output, bad_rows
         raise ValueError(f"`bad_rows` is {bad_rows!r}. It must be 'raise' or 'skip'.")
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` is {limit}. It must be at least 1.")
-
-
-def _valid_rows(rows: Dataset, processor, bad_rows: str) -> tuple[Dataset, list[int], list[Problem]]:
-    """Return the valid rows, their numbers in the dataset, and the problems of the other rows."""
-    report = check_rows(rows, processor, require_marks=False)
-    if bad_rows == "raise" or not report.good_rows:
-        report.raise_for_problems(advice="Fix them, or set `bad_rows` to 'skip' to evaluate the other rows.")
-    return rows.select(report.good_rows), report.good_rows, report.problems
 
 
 def run_questions(

@@ -13,6 +13,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import find_adapter_config_file
 
 import modeling_vtlmm  # noqa: F401 - registers the model
+from vtlmm.hub.paths import check_checkpoint
 from vtlmm.hub.repository import RUN_RECORD
 
 
@@ -55,12 +56,10 @@ def load_model(
 
     Args:
         name (`str`): model folder, adapter folder or Hub id.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): dtype of the weights; `"auto"` takes the
-            checkpoint's dtype.
+        dtype (`str` or `torch.dtype`, *optional*): dtype of the weights; `"auto"` is the checkpoint's dtype.
         revision (`str`, *optional*): branch, tag or commit of a Hub id.
         trust_remote_code (`bool`, *optional*, defaults to `False`): allow code in the model's folder to run.
-        device_map (`str` or `dict`, *optional*): as in transformers. By default the whole model is on the first
-            accelerator, or on the CPU without one.
+        device_map (`str` or `dict`, *optional*): as in transformers; by default the first accelerator or the CPU.
         load_in_4bit, load_in_8bit (`bool`, *optional*, defaults to `False`): quantize the decoder with bitsandbytes
             (nf4 or int8). The vision tower, the projector and both heads are not quantized.
         use_pseudo_image_features (`bool`, *optional*, defaults to `False`): give the decoder softmax(VM head(v)) E
@@ -72,13 +71,10 @@ def load_model(
 
     Raises:
         `FileNotFoundError`: if `name` looks like a path and the folder does not exist.
-        `ValueError`: if the folder is not a model, if the checkpoint has missing tensors, or if the adapter does not
-            fit its base.
+        `ValueError`, `NotADirectoryError`: if `name` is not a model, tensors are missing, or the adapter does not fit.
     """
-    name = os.fspath(name)
-    remote = {"trust_remote_code": trust_remote_code}
     source = _find_source(name, revision, trust_remote_code)
-    config = source.config
+    name, config, remote = os.fspath(name), source.config, {"trust_remote_code": trust_remote_code}
     if use_pseudo_image_features:
         require_visual_tokens(config, name)
         config.use_pseudo_image_features = True
@@ -99,18 +95,22 @@ def load_model(
     if source.adapter is not None:
         model, in_adapter = _apply_adapter(model, source.adapter, revision)
         missing -= in_adapter
-    if missing:  # from_pretrained only warns for LLaVA, and the answers would come from random weights
+    _check_complete(source.base, type(model).__name__, missing)
+    return LoadedModel(model.eval(), AutoProcessor.from_pretrained(name, revision=revision, **remote))
+
+
+def _check_complete(name: str, model_class: str, missing: set[str]) -> None:
+    """Reject missing tensors. from_pretrained only warns for LLaVA, and the answers would come from random weights."""
+    if missing:
         raise ValueError(
-            f"{source.base} has {len(missing)} missing tensors of {type(model).__name__}, e.g. "
-            f"{', '.join(sorted(missing)[:3])}. Convert or save the model again."
+            f"{name} has {len(missing)} missing tensors of {model_class}, e.g. {', '.join(sorted(missing)[:3])}. "
+            "Convert or save the model again."
         )
-    processor = AutoProcessor.from_pretrained(name, revision=revision, **remote)
-    return LoadedModel(model.eval(), processor)
 
 
 def load_config(name: str | os.PathLike, revision: str | None = None, trust_remote_code: bool = False):
-    """Return the config of the model that [`load_model`] would load. Same errors."""
-    return _find_source(os.fspath(name), revision, trust_remote_code).config
+    """Return the config of the model that [`load_model`] would load, and raise the same errors for a wrong name."""
+    return _find_source(name, revision, trust_remote_code).config
 
 
 def require_visual_tokens(config: PreTrainedConfig, name: str) -> None:
@@ -136,8 +136,8 @@ def best_device() -> str:
 # ---- Where the weights are ----
 
 
-def _find_source(name: str, revision: str | None, trust_remote_code: bool) -> _Source:
-    _check_name(name)
+def _find_source(name: str | os.PathLike, revision: str | None, trust_remote_code: bool) -> _Source:
+    name = _check_name(name)
     adapter_config = find_adapter_config_file(name, revision=revision)
     if adapter_config is None:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -158,26 +158,21 @@ def _find_source(name: str, revision: str | None, trust_remote_code: bool) -> _S
     return _Source(config, base, base_revision, name)
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str | os.PathLike) -> str:
     """
-    Check a model's name before it is looked up on the Hub, which takes many retries.
+    Check a model's name before it is looked up on the Hub, which takes many retries, and return it as a text.
 
     Raises:
-        `FileNotFoundError`: if the name looks like a path and does not exist.
-        `ValueError`: if it is a file, or a folder without a model.
+        `FileNotFoundError`, `NotADirectoryError`: see [`check_checkpoint`].
+        `ValueError`: if it is a folder without a model.
     """
-    path = Path(name)
-    if path.is_file():
-        raise ValueError(f"{name} is a file. Give the folder of a model or a Hub id.")
-    if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-            inside = sorted(str(file.parent) for file in path.glob("*/config.json"))
-            advice = f"Did you mean {' or '.join(inside[:5])}?" if inside else "Give the folder of a model."
-            raise ValueError(f"{name} has no config.json and no adapter_config.json. {advice}")
-        return
-    parts = name.replace(os.sep, "/").split("/")
-    if len(parts) > 2 or parts[0] in ("", ".", "..", "~") or name.endswith("/") or Path(parts[0]).is_dir():
-        raise FileNotFoundError(f"The folder {name} does not exist.")
+    text = check_checkpoint(name if isinstance(name, str) else Path(name))
+    path = Path(text)
+    if path.is_dir() and not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+        inside = sorted(str(file.parent) for file in path.glob("*/config.json"))
+        advice = f"Did you mean {' or '.join(inside[:5])}?" if inside else "Give the folder of a model."
+        raise ValueError(f"{text} has no config.json and no adapter_config.json. {advice}")
+    return text
 
 
 def _quantization_config(config: PreTrainedConfig, dtype: str | torch.dtype, in_4bit: bool, in_8bit: bool):
