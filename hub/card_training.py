@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .private_values import escape_cell, escape_code, published_name, remove_private_values
-from .repository import RUN_RECORD, is_hub_id, read_json
+from .repository import is_hub_id
 
 
 Run = dict[str, Any]
@@ -26,12 +26,6 @@ PANELS = {
 # Settings that the table of stages has already, or that do not affect the weights.
 NOT_LISTED = {"model_name_or_path", "model_revision", "dataset_name", "eval_dataset", "image_folder", "output_dir"}
 NOT_LISTED |= {"stage", "learning_rate", "resume_from_checkpoint", "cache_image_features", "disable_tqdm", "overwrite"}
-
-
-def read_runs(folder: Path) -> list[Run]:
-    """Return the entries of `vtlmm_run.json` in `folder`, or an empty list."""
-    runs = read_json(folder / RUN_RECORD)
-    return runs if isinstance(runs, list) else []
 
 
 def training_data(runs: Sequence[Run]) -> list[str]:

@@ -27,7 +27,6 @@ from .card_training import (
     hub_datasets,
     plans,
     plot_curves,
-    read_runs,
     settings_table,
     software,
     stage_table,
@@ -46,6 +45,7 @@ from .repository import (
     card_images,
     checkpoint_kind,
     is_hub_id,
+    read_run_record,
 )
 
 
@@ -109,7 +109,7 @@ def write_card(
     if before and not is_generated(before):
         return
     kind, config = kind_and_config or checkpoint_kind(folder)
-    runs = read_runs(folder) if runs is None else runs
+    runs = read_run_record(folder) if runs is None else runs
     earlier = ModelCard(before, ignore_metadata_errors=True).data if CARD_MARK in before else ModelCardData()
     license = license or earlier.get("license")
     bases = list(base_models) or _earlier_bases(earlier) or find_base_models(kind, config, runs)

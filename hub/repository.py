@@ -142,6 +142,28 @@ def read_json(file: Path) -> Any:
         return {}
 
 
+def read_run_record(folder: str | Path) -> list[dict[str, Any]]:
+    """
+    Return the entries of `vtlmm_run.json` in a folder, one for each stage; an empty list without a record.
+
+    Raises:
+        `ValueError`: if the file is damaged.
+    """
+    path = Path(folder, RUN_RECORD)
+    if not path.is_file():
+        return []
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Delete it.") from error
+    return history if isinstance(history, list) else []
+
+
+def adapter_record(adapter: str | Path) -> list[dict[str, Any]]:
+    """Return the run record of an adapter. The record of a checkpoint is in its parent folder."""
+    return read_run_record(adapter) or read_run_record(Path(adapter).resolve().parent)
+
+
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Return whether a file name matches one of `patterns`."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)

@@ -4,6 +4,7 @@
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ from transformers.masking_utils import sdpa_mask
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
 from vtlmm.hub.export_llava import export_to_llava
+from vtlmm.hub.weights_digest import weights_digest
 from vtlmm.inference.generation import answer_batch, generate
 from vtlmm.inference.loading import load_model
-from vtlmm.inference.resumable import weights_digest
 from vtlmm.train.merge import merge_adapter
 from vtlmm.train.stage_runner import run_training
 

@@ -10,6 +10,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from .setting_checks import validate_stage
 from .stages import Stage, module_of
 
 
@@ -153,7 +154,9 @@ def adapted_stage(model: PeftModel, stage: Stage) -> Stage:
             f"The adapter trains {', '.join(sorted(trained - set(stage.trains)))}, but stage {stage.name} trains "
             f"{', '.join(stage.trains)}. Change `stage` or `trainable_modules`, or the adapter's `modules_to_save`."
         )
-    return replace(stage, trains=tuple(module for module in stage.trains if module in trained))
+    stage = replace(stage, trains=tuple(module for module in stage.trains if module in trained))
+    validate_stage(stage)
+    return stage
 
 
 def float32_copies(model: PreTrainedModel | PeftModel, args: TrainingArguments) -> dict[nn.Parameter, torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from .setting_checks import validate_arguments
 from .stages import Stage, resolve_stage
 from .vm_head_search import check_candidates
 
@@ -137,6 +138,12 @@ class VTLMMTrainingConfig(SFTConfig):
 
     def __post_init__(self):
         self._check_limited_settings()
+        if self.vm_head_init not in (None, "lm_head", "input_embeddings", "random", "keep"):
+            raise ValueError(
+                f"`vm_head_init` is {self.vm_head_init!r}; it must be lm_head, input_embeddings, random or keep."
+            )
+        if self.vm_head_candidates:
+            check_candidates(self.vm_head_candidates)
         stage = self.resolved_stage()
         if self.learning_rate is None:
             self.learning_rate = stage.learning_rate
@@ -147,7 +154,7 @@ class VTLMMTrainingConfig(SFTConfig):
         if self.bf16 is None and not self.fp16:
             # TRL would enable bf16 everywhere, and fail on a machine without a GPU.
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.use_cpu
-        self._check_combinations(stage)
+        validate_arguments(self, stage)
         with warnings.catch_warnings():
             # SFTConfig sets this by default, so the warning would be about a setting that the user did not choose.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -157,6 +164,8 @@ class VTLMMTrainingConfig(SFTConfig):
                 "`dispatch_batches` and `split_batches` are not supported: they split a batch by rows, and its images "
                 "are not one per row. Remove them from `accelerator_config`."
             )
+        # By default, accelerate would slice the images of a stream's batch to the number of rows.
+        self.accelerator_config.dispatch_batches = False
 
     def _check_limited_settings(self) -> None:
         for name, (supported, reason) in LIMITED_SETTINGS.items():
@@ -164,25 +173,6 @@ class VTLMMTrainingConfig(SFTConfig):
             if value not in supported:
                 values = " or ".join(repr(one) for one in supported)
                 raise ValueError(f"`{name}={value!r}` is not supported; it must be {values}. {reason}")
-
-    def _check_combinations(self, stage: Stage) -> None:
-        if self.vm_head_init not in ("lm_head", "input_embeddings", "random", "keep"):
-            raise ValueError(
-                f"`vm_head_init` is {self.vm_head_init!r}; it must be lm_head, input_embeddings, random or keep."
-            )
-        if self.packing and self.max_length is None:
-            raise ValueError("`packing` needs `max_length`, the length of a packed sequence.")
-        if "paged" in self.optim and (self.use_cpu or not torch.cuda.is_available()):
-            raise ValueError(
-                f"`optim: {self.optim}` moves its state between GPU and CPU memory and needs CUDA. Set "
-                "`optim: adamw_torch`."
-            )
-        if self.vm_head_candidates:
-            check_candidates(self.vm_head_candidates)
-            if stage.trains != ("vm_head",):
-                raise ValueError("`vm_head_candidates` needs a stage that trains only the VM head: visual_head (III).")
-        if self.cache_image_features and "vision_tower" in stage.trains:
-            raise ValueError("`cache_image_features` needs a frozen vision tower. Remove one of the two settings.")
 
     def resolved_stage(self) -> Stage:
         """Return the stage's row of `STAGES` with the overrides of this run."""

@@ -7,10 +7,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, Image, IterableDataset, List
 from peft import PeftModel
-from torch import nn
+
+from vtlmm.hub.weights_digest import weights_digest
 
 
 # Settings that may change when a run is resumed: logging, saving, evaluation, total steps and loading speed.
@@ -75,26 +75,6 @@ def _plain(value: Any) -> Any:
     return (
         value if isinstance(value, str | int | float | bool) or value is None else str(getattr(value, "value", value))
     )
-
-
-@torch.no_grad()
-def weights_digest(model: nn.Module) -> str:
-    """
-    Return a digest of all weights of a model, equal on every device.
-
-    Each tensor contributes its name, shape, type and the exact integer sum of its bits, which does not depend on the
-    order of summation.
-    """
-    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        entry: list[object] = [name, list(parameter.shape), str(parameter.dtype)]
-        if not parameter.is_meta and parameter.numel():
-            tensor = parameter.detach()
-            tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-            entry.append(int(tensor.contiguous().view(bits[tensor.element_size()]).sum(dtype=torch.int64)))
-        digest.update(json.dumps(entry).encode())
-    return digest.hexdigest()[:16]
 
 
 def data_digest(dataset: Any) -> str:

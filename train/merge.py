@@ -2,7 +2,6 @@
 """Merge an adapter into its base: a whole model that can be pushed, served, or trained in the next stage."""
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,12 +12,12 @@ from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
+from vtlmm.data.output_files import write_json
 from vtlmm.hub.paths import check_output, clear_output
 from vtlmm.hub.quantize import quantization_config
-from vtlmm.hub.repository import RUN_RECORD
+from vtlmm.hub.repository import RUN_RECORD, adapter_record
 from vtlmm.inference.loading import require_fit
 
-from .run_record import read_record
 from .stage_runner import change_model
 from .stages import module_of
 
@@ -85,7 +84,7 @@ def merge_adapter(
 
 def _recorded_settings(adapter: Path, dequantize: bool) -> tuple[dict[str, Any], str]:
     """Return the settings of the run that trained an adapter, empty without a record, and its quantization."""
-    history = read_record(adapter) or read_record(adapter.resolve().parent)  # the parent of a checkpoint
+    history = adapter_record(adapter)
     settings = history[-1]["settings"] if history else {}
     quantization = "nf4" if settings.get("load_in_4bit") else "int8" if settings.get("load_in_8bit") else "none"
     if dequantize and quantization == "none":
@@ -110,10 +109,9 @@ def _save(model: PreTrainedModel, output: Path, adapter: Path) -> None:
     clear_output(output)
     model.save_pretrained(output)
     processor.save_pretrained(output)
-    for folder in (adapter, adapter.resolve().parent):
-        if (folder / RUN_RECORD).is_file():
-            shutil.copy(folder / RUN_RECORD, output)
-            break
+    history = adapter_record(adapter)
+    if history:
+        write_json(output / RUN_RECORD, history)
 
 
 @torch.no_grad()

@@ -5,21 +5,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from datasets import IterableDataset
 from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from vtlmm.data.environment import package_versions
 from vtlmm.hub.model_card import write_card
 from vtlmm.hub.push import stage_files, upload_published_files
-from vtlmm.hub.repository import ADAPTER, RUN_RECORD, VTLMM, read_json
+from vtlmm.hub.repository import ADAPTER, RUN_RECORD, VTLMM, read_run_record
 
-from .stages import describe
+from .run_record import run_entry
 
 
 UPLOADING = ".uploading"  # folder in the output folder
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vtlmm")
 SETTINGS = (
     *("lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "num_train_epochs"),
     *("max_steps", "max_length", "bf16", "seed"),
@@ -49,7 +46,7 @@ def write_run_card(
         kind, config = ADAPTER, {**model.active_peft_config.to_dict(), "base_model_name_or_path": base_name(model)}
     else:
         kind, config = VTLMM, model.config.to_dict()
-    earlier = read_json(Path(model.name_or_path or "", RUN_RECORD))
+    earlier = read_run_record(model.name_or_path or "")
     finished = (folder / RUN_RECORD).is_file()
     write_card(
         folder,
@@ -57,7 +54,7 @@ def write_run_card(
         license=license,
         datasets=[dataset_name] if dataset_name else [],
         tags=[tags] if isinstance(tags, str) else tags or [],
-        runs=None if finished else [*(earlier if isinstance(earlier, list) else []), run_so_far(trainer)],
+        runs=None if finished else [*earlier, run_so_far(trainer)],
         kind_and_config=(kind, config),
     )
 
@@ -77,25 +74,7 @@ def run_so_far(trainer: Any) -> dict[str, Any]:
     losses: dict[str, float] = {}
     for entry in trainer.state.log_history:
         losses |= {name: value for name, value in entry.items() if name in ("eval_lm_loss", "eval_visual_loss")}
-    curves = {
-        name: [[entry["step"], entry[name]] for entry in trainer.state.log_history if name in entry]
-        for name in ("lm_loss", "visual_loss", "eval_lm_loss", "eval_visual_loss")
-    }
-    rows = None if isinstance(trainer.train_dataset, IterableDataset) else len(trainer.train_dataset)
-    return {
-        "stage": trainer.stage.name,
-        "plan": describe(trainer.model, trainer.stage).splitlines(),
-        "settings": {"batch_size": batch_size, **settings},
-        "learning_rate": args.learning_rate,
-        "steps": trainer.state.global_step,
-        "epochs": trainer.state.epoch,
-        "rows": rows,
-        "processes": args.world_size,
-        "device": str(args.device.type),
-        "metrics": losses,
-        "curves": {name: points for name, points in curves.items() if points},
-        "versions": package_versions(PACKAGES),
-    }
+    return run_entry(trainer, {"batch_size": batch_size, **settings}, losses)
 
 
 def push_checkpoint(trainer: Any, checkpoint: Path) -> None:

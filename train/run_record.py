@@ -9,24 +9,12 @@ from datasets import IterableDataset
 
 from vtlmm.data.environment import commit_of_code, gpu_name, package_versions
 from vtlmm.data.output_files import write_json
-from vtlmm.hub.repository import RUN_RECORD
+from vtlmm.hub.repository import RUN_RECORD, read_run_record
 
 from .stages import describe
 
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vtlmm")
-
-
-def read_record(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the record in a folder, one entry for each stage; an empty list without a record."""
-    path = Path(folder, RUN_RECORD)
-    if not path.is_file():
-        return []
-    try:
-        history = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. Delete it.") from error
-    return history if isinstance(history, list) else []
 
 
 def recorded(settings: dict[str, Any]) -> dict[str, Any]:
@@ -45,30 +33,37 @@ def write_record(trainer, settings: dict[str, Any], metrics: dict[str, float], s
         metrics (`dict`): of the last evaluation.
         seconds (`float`): duration of the training since its last start.
     """
-    history = read_record(settings["model_name_or_path"])
+    history = read_run_record(settings["model_name_or_path"])
     resumed_from = getattr(trainer, "resumed_from", None)
     history.append(
         {
-            "stage": trainer.stage.name,
-            "plan": describe(trainer.model, trainer.stage).splitlines(),
-            "settings": recorded(settings),
-            "learning_rate": trainer.args.learning_rate,
-            "steps": trainer.state.global_step,
-            "epochs": trainer.state.epoch,
-            "rows": None if isinstance(trainer.train_dataset, IterableDataset) else len(trainer.train_dataset),
-            "processes": trainer.args.world_size,
-            "device": gpu_name() or "cpu",
+            **run_entry(trainer, recorded(settings), metrics),
             "seconds": round(seconds, 1),
             # `seconds` of a resumed run covers the steps after this checkpoint only
             "resumed_from": Path(resumed_from).name if resumed_from else None,
-            "metrics": metrics,
-            "curves": loss_curves(trainer.state.log_history),
             **({"vm_heads": trainer.vm_head_table} if trainer.vm_head_table else {}),
-            "versions": package_versions(PACKAGES),
             "commit": commit_of_code(),
         }
     )
     write_json(Path(trainer.args.output_dir, RUN_RECORD), history)
+
+
+def run_entry(trainer, settings: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
+    """Return the entry of a stage so far: its settings, steps, rows, losses and versions."""
+    return {
+        "stage": trainer.stage.name,
+        "plan": describe(trainer.model, trainer.stage).splitlines(),
+        "settings": settings,
+        "learning_rate": trainer.args.learning_rate,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "rows": None if isinstance(trainer.train_dataset, IterableDataset) else len(trainer.train_dataset),
+        "processes": trainer.args.world_size,
+        "device": gpu_name() or "cpu",
+        "metrics": metrics,
+        "curves": loss_curves(trainer.state.log_history),
+        "versions": package_versions(PACKAGES),
+    }
 
 
 def loss_curves(log_history: list[dict[str, float]], num_points: int = 100) -> dict[str, list]:

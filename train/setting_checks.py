@@ -1,19 +1,28 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Check combinations of settings. Each dataclass checks only what one field can tell alone."""
+"""Check combinations of settings. The dataclasses check only what one field can tell alone."""
+
+from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from vtlmm.hub.quantize import quantization_config
 
-from .recipe import RunSettings
+
+if TYPE_CHECKING:  # these modules import this one
+    from .config import VTLMMTrainingConfig
+    from .recipe import RunSettings
+    from .stages import Stage
 
 
 def validate(run: RunSettings) -> None:
     """
     Raise an error if settings of one run conflict. Nothing is loaded or written before this check.
+
+    [`validate_arguments`] and [`validate_stage`] have checked `run.args` already.
 
     Raises:
         `ValueError`: for settings that conflict, and for a quantized decoder without bitsandbytes. The error names the
@@ -24,6 +33,55 @@ def validate(run: RunSettings) -> None:
     _check_evaluation(run)
     _check_streaming(run)
     _check_folders(run)
+
+
+def validate_arguments(args: VTLMMTrainingConfig, stage: Stage) -> None:
+    """
+    Raise an error if training arguments conflict with each other, with their stage or with this machine.
+
+    Raises:
+        `ValueError`: names the settings and says which one to change.
+    """
+    if args.packing and args.max_length is None:
+        raise ValueError("`packing` needs `max_length`, the length of a packed sequence.")
+    if "paged" in args.optim and (args.use_cpu or not torch.cuda.is_available()):
+        raise ValueError(
+            f"`optim: {args.optim}` moves its state between GPU and CPU memory and needs CUDA. Set "
+            "`optim: adamw_torch`."
+        )
+    if args.vm_head_candidates and stage.trains != ("vm_head",):
+        raise ValueError("`vm_head_candidates` needs a stage that trains only the VM head: visual_head (III).")
+    if args.cache_image_features and "vision_tower" in stage.trains:
+        raise ValueError("`cache_image_features` needs a frozen vision tower. Remove one of the two settings.")
+
+
+def validate_stage(stage: Stage) -> None:
+    """
+    Raise an error if the losses of a stage do not reach a trainable module.
+
+    Raises:
+        `ValueError`: names the settings and says which one to change.
+    """
+    if stage.lm_loss_coef == 0 and stage.visual_loss_coef == 0:
+        raise ValueError("`lm_loss_coef` and `visual_loss_coef` are both 0, so there is no loss.")
+    if stage.visual_loss_coef > 0 and stage.visual_student is None:
+        raise ValueError("A visual loss needs `visual_student`: 'lm_head' (stage IV) or 'vm_head' (stage III).")
+    if stage.visual_target in ("feature", "basic") and stage.visual_student == "vm_head":
+        raise ValueError(
+            f"`visual_target: {stage.visual_target}` does not use the VM head. Set `visual_student: lm_head`."
+        )
+    if stage.visual_target == "basic" and stage.visual_loss_coef and "multi_modal_projector" not in stage.trains:
+        raise ValueError(
+            "`visual_target: basic` trains the projector, but it is frozen. Add multi_modal_projector to "
+            "`trainable_modules`."
+        )
+    trained_by_vm_head_loss = {"vm_head", "multi_modal_projector", "vision_tower"}
+    if stage.visual_student == "vm_head" and stage.visual_loss_coef and stage.detach_visual_teacher:
+        if not trained_by_vm_head_loss & set(stage.trains):
+            raise ValueError(
+                "The visual loss trains the VM head, but it is frozen. Add vm_head to `trainable_modules`, or set "
+                "`visual_student: lm_head`."
+            )
 
 
 def _check_adapter(run: RunSettings) -> None:

@@ -15,10 +15,9 @@ from accelerate import PartialState
 from datasets import IterableDataset
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from vtlmm.data.rows import ROW_FEATURES
 from vtlmm.data.validation import check_rows, checked_stream, position_limit
 from vtlmm.hub.quantize import quantization_config
-from vtlmm.hub.repository import CHECK_FILE, RUN_RECORD
+from vtlmm.hub.repository import CHECK_FILE, RUN_RECORD, read_run_record
 
 from .adapters import keep_differentiable_on_cpu, peft_config
 from .checkpoints import checkpoint_folders
@@ -26,8 +25,9 @@ from .config import VTLMMTrainingConfig
 from .fingerprint import is_harmless
 from .output_folder import check_output, clear_output, lock_output
 from .recipe import DatasetConfig, RunSettings, merged_folder, parse_settings, split_stages
-from .run_record import read_record, recorded, write_record
+from .run_record import recorded, write_record
 from .setting_checks import validate
+from .stages import next_stage
 from .start_model import check_start, first_stage
 from .trainer import VTLMMTrainer
 from .vm_head_search import replace_vm_head
@@ -47,15 +47,13 @@ def prepare_dataset(
         max_length = min((n for n in (max_length, max_positions) if n is not None), default=None)
         return checked_stream(dataset, processor, max_length, data.bad_rows)
     report = check_rows(dataset, processor, max_length, max_positions=max_positions)
-    is_main_process = PartialState().is_main_process
     good_rows = report.good_rows
     if data.bad_rows == "raise":
         report.raise_for_problems()
-    if is_main_process:
-        print(report.format())
+    _print_once(report.format())
     if not good_rows:
         raise ValueError(f"No row of the {split} split passed the check. Fix the rows listed above.")
-    if len(good_rows) < len(dataset) and is_main_process:
+    if len(good_rows) < len(dataset) and PartialState().is_main_process:
         warnings.warn(f"{len(dataset) - len(good_rows)} of {len(dataset)} rows are left out.", stacklevel=2)
     # packing and grouping by length read the column `length`
     return dataset.add_column("length", report.lengths).select(good_rows)
@@ -64,14 +62,8 @@ def prepare_dataset(
 def prepare_datasets(
     data: DatasetConfig, processor, args: VTLMMTrainingConfig, max_positions: int | None = None
 ) -> list:
-    """Return the rows to train on and to evaluate on, or None. `shuffle_dataset` shuffles a stream."""
-    train, evaluation = (
-        prepare_dataset(data, split, processor, args.max_length, max_positions) for split in ("train", "eval")
-    )
-    if args.shuffle_dataset and isinstance(train, IterableDataset):  # the sampler shuffles other rows
-        # the buffer holds files, not decoded images
-        train = train.decode(False).shuffle(seed=args.seed).cast(ROW_FEATURES)
-    return [train, evaluation]
+    """Return the rows to train on and to evaluate on, or None. The trainer shuffles them with `shuffle_dataset`."""
+    return [prepare_dataset(data, split, processor, args.max_length, max_positions) for split in ("train", "eval")]
 
 
 # ---- One stage ----
@@ -203,7 +195,7 @@ def train_stages(settings: dict[str, Any]) -> Path:
         check_output(folder, run.output.overwrite, run.args.resume_from_checkpoint)
     number = first_unfinished(runs)
     if number == len(runs):
-        print(f"Every stage is finished. The model is in {folders[-1]}.")
+        _print_once(f"Every stage is finished. The model is in {folders[-1]}.")
         return folders[-1]
     if number and runs[number - 1].get("use_peft"):
         merge_stage(runs[number - 1])
@@ -238,7 +230,7 @@ def prepare_stages(runs: list[RunSettings]) -> list[list]:
     for run in runs:
         if run.data.eval_task_data is not None:
             run.data.load_task_rows()
-        key = repr((run.data, run.args.max_length, run.args.shuffle_dataset, run.args.seed))
+        key = repr((run.data, run.args.max_length))
         if key not in prepared:
             prepared[key] = prepare_datasets(run.data, processor, run.args, max_positions)
         keys.append(key)
@@ -255,18 +247,16 @@ def merge_stage(run: dict[str, Any]) -> None:
         base = run["model_name_or_path"] if os.path.isdir(run["model_name_or_path"]) else None
         merge_adapter(run["output_dir"], draft, base=base, dtype=run.get("dtype", "float32"), overwrite=True)
         os.replace(draft, output)
-        print(f"Merged the adapter of stage {run['stage']}: {output}")
+        _print_once(f"Merged the adapter of stage {run['stage']}: {output}")
     PartialState().wait_for_everyone()
 
 
 def next_steps(run: RunSettings, folder: Path) -> str:
     """Return where the model is and what to do next."""
-    stages = ("projector", "decoder", "visual_head", "joint")
     lines = [f"\nThe model is in {folder}."]
     if run.adapter.use_peft:
         lines.append(f"  merge the adapter:  vtlmm merge {folder} --output {folder}-merged")
-    elif run.args.stage in stages[:-1]:
-        following = stages[stages.index(run.args.stage) + 1]
+    elif following := next_stage(run.args.stage):
         lines.append(f"  train the next stage:  vtlmm train --model_name_or_path {folder} --stage {following} …")
     lines.append(f"  ask it a question:  vtlmm ask {folder} IMAGE QUESTION")
     return "\n".join(lines)
@@ -306,7 +296,7 @@ def is_finished(run: dict[str, Any]) -> bool:
     Raises:
         `ValueError`: if the run was finished with other settings.
     """
-    history = read_record(run.get("output_dir") or "trainer_output")
+    history = read_run_record(run.get("output_dir") or "trainer_output")
     if not run.get("resume_from_checkpoint") or not history:
         return False
     done, wanted = history[-1]["settings"], recorded(run)
@@ -320,5 +310,5 @@ def is_finished(run: dict[str, Any]) -> bool:
             f"{run['output_dir']} was finished with other settings ({changes}). Restore them, choose another "
             "`output_dir`, or delete this folder and those of the later stages."
         )
-    print(f"Stage {run['stage']} is finished: {run['output_dir']}")
+    _print_once(f"Stage {run['stage']} is finished: {run['output_dir']}")
     return True

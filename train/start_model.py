@@ -9,10 +9,10 @@ from safetensors import safe_open
 from transformers.utils import find_adapter_config_file
 
 from vtlmm.hub.paths import check_checkpoint
+from vtlmm.hub.repository import read_run_record
 
 from .recipe import ModelConfig
-from .run_record import read_record
-from .stages import STAGES
+from .stages import STAGES, next_stage
 
 
 def check_start(model: ModelConfig) -> None:
@@ -56,10 +56,10 @@ def first_stage(settings: dict[str, Any]) -> str:
     folder = Path(str(name))
     if not name or not folder.is_dir():
         return f"`stage` is not set. {listed}. A new model begins with `--stage projector`."
-    history = read_record(folder)
+    history = read_run_record(folder)
     if history:
         last = history[-1].get("stage")
-        following = names[min(names.index(last) + 1, len(names) - 1)] if last in names else names[0]
+        following = (next_stage(last) or last) if last in names else names[0]
         return f"`stage` is not set. The last stage of {name} was {last}: continue with `--stage {following}`."
     if projector_is_untrained(folder):
         return f"`stage` is not set. The projector of {name} is not trained: begin with `--stage projector`. {listed}."

@@ -21,7 +21,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTTrainer
 
 from modeling_vtlmm.losses_vtlmm import predicted_positions, text_labels
@@ -47,6 +46,7 @@ from .trainer_inputs import (
     hidden_from_sft_trainer,
     load_model_and_processor,
     prepare_dataset,
+    prepare_datasets,
     reject_unsupported,
     resolve_args,
 )
@@ -139,17 +139,13 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
         check_model(model, args, processor, peft_config)
         if data_collator is None:
             data_collator = build_collator(model, args, processor)
-        shuffle_seed = args.seed if args.shuffle_dataset else None
-        train_dataset = prepare_dataset(train_dataset, "train_dataset", shuffle_seed)
-        eval_dataset = prepare_dataset(eval_dataset, "eval_dataset")
+        train_dataset, eval_dataset = prepare_datasets(train_dataset, eval_dataset, args)
         set_seed(args.seed)  # SFTTrainer sets it after the first values of LoRA and of the VM head are drawn
         base_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         model = self._prepare_model(model, base_model, args, peft_config, eval_dataset)
         trained_values = float32_copies(model, args)
         datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         train_dataset, eval_dataset = prepare_batching(base_model, args, processor, train_dataset, eval_dataset)
-        # With `dispatch_batches`, accelerate would slice the images of a stream's batch to the number of rows.
-        cast(AcceleratorConfig, args.accelerator_config).dispatch_batches = False
         with hidden_from_sft_trainer(args):
             super().__init__(
                 model=model,
@@ -167,23 +163,26 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
         check_parallelism(self, datasets[1:])
         if self.is_fsdp_enabled:
             keep_exact_when_sharded(self, base_model)
-        self.task_scores = None
-        if eval_task_data is not None:
-            self.task_scores = self._prepare_task_scores(eval_task_data, processor, eval_task_images)
+        self.task_scores = self._prepare_task_scores(eval_task_data, processor, eval_task_images)
         if args.cache_image_features:
-            cache = cache_vision_features(self, base_model, datasets)
-            cast(VTLMMCollator, self.data_collator).feature_cache = cache
-        has_visual_loss = self.stage.visual_student is not None
-        words = blank_words(self._tokenizer, base_model.config.visual_vocab_size) if has_visual_loss else None
-        self._sums = {mode: LossSums(self.accelerator, words) for mode in ("train", "eval")}
-        self._log_time = time.perf_counter()
+            cast(VTLMMCollator, self.data_collator).feature_cache = cache_vision_features(self, base_model, datasets)
+        self._prepare_metrics(base_model.config.visual_vocab_size)
         if self.is_world_process_zero():
             print(describe(self.model, self.stage))
 
     # ---- Setup ----
 
-    def _prepare_task_scores(self, eval_task_data: Dataset, processor, eval_task_images: int):
-        """Return the function that answers and scores `eval_task_data`."""
+    def _prepare_metrics(self, visual_vocab_size: int) -> None:
+        """Create the sums of the losses, with the metrics of visual tokens if the stage has a visual loss."""
+        has_visual_loss = self.stage.visual_student is not None
+        words = blank_words(self._tokenizer, visual_vocab_size) if has_visual_loss else None
+        self._sums = {mode: LossSums(self.accelerator, words) for mode in ("train", "eval")}
+        self._log_time = time.perf_counter()
+
+    def _prepare_task_scores(self, eval_task_data: Dataset | None, processor, eval_task_images: int):
+        """Return the function that answers and scores `eval_task_data`, None without such data."""
+        if eval_task_data is None:
+            return None
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("`eval_task_data` is not supported with FSDP or DeepSpeed. Remove it.")
         return task_scores(eval_task_data, processor, eval_task_images, self.args.per_device_eval_batch_size)

@@ -134,6 +134,13 @@ def build_collator(model: PreTrainedModel | PeftModel, args: VTLMMTrainingConfig
     return VTLMMCollator(processor, max_length, cast(int | None, args.pad_to_multiple_of))
 
 
+def prepare_datasets(train_dataset, eval_dataset, args: VTLMMTrainingConfig) -> tuple[Any, Any]:
+    """Return the rows to train on, shuffled with `shuffle_dataset`, and to evaluate on; see [`prepare_dataset`]."""
+    shuffle_seed = args.seed if args.shuffle_dataset else None
+    train_dataset = prepare_dataset(train_dataset, "train_dataset", shuffle_seed)
+    return train_dataset, prepare_dataset(eval_dataset, "eval_dataset")
+
+
 def prepare_dataset(dataset, name: str, shuffle_seed: int | None = None):
     r"""
     Return the rows of a dataset with the columns of `ROW_FEATURES`, read as `load_rows` reads a file.

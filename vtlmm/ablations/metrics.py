@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from vtlmm.data.images import prepare_images
 from vtlmm.data.rows import load_rows
-from vtlmm.data.validation import check_rows
+from vtlmm.data.validation import check_rows, position_limit
 from vtlmm.data.vision_feature_cache import VisionFeatureCache, tower_key, undecoded
 from vtlmm.evaluation.questions import read_questions
 from vtlmm.evaluation.report import by_kind
@@ -271,7 +271,7 @@ def visual_token_metrics(model, processor, features: Sequence[torch.Tensor], bat
 def perplexity(model, processor, texts: list[str], batch_size: int = 32) -> float:
     """Return exp of the mean loss per token over all texts. A text is cut where the decoder's positions end."""
     tokenizer, loss, number = processor.tokenizer, 0.0, 0
-    max_positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    max_positions = position_limit(model.config)
     encoded = sorted((tokenizer(text)["input_ids"][:max_positions] for text in texts), key=len)
     for start in range(0, len(encoded), batch_size):
         batch = encoded[start : start + batch_size]

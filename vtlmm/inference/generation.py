@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Generate answers to questions about images. Every command, the demo and the evaluations use this code."""
+"""Generate answers to questions about images."""
 
 import threading
 from collections import OrderedDict
@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 
 from vtlmm.data.images import image_key, open_image, prepare_images
 from vtlmm.data.questions import question_parts
+from vtlmm.data.validation import position_limit
 
 from .prompt_encoding import Prompt, encode_prompt
 
@@ -257,8 +258,7 @@ def model_inputs(
     rows, pad_token_id = [], processor.tokenizer.pad_token_id
     for prompt in prompts:
         tokens, row, remaining = encode_prompt(processor, prompt.messages), [], iter(prompt.images)
-        if tokens.count(processor.image_token_id) != len(prompt.images):
-            number = tokens.count(processor.image_token_id)
+        if (number := tokens.count(processor.image_token_id)) != len(prompt.images):
             raise ValueError(f"The chat template writes {number} image tokens for {len(prompt.images)} images.")
         for token in tokens:
             is_image = token == processor.image_token_id
@@ -309,7 +309,7 @@ def limit_new_tokens(model, prompt_length: int, max_new_tokens: int) -> int:
     Raises:
         `ValueError`: if the prompt fills the decoder's positions.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = position_limit(model.config)
     if limit is None or max_new_tokens < 1:
         return max_new_tokens
     if prompt_length >= limit:

@@ -14,7 +14,7 @@ from transformers.utils import find_adapter_config_file
 
 import modeling_vtlmm  # noqa: F401 - registers the model
 from vtlmm.hub.paths import check_checkpoint
-from vtlmm.hub.repository import RUN_RECORD
+from vtlmm.hub.repository import RUN_RECORD, adapter_record
 
 
 logger = logging.getLogger(__name__)
@@ -190,18 +190,16 @@ def _quantization_config(config: PreTrainedConfig, dtype: str | torch.dtype, in_
 
 
 def _apply_run_record(config: PreTrainedConfig, folder: Path) -> None:
-    """Set what the training changed in the model. Only the run record says it, not the adapter's own config."""
-    path = folder / RUN_RECORD
-    if not path.is_file():  # a checkpoint folder: the record is in its parent
-        path = folder.resolve().parent / RUN_RECORD
-    if not path.is_file():
+    """Set what the training changed in the model. The run record says it; the adapter's own config does not."""
+    history = adapter_record(folder)
+    if not history:
         logger.warning(
             "%s has no %s. The type of the VM head and the use of pseudo image features come from the base model.",
             folder,
             RUN_RECORD,
         )
         return
-    settings = json.loads(path.read_text(encoding="utf-8"))[-1]["settings"]
+    settings = history[-1]["settings"]
     for name in ("use_pseudo_image_features", "vm_head_type"):
         if settings.get(name) is not None:
             setattr(config, name, settings[name])

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import align_module_device
 from tqdm.auto import tqdm
 
 from vtlmm.data.output_files import write_json
-from vtlmm.data.validation import image_tokens_per_image
+from vtlmm.data.validation import image_tokens_per_image, position_limit
+from vtlmm.hub.weights_digest import weights_digest
 
 from .generation import VisionFeatures, answer_order, conversation, generate_batch
 from .prompt_encoding import Prompt, encode_prompt
@@ -29,20 +28,6 @@ def digest(value: Any) -> str:
     """Return a short SHA-256 of a JSON value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def weights_digest(model) -> str:
-    """Return a short SHA-256 of the names, dtypes and values of all tensors of a model."""
-    state = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        if tensor.is_meta:  # an offloaded module has its weights only while it runs
-            parent, _, tensor_name = name.rpartition(".")
-            module = model.get_submodule(parent)
-            with align_module_device(module, torch.device("cpu")):
-                tensor = getattr(module, tensor_name).clone()
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return state.hexdigest()[:16]
 
 
 def _without_origin(config: Any) -> Any:
@@ -93,7 +78,7 @@ def run_key(
 
 def encode_questions(model, processor, questions: list[dict[str, Any]]) -> list[list[int]]:
     """Return the token ids of each prompt with one token for each image. Raises as [`run_key`] does."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = position_limit(model.config)
     num_image_tokens = image_tokens_per_image(processor) if any(q["images"] for q in questions) else 0
     prompts = []
     for question in questions:
