@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from vtlmm.train.collator import VTLMMCollator
 from vtlmm.train.recipe import DatasetConfig
-from vtlmm.train.stage_runner import prepare_dataset
+from vtlmm.train.run_data import prepare_dataset
 
 
 NUM_IMAGES, NUM_INTERVALS = 32, 10

@@ -63,12 +63,12 @@ def fused_visual_loss_sum(
     r"""
     Return the summed visual loss L_vm = Σ_n KL(teacher_n ‖ student_n), as [`visual_loss_sum`] with a detached teacher.
 
-    The teacher gets no gradient, even if both sides share a weight. The backward can run only once, because it scales
-    the stored gradient in place. Second derivatives are not available.
+    The teacher gets no gradient, even if it shares a weight with the student. The backward can run only once, because
+    it scales the stored gradient in place. Second derivatives are not available.
 
     Args:
         student_features, teacher_features (`torch.Tensor` of shape `(N, D)`): row n of both belongs to the same patch.
-            The two sides may differ in D and in dtype.
+            Student and teacher may differ in D and in dtype.
         student_weight, teacher_weight (`torch.Tensor` of shape `(V, D)`): weights of the two heads, which must have
             the same vocabulary.
 
@@ -77,14 +77,14 @@ def fused_visual_loss_sum(
             has a graph.
 
     Raises:
-        `ValueError`: if the two sides differ in N or V.
+        `ValueError`: if student and teacher differ in N or V.
     """
     student_size = student_features.shape[0], student_weight.shape[0]
     teacher_size = teacher_features.shape[0], teacher_weight.shape[0]
     if student_size != teacher_size:
         raise ValueError(
             f"The student has (rows, vocabulary) {student_size}, but the teacher has {teacher_size}. Both must be "
-            "equal: slice the larger side."
+            "equal: slice the larger one."
         )
     teacher_features, teacher_weight = (
         tensor.detach().to(_product_dtype(tensor)) for tensor in (teacher_features, teacher_weight)

@@ -48,8 +48,8 @@ def visual_loss_sum(
     Return the summed visual loss L_vm = Σ_n KL(teacher_n ‖ student_n) between the predictions of two linear heads.
 
     In stage III the student is the VM head: KL(q ‖ p), with (image features, `vm_head`) as student and (hidden states,
-    `lm_head`) as teacher. In stage IV the student is the decoder: KL(p ‖ q), with the two sides exchanged.
-    This function detaches nothing. The gradient reaches both sides unless the caller detaches one.
+    `lm_head`) as teacher. In stage IV the student is the decoder: KL(p ‖ q), with student and teacher exchanged.
+    This function detaches nothing. The gradient reaches student and teacher unless the caller detaches one.
 
     Args:
         student_features, teacher_features (`torch.Tensor` of shape `(N, D)`): row n of both belongs to the same patch.

@@ -212,7 +212,7 @@ def test_cached_features_give_the_answers_of_images(work, tmp_path, shuffle):
     evaluator = Evaluator(model, processor, config, tmp_path)
     questions = with_shuffled_images(held_out.questions) if shuffle else held_out.questions
     answers = [answer.text for answer in evaluator.answer(questions, evaluator.vision_features(held_out))]
-    load_image = image_loader(held_out.rows, held_out.places)
+    load_image = image_loader(held_out.rows, held_out.image_positions)
     images = [[load_image(key) for key in question["images"]] for question in questions]
     texts = [question["question"] for question in questions]
     assert answers == generate(model, processor, texts, images, max_new_tokens=5, batch_size=4)

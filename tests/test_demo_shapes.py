@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vtlmm.demo import warm_start
+from vtlmm.demo.run import as_dataset, quiet_libraries
 from vtlmm.demo.shapes import (
     BLANK,
     COLORS,
@@ -233,3 +234,12 @@ def test_new_projector_has_the_norm_of_patch_words(tmp_path, monkeypatch):
     word_ids = torch.tensor([tokenizer.convert_tokens_to_ids(["red", "circle", "top-left"])])
     patch = model.get_input_embeddings()(word_ids).mean(1).norm()
     assert 0.3 < projected / patch < 3
+
+
+def test_the_demo_hides_progress_bars_of_libraries(capfd):
+    rows = caption_rows(4, seed=0)
+    with quiet_libraries():
+        as_dataset(rows)
+    assert capfd.readouterr().err == ""
+    as_dataset(rows)
+    assert "Casting the dataset" in capfd.readouterr().err  # shown again after the demo

@@ -129,8 +129,8 @@ def test_the_demo_writes_its_held_out_questions(tmp_path):
     )
     docs = harness.one_question_each(load_dataset("parquet", data_files=str(tmp_path / HELD_OUT_FILE), split="train"))
     rows = load_rows(tmp_path / HELD_OUT_FILE, keep_columns=["kind"])
-    found, places = read_questions(rows, kind="kind")
-    assert len(places) == 3 and len(docs) == len(found) == len(asked) > 9
+    found, image_positions = read_questions(rows, kind="kind")
+    assert len(image_positions) == 3 and len(docs) == len(found) == len(asked) > 9
     for doc, own, expected in zip(docs, found, asked, strict=True):
         assert (doc["question"], doc["answer"]) == (own["question"], own["answer"])
         assert all(own[key] == expected[key] for key in ("question", "answer", "kind"))

@@ -114,7 +114,7 @@ def test_probability_of_an_answer_by_hand(work, tmp_path):  # noqa: F811
     lengths = set()
     for question, answer in zip(held_out.questions, answers, strict=True):
         content = [{"type": "image"}, {"type": "text", "text": question["question"]}]
-        row, place = held_out.places[question["images"][0]]
+        row, place = held_out.image_positions[question["images"][0]]
         inputs = processor(
             images=[held_out.rows[row]["images"][place]],
             text=processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True),

@@ -23,7 +23,7 @@ from vtlmm.evaluation import runner
 from vtlmm.inference.generation import conversation, encode_prompt
 from vtlmm.train.collator import VTLMMCollator
 from vtlmm.train.recipe import DatasetConfig
-from vtlmm.train.stage_runner import prepare_dataset
+from vtlmm.train.run_data import prepare_dataset
 
 
 NUM_MUTATIONS = 200
@@ -108,19 +108,19 @@ def folder(tmp_path_factory):
 # ---- Mutations ----
 
 
-def places(value, path=()):
+def paths(value, path=()):
     """Yield the path of every value inside a row."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield (*path, key)
-        yield from places(item, (*path, key))
+        yield from paths(item, (*path, key))
 
 
 def mutate(row, rng):
     """Return a copy of a row with one random change."""
     row = copy.deepcopy(row)
     kind = rng.choice(["value", "value", "image", "image", "column", "remove", "rename", "repeat", "base64"])
-    path = rng.choice(list(places(row)) or [("question",)])
+    path = rng.choice(list(paths(row)) or [("question",)])
     parent = row
     for key in path[:-1]:
         parent = parent[key]
@@ -190,8 +190,8 @@ def read_as_stream(file, processor, monkeypatch):
 def read_for_evaluation(file, processor, monkeypatch):
     read = {}
 
-    def run_questions(model, processor, rows, questions, places, *args):
-        load_image = runner.image_loader(rows, places)
+    def run_questions(model, processor, rows, questions, image_positions, *args):
+        load_image = runner.image_loader(rows, image_positions)
         read["prompts"] = [asked_prompt(processor, question, load_image) for question in questions]
         raise InterruptedError
 

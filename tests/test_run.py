@@ -17,11 +17,13 @@ from transformers import AutoProcessor
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
+from vtlmm.data.rows import ROW_FEATURES
 from vtlmm.hub.repository import RUN_RECORD
 from vtlmm.train.output_folder import clear_output, lock_output
 from vtlmm.train.recipe import parse_settings, read_recipe
+from vtlmm.train.run_data import prepare_datasets
 from vtlmm.train.run_record import loss_curves
-from vtlmm.train.stage_runner import prepare_datasets, run_training
+from vtlmm.train.stage_runner import build_trainer, run_training
 from vtlmm.train.trainer import VTLMMTrainer
 
 
@@ -190,14 +192,14 @@ def test_mistakes_in_a_later_stage_stop_the_first(recipe, tmp_path, capsys, stag
     ],
 )
 def test_conflicts_stop_before_the_data_are_read(recipe, capsys, monkeypatch, options, message):
-    monkeypatch.setattr("vtlmm.train.stage_runner.prepare_datasets", lambda *_: pytest.fail("the data were read"))
+    monkeypatch.setattr("vtlmm.train.run_data.prepare_dataset", lambda *_: pytest.fail("the data were read"))
     assert train(recipe, *options) == 1
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
 
 
 def test_missing_bitsandbytes_stops_before_the_data(recipe, capsys, monkeypatch):
-    monkeypatch.setattr("vtlmm.train.stage_runner.prepare_datasets", lambda *_: pytest.fail("the data were read"))
+    monkeypatch.setattr("vtlmm.train.run_data.prepare_dataset", lambda *_: pytest.fail("the data were read"))
     monkeypatch.setattr("vtlmm.hub.quantize.is_bitsandbytes_available", lambda: False)
     assert train(recipe, "--use_peft", "--load_in_4bit") == 1
     assert "bitsandbytes" in capsys.readouterr().err
@@ -305,19 +307,20 @@ def test_the_data_check_covers_every_stage(recipe, tmp_path, capsys):
 
 
 def test_a_stream_is_shuffled(recipe):
-    """The shuffle buffer holds files; images are decoded after it."""
-    orders = {}
-    for shuffle in (False, True):
-        changes = {"dataset_streaming": True, "eval_dataset": None, "shuffle_dataset": shuffle, "seed": 3}
-        run = parse_settings(read_recipe(recipe, **changes))
-        path = Path(run.data.dataset_name)
-        rows = json.loads(path.read_text())
-        path.write_text(json.dumps([{**row, "image": f"{i}.png"} for i, row in enumerate(rows[:5])]))
-        for i in range(5):
-            PILImage.new("RGB", (28, 28), (i, 0, 0)).save(path.with_name(f"{i}.png"))
-        stream, _ = prepare_datasets(run.data, AutoProcessor.from_pretrained(path.with_name("start")), run.args)
-        orders[shuffle] = [row["images"][0].getpixel((0, 0))[0] for row in stream]
-    assert orders[False] == [0, 1, 2, 3, 4] and orders[True] != orders[False] == sorted(orders[True])
+    """The trainer shuffles the stream once. The shuffle buffer holds files; images are decoded after it."""
+    changes = {"dataset_streaming": True, "eval_dataset": None, "shuffle_dataset": True, "seed": 3, "max_steps": 1}
+    settings = read_recipe(recipe, **changes)
+    run = parse_settings(settings)
+    path = Path(run.data.dataset_name)
+    row = json.loads(path.read_text())[0]
+    path.write_text(json.dumps([{**row, "image": f"{i}.png"} for i in range(9)]))
+    for i in range(9):
+        PILImage.new("RGB", (28, 28), (i, 0, 0)).save(path.with_name(f"{i}.png"))
+    stream, _ = prepare_datasets(run.data, AutoProcessor.from_pretrained(path.with_name("start")), run.args)
+    shuffled = stream.decode(False).shuffle(seed=3).cast(ROW_FEATURES)
+    datasets = {"read": stream, "once": shuffled, "trainer": build_trainer(settings).train_dataset}
+    orders = {name: [row["images"][0].getpixel((0, 0))[0] for row in rows] for name, rows in datasets.items()}
+    assert orders["trainer"] == orders["once"] != orders["read"] == list(range(9))
 
 
 def test_packing_with_grouping_by_length(recipe, tmp_path, monkeypatch):

@@ -172,7 +172,7 @@ def settings_table() -> list[Setting]:
 
 def parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
     """
-    Return the settings of a command line in the dialect of TRL: `--config recipe.yaml --learning_rate 1e-4`.
+    Return the settings of a command line that is written as for TRL: `--config recipe.yaml --learning_rate 1e-4`.
 
     Options replace the settings of the recipe. `--stages.joint.learning_rate 1e-4` changes one stage. A value is YAML
     (`--trainable_modules "[lm_head, vm_head]"`); several values are a list, and an option without a value is true.

@@ -5,65 +5,29 @@ import gc
 import os
 import shutil
 import time
-import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import IterableDataset
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
-from vtlmm.data.validation import check_rows, checked_stream, position_limit
 from vtlmm.hub.quantize import quantization_config
 from vtlmm.hub.repository import CHECK_FILE, RUN_RECORD, read_run_record
 
 from .adapters import keep_differentiable_on_cpu, peft_config
 from .checkpoints import checkpoint_folders
-from .config import VTLMMTrainingConfig
 from .fingerprint import is_harmless
 from .output_folder import check_output, clear_output, lock_output
-from .recipe import DatasetConfig, RunSettings, merged_folder, parse_settings, split_stages
+from .recipe import RunSettings, merged_folder, parse_settings, split_stages
+from .run_data import load_processor, prepare_datasets, prepare_stages, print_once
 from .run_record import recorded, write_record
 from .setting_checks import validate
 from .stages import next_stage
 from .start_model import check_start, first_stage
 from .trainer import VTLMMTrainer
 from .vm_head_search import replace_vm_head
-
-
-# ---- Data ----
-
-
-def prepare_dataset(
-    data: DatasetConfig, split: str, processor, max_length: int | None, max_positions: int | None = None
-):
-    """Return the checked rows of one split, or None without such a split. A stream is checked row by row."""
-    dataset = data.load(split)
-    if dataset is None or not data.check_data:
-        return dataset
-    if isinstance(dataset, IterableDataset):
-        max_length = min((n for n in (max_length, max_positions) if n is not None), default=None)
-        return checked_stream(dataset, processor, max_length, data.bad_rows)
-    report = check_rows(dataset, processor, max_length, max_positions=max_positions)
-    good_rows = report.good_rows
-    if data.bad_rows == "raise":
-        report.raise_for_problems()
-    _print_once(report.format())
-    if not good_rows:
-        raise ValueError(f"No row of the {split} split passed the check. Fix the rows listed above.")
-    if len(good_rows) < len(dataset) and PartialState().is_main_process:
-        warnings.warn(f"{len(dataset) - len(good_rows)} of {len(dataset)} rows are left out.", stacklevel=2)
-    # packing and grouping by length read the column `length`
-    return dataset.add_column("length", report.lengths).select(good_rows)
-
-
-def prepare_datasets(
-    data: DatasetConfig, processor, args: VTLMMTrainingConfig, max_positions: int | None = None
-) -> list:
-    """Return the rows to train on and to evaluate on, or None. The trainer shuffles them with `shuffle_dataset`."""
-    return [prepare_dataset(data, split, processor, args.max_length, max_positions) for split in ("train", "eval")]
 
 
 # ---- One stage ----
@@ -82,10 +46,9 @@ def build_trainer(settings: dict[str, Any], datasets: list | None = None, **kwar
     validate(run)
     check_start(run.model)
     args, name = run.args, run.model.model_name_or_path
-    load = {"revision": run.model.model_revision, "trust_remote_code": args.trust_remote_code}
-    processor = AutoProcessor.from_pretrained(name, **load)
+    load: dict[str, Any] = {"revision": run.model.model_revision, "trust_remote_code": args.trust_remote_code}
+    processor, max_positions = load_processor(name, **load)
     if datasets is None:
-        max_positions = position_limit(AutoConfig.from_pretrained(name, **load))
         datasets = prepare_datasets(run.data, processor, args, max_positions)
     train_dataset, eval_dataset = datasets
     compute_dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -195,7 +158,7 @@ def train_stages(settings: dict[str, Any]) -> Path:
         check_output(folder, run.output.overwrite, run.args.resume_from_checkpoint)
     number = first_unfinished(runs)
     if number == len(runs):
-        _print_once(f"Every stage is finished. The model is in {folders[-1]}.")
+        print_once(f"Every stage is finished. The model is in {folders[-1]}.")
         return folders[-1]
     if number and runs[number - 1].get("use_peft"):
         merge_stage(runs[number - 1])
@@ -205,36 +168,17 @@ def train_stages(settings: dict[str, Any]) -> Path:
             locks.enter_context(lock_output(folder))
         prepared = prepare_stages(parsed[number:])
         for i in range(number, len(runs)):
-            _print_once(f"\nStage {i + 1} of {len(runs)}: {runs[i].get('stage')}")
+            print_once(f"\nStage {i + 1} of {len(runs)}: {runs[i].get('stage')}")
             trainer = run_training(runs[i], datasets=prepared[i - number])
             steps = trainer.state.global_step
             del trainer
             gc.collect()  # trainers hold reference cycles; free this model before the next one is loaded
             torch.cuda.empty_cache()
-            _print_once(f"Stage {runs[i].get('stage')} is finished after {steps} steps: {folders[i]}")
+            print_once(f"Stage {runs[i].get('stage')} is finished after {steps} steps: {folders[i]}")
             if runs[i].get("use_peft") and i + 1 < len(runs):
                 merge_stage(runs[i])
-    _print_once(next_steps(parsed[-1], folders[-1]))
+    print_once(next_steps(parsed[-1], folders[-1]))
     return folders[-1]
-
-
-def prepare_stages(runs: list[RunSettings]) -> list[list]:
-    """Return the datasets of each stage. Stages with the same data settings share them, and they are checked once."""
-    first = runs[0]
-    load = {"revision": first.model.model_revision, "trust_remote_code": first.args.trust_remote_code}
-    # later stages have no model yet; they use the processor of the first stage
-    processor = AutoProcessor.from_pretrained(first.model.model_name_or_path, **load)
-    max_positions = position_limit(AutoConfig.from_pretrained(first.model.model_name_or_path, **load))
-    prepared: dict[str, list] = {}
-    keys = []
-    for run in runs:
-        if run.data.eval_task_data is not None:
-            run.data.load_task_rows()
-        key = repr((run.data, run.args.max_length))
-        if key not in prepared:
-            prepared[key] = prepare_datasets(run.data, processor, run.args, max_positions)
-        keys.append(key)
-    return [prepared[key] for key in keys]
 
 
 def merge_stage(run: dict[str, Any]) -> None:
@@ -247,7 +191,7 @@ def merge_stage(run: dict[str, Any]) -> None:
         base = run["model_name_or_path"] if os.path.isdir(run["model_name_or_path"]) else None
         merge_adapter(run["output_dir"], draft, base=base, dtype=run.get("dtype", "float32"), overwrite=True)
         os.replace(draft, output)
-        _print_once(f"Merged the adapter of stage {run['stage']}: {output}")
+        print_once(f"Merged the adapter of stage {run['stage']}: {output}")
     PartialState().wait_for_everyone()
 
 
@@ -260,11 +204,6 @@ def next_steps(run: RunSettings, folder: Path) -> str:
         lines.append(f"  train the next stage:  vtlmm train --model_name_or_path {folder} --stage {following} …")
     lines.append(f"  ask it a question:  vtlmm ask {folder} IMAGE QUESTION")
     return "\n".join(lines)
-
-
-def _print_once(text: str) -> None:
-    if PartialState().is_main_process:
-        print(text, flush=True)
 
 
 # ---- What is finished ----
@@ -310,5 +249,5 @@ def is_finished(run: dict[str, Any]) -> bool:
             f"{run['output_dir']} was finished with other settings ({changes}). Restore them, choose another "
             "`output_dir`, or delete this folder and those of the later stages."
         )
-    _print_once(f"Stage {run['stage']} is finished: {run['output_dir']}")
+    print_once(f"Stage {run['stage']} is finished: {run['output_dir']}")
     return True

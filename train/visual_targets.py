@@ -101,14 +101,14 @@ def same_patch_loss(
     return next_patch_loss(student_features, student_weight, hidden_states, teacher_weight, **kwargs)
 
 
-def feature_loss(*sides, detach_teacher, outputs, positions, **kwargs) -> torch.Tensor:
+def feature_loss(*features_and_weights, detach_teacher, outputs, positions, **kwargs) -> torch.Tensor:
     """Return [`feature_loss_sum`] of the last hidden states at the patches."""
     image_features = _image_features(outputs, positions)
     image_features = image_features.detach() if detach_teacher else image_features
     return feature_loss_sum(outputs.last_hidden_state[positions], image_features)
 
 
-def basic_loss(*sides, detach_teacher, model, outputs, positions, **kwargs) -> torch.Tensor:
+def basic_loss(*features_and_weights, detach_teacher, model, outputs, positions, **kwargs) -> torch.Tensor:
     """Return [`basic_loss_sum`] of the hidden states after the lower half of the decoder's layers."""
     middle = (len(outputs.hidden_states) - 1) // 2  # hidden_states[0] is the input of the first layer
     refined_features = outputs.hidden_states[middle][positions]

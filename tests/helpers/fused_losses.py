@@ -7,7 +7,7 @@ import torch
 from modeling_vtlmm import fused_losses_vtlmm as fused
 
 
-# A CPU makes two chunks of 150 and 149 rows, in blocks of 8 rows. The two sides differ in hidden size.
+# A CPU makes two chunks of 150 and 149 rows, in blocks of 8 rows. Student and teacher differ in hidden size.
 NUM_ROWS, VOCAB_SIZE, IMAGE_SIZE, HIDDEN_SIZE = 299, 61, 12, 20
 LOSSES = ("vm_head is student", "lm_head is student", "language")
 FUNCTIONS = (*LOSSES, "pseudo image features")

@@ -39,12 +39,12 @@ class QuestionSet:
     Attributes:
         rows ([`~datasets.Dataset`]): rows of [`load_rows`].
         questions (`list[dict]`): from [`read_questions`]. `images` are image keys.
-        places (`dict[str, tuple[int, int]]`): image key → row and position in the row.
+        image_positions (`dict[str, tuple[int, int]]`): image key → row and position in the row.
     """
 
     rows: Dataset
     questions: list[dict]
-    places: dict[str, tuple[int, int]]
+    image_positions: dict[str, tuple[int, int]]
 
     def vision_features(self, model, processor, folder: str | Path, batch_size: int) -> dict[str, torch.Tensor]:
         """Return the tower's features of each image, `(num_patches, vision_feature_size)`, from the cache `folder`."""
@@ -58,7 +58,7 @@ class QuestionSet:
 
         cache.fill(self.rows, encode, batch_size)
         rows = undecoded(self.rows)
-        return {key: cache[[rows[row]["images"][number]]][0] for key, (row, number) in self.places.items()}
+        return {key: cache[[rows[row]["images"][number]]][0] for key, (row, number) in self.image_positions.items()}
 
 
 @dataclass
@@ -102,7 +102,7 @@ def read_held_out_data(config: EvaluateConfig, processor) -> HeldOutData:
     """
     rows = config.load_rows(keep_columns=(config.kind,) if config.kind else ())
     _check(rows, processor, "evaluate.dataset")
-    questions, places = read_questions(rows, config.kind)
+    questions, image_positions = read_questions(rows, config.kind)
     if config.kinds:
         kinds = {answer: kind for kind, answers in config.kinds.items() for answer in answers}
         for question in questions:
@@ -110,7 +110,7 @@ def read_held_out_data(config: EvaluateConfig, processor) -> HeldOutData:
                 raise ValueError(f"evaluate.kinds: no kind lists the answer {question['answer']!r}. Add it to one.")
             question["kind"] = kinds[question["answer"]]
     score_answers(questions, [""] * len(questions), config.scorer)  # find a scorer that does not fit before training
-    data = HeldOutData(QuestionSet(rows, questions, places))
+    data = HeldOutData(QuestionSet(rows, questions, image_positions))
     for name, dataset in config.ood_datasets.items():
         rows = load_rows(dataset)
         _check(rows, processor, f"evaluate.ood_datasets.{name}")

@@ -134,7 +134,7 @@ def run_once(grid: Grid, arm: str, seed: int, output: Path, folder: Path, data: 
         "key": key,
         "metrics": result.metrics,
         "num_questions": len(held_out.questions),
-        "num_images": len(held_out.places),
+        "num_images": len(held_out.image_positions),
         "subset": evaluation.max_rows is not None,
         "model": str(model_folder),
         "seconds": {
@@ -149,7 +149,7 @@ def run_once(grid: Grid, arm: str, seed: int, output: Path, folder: Path, data: 
             images: {metric: asdict(estimate) for metric, estimate in estimates.items()}
             for images, estimates in result.ood.items()
         }
-        row["num_ood_images"] = {name: len(question_set.places) for name, question_set in data.ood.items()}
+        row["num_ood_images"] = {name: len(question_set.image_positions) for name, question_set in data.ood.items()}
     return row
 
 

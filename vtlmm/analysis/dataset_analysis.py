@@ -298,10 +298,10 @@ def analyze(
         check_analysis_output(output, overwrite)
     _check_settings(model, batch_size, num_questions, limit)
     rows, about = _read_rows(dataset, image_folder, split, labels, limit)
-    questions, places = read_questions(rows, row_id=labels)
-    if not places:
+    questions, image_positions = read_questions(rows, row_id=labels)
+    if not image_positions:
         raise ValueError(f"{about['data'] or 'The dataset'} contains no image.")
-    load_image = image_loader(rows, places)
+    load_image = image_loader(rows, image_positions)
     images = read_labels(questions, from_column=labels is not None)
     result = analyze_images(model, processor, images, load_image, batch_size=batch_size, seed=seed, layers=layers)
     if chosen := evenly_spaced(questions, num_questions):

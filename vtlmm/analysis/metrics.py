@@ -44,9 +44,9 @@ def best_ranks(top_words: torch.Tensor, word_ids: torch.Tensor, vocab_size: int)
         `torch.LongTensor` of shape `(num_words,)`
     """
     num_patches, k = top_words.shape
-    places = torch.arange(k, device=top_words.device).expand(num_patches, k)
+    ranks = torch.arange(k, device=top_words.device).expand(num_patches, k)
     best = torch.full((vocab_size,), k, dtype=torch.long, device=top_words.device)
-    return best.scatter_reduce_(0, top_words.flatten(), places.flatten(), "amin")[word_ids]
+    return best.scatter_reduce_(0, top_words.flatten(), ranks.flatten(), "amin")[word_ids]
 
 
 def label_hits(ranks: torch.Tensor, labels: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

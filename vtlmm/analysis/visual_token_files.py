@@ -106,9 +106,9 @@ def images_of_rows(
     else:
         rows = load_rows(dataset, image_folder=image_folder, split=split)
     rows = rows.select(range(min(limit, len(rows))))
-    _, places = read_questions(rows)
-    if not places:
+    _, image_positions = read_questions(rows)
+    if not image_positions:
         raise ValueError(f"The first {len(rows)} rows of the dataset contain no image.")
-    load = image_loader(rows, places)
-    names = [f"row {row}" + (f", image {position}" if position else "") for row, position in places.values()]
-    return names, [load(key) for key in places]
+    load = image_loader(rows, image_positions)
+    names = [f"row {row}" + (f", image {position}" if position else "") for row, position in image_positions.values()]
+    return names, [load(key) for key in image_positions]

@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Context, Option
 
 
-# Every option is a setting, in the dialect of TRL; `parse_arguments` reads them.
+# Every option is a setting, written as for TRL (`--learning_rate`). `parse_arguments` reads them.
 CONTEXT_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 EXAMPLES = (
     "vtlmm train --model_name_or_path outputs/start --dataset_name rows.json --stage projector --output_dir outputs/1",

@@ -123,8 +123,8 @@ class VisionFeatureCache:
             of_file = keys[start : start + IMAGES_PER_FILE]
             for i in range(0, len(of_file), batch_size):
                 batch = of_file[i : i + batch_size]
-                places = [missing[key] for key in batch]
-                images = [dataset[index]["images"][number] for index, number in places]
+                positions = [missing[key] for key in batch]
+                images = [dataset[index]["images"][number] for index, number in positions]
                 found = encode([open_image(image) for image in images])
                 if start == i == 0:
                     self._require_room(len(missing), found[0].nbytes)

@@ -4,15 +4,18 @@
 import contextlib
 import io
 import json
+import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset, Image, disable_progress_bars, enable_progress_bars
 from datasets import List as ListFeature
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from vtlmm.analysis.plots import save_curves
 from vtlmm.data.questions import split_questions
@@ -71,6 +74,22 @@ class StageProgress(TrainerCallback):
         self.bar.close()
 
 
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hide the progress bars of datasets and transformers, and the details that `compose_model` logs."""
+    logger = logging.getLogger("vtlmm.hub")
+    level = logger.level
+    disable_progress_bars()
+    disable_progress_bar()
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+        enable_progress_bar()
+        logger.setLevel(level)
+
+
 def as_dataset(rows: list[dict]) -> Dataset:
     """Return rows as a dataset with an image column."""
     return Dataset.from_list(rows).cast_column("images", ListFeature(Image()))
@@ -122,6 +141,7 @@ def train(output: Path, seed: int, held_out_rows: list[dict]):
     return model, processor, histories, losses
 
 
+@quiet_libraries()
 def run_demo(output: str | Path, seed: int = 0) -> dict:
     """
     Run the demo: draw the images, train the four stages, and measure the model on held-out images.

@@ -13,7 +13,7 @@ from vtlmm.data.questions import split_questions
 from .prompts import build_prompt
 
 
-Places = dict[str, tuple[int, int]]  # image key to (row, position in its `images`)
+ImagePositions = dict[str, tuple[int, int]]  # image key to (row, position in its `images`)
 
 
 def read_questions(
@@ -22,9 +22,9 @@ def read_questions(
     references: str | None = None,
     row_id: str | None = None,
     row_numbers: Sequence[int] | None = None,
-) -> tuple[list[dict[str, Any]], Places]:
+) -> tuple[list[dict[str, Any]], ImagePositions]:
     r"""
-    Return one question for each answered turn, and the place of each image. No image is decoded.
+    Return one question for each answered turn, and the position of each image. No image is decoded.
 
     Args:
         rows ([`~datasets.Dataset`]): rows of [`load_rows`]; the columns that the other arguments name are JSON texts
@@ -42,7 +42,7 @@ def read_questions(
         `ValueError`: for rows without an answered question, and a column that does not fit its row.
     """
     questions: list[dict[str, Any]] = []
-    places: Places = {}
+    image_positions: ImagePositions = {}
     file_keys: dict[str, str] = {}
     named = {name: column for name, column in {"kind": kind, "answer": references, "id": row_id}.items() if column}
     filled = set()
@@ -54,7 +54,7 @@ def read_questions(
             key = file_keys[path] if path in file_keys else image_key(image)
             if path is not None:
                 file_keys[path] = key  # many rows may ask about one file
-            places.setdefault(key, (index, position))
+            image_positions.setdefault(key, (index, position))
             keys.append(key)
         turns = split_questions([{**row, "images": keys}])
         columns = {name: json.loads(row[column]) for name, column in named.items()}
@@ -67,7 +67,7 @@ def read_questions(
         raise ValueError("No row has a question with an answer. Add a user message and an assistant message.")
     if len(filled) < len(named):
         raise ValueError(f"No row has a column {next(named[name] for name in named if name not in filled)!r}.")
-    return questions, places
+    return questions, image_positions
 
 
 def _columns_of_turn(columns: dict[str, Any], turn: int, num_turns: int, row: int) -> dict[str, Any]:
@@ -96,11 +96,11 @@ def with_prompt(questions: Sequence[dict[str, Any]], prompt: str | None) -> list
     return [{**question, "question": build_prompt(prompt, question["question"])} for question in questions]
 
 
-def image_loader(rows: Dataset, places: Places) -> Callable[[str], Any]:
+def image_loader(rows: Dataset, image_positions: ImagePositions) -> Callable[[str], Any]:
     """Return a function of an image key that opens the image in `rows`, in RGB as in training."""
 
     def load(key: str):
-        row, position = places[key]
+        row, position = image_positions[key]
         return open_image(rows[row]["images"][position])
 
     return load

@@ -23,7 +23,7 @@ from vtlmm.inference.prompt_encoding import Prompt
 from vtlmm.inference.resumable import answer_all, open_run, run_key
 
 from .prompts import MAX_NEW_TOKENS, check_prompt
-from .questions import Places, image_loader, read_questions, with_prompt
+from .questions import ImagePositions, image_loader, read_questions, with_prompt
 from .report import format_table, write_report
 from .scorers import accuracy_by_kind, score_answers, summarize
 from .shuffled_images import with_shuffled_images
@@ -130,7 +130,9 @@ def evaluate(
     with TemporaryDirectory() as temporary:
         folder = Path(output or temporary)
         with one_writer(folder / LOCK_FILE, folder):
-            answers = run_questions(model, processor, data.rows, prompts, data.places, folder, key, batch_size, about)
+            answers = run_questions(
+                model, processor, data.rows, prompts, data.image_positions, folder, key, batch_size, about
+            )
             return _report(data, prompts, *answers, scorer, submission, folder, {**about, "key": key})
 
 
@@ -141,7 +143,7 @@ class _EvaluationData:
     name: str
     rows: Dataset
     questions: list[dict[str, Any]]
-    places: Places
+    image_positions: ImagePositions
     num_rows: int
     subset: str | None
     skipped: list[Problem]
@@ -178,9 +180,9 @@ def _read_data(
     if bad_rows == "raise" or not report.good_rows:
         report.raise_for_problems(advice="Fix them, or set `bad_rows` to 'skip' to evaluate the other rows.")
     rows = rows.select(report.good_rows)
-    questions, places = read_questions(rows, *columns, report.good_rows)
+    questions, image_positions = read_questions(rows, *columns, report.good_rows)
     name = os.fspath(dataset) if isinstance(dataset, str | os.PathLike) else "rows in memory"
-    return _EvaluationData(name, rows, questions, places, num_rows, subset, report.problems)
+    return _EvaluationData(name, rows, questions, image_positions, num_rows, subset, report.problems)
 
 
 def _report(
@@ -195,7 +197,7 @@ def _report(
 ) -> EvaluationResult:
     """Write the tables, samples and submission into `folder`, and return the result."""
     about |= {"skipped": [str(problem) for problem in data.skipped], "versions": package_versions(PACKAGES)}
-    load_image = image_loader(data.rows, data.places)
+    load_image = image_loader(data.rows, data.image_positions)
     results = write_report(folder, data.questions, prompts, answers, shuffled, scorer, load_image, about)
     file = write_submission(folder, submission, data.questions, answers) if submission else None
     return EvaluationResult(
@@ -233,7 +235,7 @@ def run_questions(
     processor,
     rows: Dataset,
     prompts: list[dict[str, Any]],
-    places: Places,
+    image_positions: ImagePositions,
     output: str | Path,
     key: dict[str, Any],
     batch_size: int = 8,
@@ -243,7 +245,7 @@ def run_questions(
     Answer questions with their images and with shuffled images into the folder `output`, or resume there.
 
     Args:
-        rows, places: see [`read_questions`].
+        rows, image_positions: see [`read_questions`].
         prompts (`list[dict]`): questions with the ending of their prompt.
         key (`dict`): result of [`run_key`].
         about (`dict`, *optional*): further entries of `run.json`.
@@ -259,9 +261,9 @@ def run_questions(
     files = (folder / ANSWERS_FILE, folder / SHUFFLED_FILE)
     open_run(folder / RUN_FILE, list(files), key, about or {})
     # Both runs share the features, so the vision tower encodes each image once
-    arguments = (image_loader(rows, places), batch_size, settings["max_new_tokens"], VisionFeatures())
+    arguments = (image_loader(rows, image_positions), batch_size, settings["max_new_tokens"], VisionFeatures())
     answers = answer_all(files[0], model, processor, prompts, *arguments)
-    if len(places) < 2:
+    if len(image_positions) < 2:
         return answers, None
     shuffled = with_shuffled_images(prompts, settings["seed"])
     return answers, answer_all(files[1], model, processor, shuffled, *arguments)
@@ -292,24 +294,24 @@ def task_scores(
         `ValueError`: for invalid rows or images, and if no question has an image.
     """
     check_rows(rows, processor, require_marks=False).raise_for_problems(advice="Fix these rows of `eval_task_data`.")
-    questions, places = read_questions(rows)
-    load = image_loader(rows, places)
-    images = {key: load(key) for key in list(places)[:num_images]}
+    questions, image_positions = read_questions(rows)
+    load = image_loader(rows, image_positions)
+    images = {key: load(key) for key in list(image_positions)[:num_images]}
     asked = [q for q in questions if q["images"] and images.keys() >= set(q["images"])]
     if not asked:
         raise ValueError("No question about images is left to score during training. Raise `eval_task_images`.")
-    sides = {"accuracy": asked}
+    question_sets = {"accuracy": asked}
     if len(images) > 1:
-        sides["accuracy_shuffled_images"] = with_shuffled_images(asked, seed)
+        question_sets["accuracy_shuffled_images"] = with_shuffled_images(asked, seed)
     truths = processor.tokenizer([question["answer"] for question in asked], add_special_tokens=False)["input_ids"]
     longest = max(map(len, truths)) + 8  # an answer that is longer than every ground truth is wrong
 
     def score(model) -> dict[str, float]:
         training, features = model.training, VisionFeatures()  # shared: each image is encoded once
         scores = {}
-        for name, side in sides.items():
-            answers = _answer_together(model, processor, side, images, features, batch_size, longest)
-            scores[name] = accuracy_by_kind(side, answers)["all"][0]
+        for name, questions in question_sets.items():
+            answers = _answer_together(model, processor, questions, images, features, batch_size, longest)
+            scores[name] = accuracy_by_kind(questions, answers)["all"][0]
         model.train(training)
         return scores
 

@@ -74,12 +74,12 @@ def read_file_questions(
 ) -> tuple[list[dict[str, Any]], Callable[[str], Image.Image]]:
     """Return the questions of rows, whose `images` are names, and a function that opens the image of a name."""
     folder = os.path.abspath(image_folder or (dataset if os.path.isdir(dataset) else os.path.dirname(dataset)))
-    places: dict[str, tuple[int, int]] = {}
+    image_positions: dict[str, tuple[int, int]] = {}
 
     def image_name(image: dict, index: int, position: int) -> str:
         is_file = image["bytes"] is None
         name = os.path.relpath(image["path"], folder) if is_file else f"row {index}, image {position}"
-        places.setdefault(name, (index, position))
+        image_positions.setdefault(name, (index, position))
         return name
 
     questions: list[dict[str, Any]] = []
@@ -94,7 +94,7 @@ def read_file_questions(
         raise ValueError(f"{dataset} has no rows with a question.")
 
     def load_image(name: str) -> Image.Image:
-        index, position = places[name]
+        index, position = image_positions[name]
         return open_image(rows[index]["images"][position])
 
     return questions, load_image

@@ -1,0 +1,108 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""The datasets of a run: load and check the rows of one stage or of several."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from accelerate import PartialState
+from datasets import IterableDataset
+from transformers import AutoConfig, AutoProcessor
+
+from vtlmm.data.data_report import DataReport
+from vtlmm.data.validation import check_rows, checked_stream, position_limit
+
+from .config import VTLMMTrainingConfig
+from .recipe import DatasetConfig, RunSettings, split_stages
+
+
+def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> tuple[Any, int | None]:
+    """Return the processor of a model, and the position limit of its decoder."""
+    load: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    limit = position_limit(AutoConfig.from_pretrained(name, **load))
+    return AutoProcessor.from_pretrained(name, **load), limit
+
+
+def check_data(settings: dict[str, Any]) -> Iterator[tuple[str, DataReport]]:
+    """
+    Check the rows and images of a recipe, without its other settings. Stages may have data of their own.
+
+    Args:
+        settings (`dict`): settings of [`DatasetConfig`], `model_name_or_path`, `model_revision`, `trust_remote_code`,
+            `max_length` and `stages`.
+
+    Yields:
+        `tuple[str, DataReport]`: the split (`"train"` or `"eval"`) and its report; equal settings are checked once.
+
+    Raises:
+        `ValueError`: if `model_name_or_path` is not set.
+    """
+    if "model_name_or_path" not in settings:
+        raise ValueError("The model is missing: its processor counts the tokens. Pass --model or a recipe.")
+    name, trust_remote_code = settings["model_name_or_path"], settings.get("trust_remote_code", False)
+    processor, max_positions = load_processor(name, settings.get("model_revision"), trust_remote_code)
+    checked = []
+    for run in split_stages(settings):
+        data = DatasetConfig(**{f.name: run[f.name] for f in fields(DatasetConfig) if f.name in run})
+        max_length = run.get("max_length", VTLMMTrainingConfig.max_length)
+        if (data, max_length) in checked:
+            continue
+        checked.append((data, max_length))
+        for split in ("train", "eval"):
+            rows = data.load(split)
+            if rows is not None:
+                yield split, check_rows(rows, processor, max_length, max_positions=max_positions)
+
+
+def prepare_dataset(
+    data: DatasetConfig, split: str, processor, max_length: int | None, max_positions: int | None = None
+):
+    """Return the checked rows of one split, or None without such a split. A stream is checked row by row."""
+    dataset = data.load(split)
+    if dataset is None or not data.check_data:
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        max_length = min((n for n in (max_length, max_positions) if n is not None), default=None)
+        return checked_stream(dataset, processor, max_length, data.bad_rows)
+    report = check_rows(dataset, processor, max_length, max_positions=max_positions)
+    good_rows = report.good_rows
+    if data.bad_rows == "raise":
+        report.raise_for_problems()
+    print_once(report.format())
+    if not good_rows:
+        raise ValueError(f"No row of the {split} split passed the check. Fix the rows listed above.")
+    if len(good_rows) < len(dataset) and PartialState().is_main_process:
+        warnings.warn(f"{len(dataset) - len(good_rows)} of {len(dataset)} rows are left out.", stacklevel=2)
+    # packing and grouping by length read the column `length`
+    return dataset.add_column("length", report.lengths).select(good_rows)
+
+
+def prepare_datasets(
+    data: DatasetConfig, processor, args: VTLMMTrainingConfig, max_positions: int | None = None
+) -> list:
+    """Return the rows to train on and to evaluate on, or None. The trainer shuffles them with `shuffle_dataset`."""
+    return [prepare_dataset(data, split, processor, args.max_length, max_positions) for split in ("train", "eval")]
+
+
+def prepare_stages(runs: list[RunSettings]) -> list[list]:
+    """Return the datasets of each stage. Stages with the same data settings share them, and they are checked once."""
+    first = runs[0]
+    # later stages have no model yet; they use the processor of the first stage
+    model, trust_remote_code = first.model, first.args.trust_remote_code
+    processor, max_positions = load_processor(model.model_name_or_path, model.model_revision, trust_remote_code)
+    prepared: dict[str, list] = {}
+    keys = []
+    for run in runs:
+        if run.data.eval_task_data is not None:
+            run.data.load_task_rows()
+        key = repr((run.data, run.args.max_length))
+        if key not in prepared:
+            prepared[key] = prepare_datasets(run.data, processor, run.args, max_positions)
+        keys.append(key)
+    return [prepared[key] for key in keys]
+
+
+def print_once(text: str) -> None:
+    if PartialState().is_main_process:
+        print(text, flush=True)
