@@ -12,7 +12,6 @@ from vtlmm.hub.isolated_load import run_without_package
 LOAD = textwrap.dedent(
     """
     import json
-import os
     import torch
     import transformers
     from PIL import Image
