@@ -9,6 +9,7 @@ gives the VM head, which predicts the words from the image features.
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,8 +84,7 @@ def align_captions(
             about one image are merged.
         keep_projector (`bool`, *optional*, defaults to `False`): solve the VM head alone. Use it for a model whose
             projector is trained, such as LLaVA-1.5.
-        min_word_images (`int`, *optional*, defaults to 5): a candidate word is in the captions of at least so many
-            images.
+        min_word_images (`int`, *optional*, defaults to 5): fewest images with a candidate word in their captions.
         frequency_exponent (`float`, *optional*, defaults to 0.35): see [`WordRegression`]. A larger value gives more
             specific and less reliable words.
         projector_penalty, head_penalty (`float`, *optional*, defaults to 6.0 and 2.0): ridge penalties of the two
@@ -94,20 +94,14 @@ def align_captions(
         batch_size (`int`, *optional*, defaults to 16): images per pass of the vision tower.
 
     Raises:
-        `ValueError`: if the VM head has a residual block, the projector has no biases, or too few images have a
-            caption with a candidate word.
+        `ValueError`: if the VM head has a residual block, the projector no biases, or too few images a candidate word.
     """
     _check_model(model, keep_projector)
     captions = _Captions(model, processor.tokenizer, rows, min_word_images)
     encode = _Encoder(model, processor, keep_projector)
-    step = max(2, len(captions.images) // MAX_HELD_OUT_IMAGES)
-    held_out = range(0, len(captions.images), step)[: min(MAX_HELD_OUT_IMAGES, len(captions.images) // 4)]
-    fitted = sorted(set(range(len(captions.images))) - set(held_out))
+    held_out, fitted = _split(len(captions.images))
     regression = WordRegression(encode.num_inputs, len(captions.token_ids), frequency_exponent)
-    for start in tqdm(range(0, len(fitted), batch_size), desc="Aligning captions"):
-        indices = fitted[start : start + batch_size]
-        features = encode([captions.images[index].image for index in indices])
-        regression.add(features.mean(1), [captions.word_ids[index] for index in indices])
+    _add_images(regression, captions, encode, fitted, batch_size)
     sample = torch.cat([encode([captions.images[index].image]) for index in held_out])
     if keep_projector:
         constant = regression.constant_direction()
@@ -117,13 +111,27 @@ def align_captions(
         constant = captions.center.double() / captions.center.double().norm() ** 2
     weight, bias = regression.solve(head_penalty)
     head = (weight + torch.outer(constant, bias)).T.float()
-    spread = (sample[:: max(1, len(sample) // 32)] @ head.T).std()
+    head /= (sample[:: max(1, len(sample) // 32)] @ head.T).std()
     word_ids = [captions.word_ids[index] for index in held_out]
     values = LOGIT_SPREADS if logit_spread is None else (logit_spread,)
-    likelihoods = {value: _negative_log_likelihood(sample, value / spread * head, word_ids) for value in values}
-    logit_spread = min(likelihoods, key=likelihoods.__getitem__)
-    _write_head(model.model.vm_head, captions.token_ids, logit_spread / spread * head, constant.float())
-    return CaptionAlignment(len(captions.images), len(captions.token_ids), logit_spread, likelihoods[logit_spread])
+    likelihood, logit_spread = min((_negative_log_likelihood(sample, x * head, word_ids), x) for x in values)
+    _write_head(model.model.vm_head, captions.token_ids, logit_spread * head, constant.float())
+    return CaptionAlignment(len(captions.images), len(captions.token_ids), logit_spread, likelihood)
+
+
+def _split(num_images: int) -> tuple[Sequence[int], list[int]]:
+    """Return the indices of images that choose the logit spread, and of those that the regression is fitted on."""
+    step = max(2, num_images // MAX_HELD_OUT_IMAGES)
+    held_out = range(0, num_images, step)[: min(MAX_HELD_OUT_IMAGES, num_images // 4)]
+    return held_out, sorted(set(range(num_images)) - set(held_out))
+
+
+def _add_images(regression: WordRegression, captions, encode, indices: list[int], batch_size: int) -> None:
+    """Add the mean features of images and the words of their captions to the regression."""
+    for start in tqdm(range(0, len(indices), batch_size), desc="Aligning captions"):
+        batch = indices[start : start + batch_size]
+        features = encode([captions.images[index].image for index in batch])
+        regression.add(features.mean(1), [captions.word_ids[index] for index in batch])
 
 
 def align_checkpoint(

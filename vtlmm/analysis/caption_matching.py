@@ -52,8 +52,8 @@ def measure_caption_matching(
     Args:
         rows ([`~datasets.Dataset`]): rows of [`load_rows`] with one image each, one row per image, which the model
             was not trained on. The answers are the captions.
-        num_others (`int`, *optional*, defaults to 1): other images per caption: the images of the next rows. `accuracy`
-            is the mean over them.
+        num_others (`int`, *optional*, defaults to 1): other images per caption, from the next rows. `accuracy` is the
+            mean over them.
         hard (`bool`, *optional*, defaults to `False`): whether the other images are those whose captions have the most
             words in common with the caption.
         batch_size (`int`, *optional*, defaults to 8): sequences per forward pass.
