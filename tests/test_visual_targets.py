@@ -18,6 +18,7 @@ from vtlmm.train.visual_targets import basic_loss_sum, feature_loss_sum, set_vis
 PROJECTOR_TOO = ["multi_modal_projector", "language_model", "lm_head"]
 TARGETS = {
     "same_patch": {},
+    "other_image": {},
     "feature": {},
     "basic": {"trainable_modules": PROJECTOR_TOO},
 }
@@ -93,7 +94,13 @@ def plain_visual_loss(model, batch, target: str) -> torch.Tensor:
         assert column > 0 and batch["attention_mask"][row, column - 1]  # every patch has a left neighbor
         last, middle = (states[row, column] for states in (outputs.hidden_states[-1], outputs.hidden_states[1]))
         feature = features[patch]
-        if target == "same_patch":
+        if target == "other_image":
+            number, place = divmod(patch, outputs.image_features.shape[1])
+            other = (number + 1) % outputs.image_features.shape[0] * outputs.image_features.shape[1] + place
+            teacher = outputs.visual_logits[other].detach().log_softmax(-1)
+            student = (model.lm_head.weight[:size] @ outputs.hidden_states[-1][row, column - 1]).log_softmax(-1)
+            losses.append((teacher.exp() * (teacher - student)).sum())
+        elif target == "same_patch":
             teacher = outputs.visual_logits[patch].detach().log_softmax(-1)
             student = (model.lm_head.weight[:size] @ last).log_softmax(-1)
             losses.append((teacher.exp() * (teacher - student)).sum())
@@ -131,7 +138,8 @@ def test_update_equals_plain_autograd(whole, tmp_path, target):
     assert_same_update({name: whole[target][name] for name in expected}, expected, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+# The next image of a batch depends on the batch
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "other_image"])
 @pytest.mark.parametrize(
     "split",
     [
@@ -182,13 +190,23 @@ def test_saved_model_does_not_depend_on_visual_target(tmp_path):
     assert (own["visual_loss"] / own["num_visual_targets"]).item() != pytest.approx(evaluated, rel=0.1)
 
 
+def test_another_image_needs_two_images(tmp_path):
+    trainer = build_trainer(tmp_path, **settings_of("other_image"))
+    rows = list(build_rows())
+    text, single = ([row for row in rows if len(row["images"]) == number][:1] for number in (0, 1))
+    call = {"return_loss_sums": True, "visual_student": "lm_head"}
+    assert trainer.model(**trainer.data_collator(text), **call).loss_sums["visual_loss"] == 0
+    with pytest.raises(ValueError, match="at least two images in each batch"):
+        trainer.model(**trainer.data_collator(single), **call)
+
+
 # ---- Settings ----
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"visual_target": "patch"}, "it must be next_patch, same_patch, feature, basic"),
+        ({"visual_target": "patch"}, "it must be next_patch, same_patch, other_image, feature, basic"),
         ({"visual_target": "basic"}, "Add multi_modal_projector to `trainable_modules`"),
         ({"visual_target": "feature", "visual_student": "vm_head"}, "does not use the VM head"),
     ],

@@ -70,7 +70,7 @@ class VTLMMTrainingConfig(SFTConfig):
             Whether the teacher of the visual loss gets no gradient.
         visual_target (`str`, *optional*, defaults to `"next_patch"`):
             Target of the visual loss: the paper's `"next_patch"`, or an alternative from `visual_targets.py`:
-            `"same_patch"`, `"feature"` or `"basic"`.
+            `"same_patch"`, `"other_image"`, `"feature"` or `"basic"`.
         vm_head_init (`str`, *optional*):
             Initial weights of the VM head: `"lm_head"`, `"input_embeddings"`, `"random"`, or `"keep"` for those of the
             checkpoint. Defaults to `"lm_head"` in stage III, because stage II changes the LM head, else to `"keep"`.
@@ -117,7 +117,7 @@ class VTLMMTrainingConfig(SFTConfig):
         default=None, metadata={"help": "Head that L_vm trains: vm_head or lm_head. Defaults to the stage's."}
     )
     detach_visual_teacher: bool = field(default=True, metadata={"help": "Stop gradients into the teacher of L_vm."})
-    visual_target: str = field(default="next_patch", metadata={"help": "next_patch, same_patch, feature or basic."})
+    visual_target: str = field(default="next_patch", metadata={"help": "next_patch, same_patch, other_image, feature or basic."})
     vm_head_init: str | None = field(
         default=None,
         metadata={"help": "lm_head, input_embeddings, random or keep. Defaults to lm_head in stage III, else keep."},

@@ -11,7 +11,7 @@ from .setting_checks import validate_stage
 
 
 MODULES = ("vision_tower", "multi_modal_projector", "vm_head", "language_model", "lm_head")
-VISUAL_TARGETS = ("next_patch", "same_patch", "feature", "basic")
+VISUAL_TARGETS = ("next_patch", "same_patch", "other_image", "feature", "basic")
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ def describe(model: nn.Module, stage: Stage) -> str:
         direction = "KL(q ‖ p), teacher lm_head" if stage.visual_student == "vm_head" else "KL(p ‖ q), teacher vm_head"
         direction = {
             "same_patch": f"{direction}, at the same patch",
+            "other_image": f"{direction}, of another image",
             "feature": "smooth L1 between hidden states and image features",
             "basic": "cosine and KL between image features and hidden states of the middle layer",
         }.get(stage.visual_target, direction)

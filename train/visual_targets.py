@@ -6,10 +6,12 @@
 | `next_patch` | prediction of the position left of the patch | visual token of the patch | the paper (2403.07720) |
 | `same_patch` | prediction of the patch's own position | visual token of the patch | ablation of `next_patch` |
 | `feature` | hidden state of the patch | image feature of the patch | like VDEP (2502.09093), ViCToR (2410.14332) |
+| `other_image` | prediction of the position left of the patch | visual token of another image's patch | control |
 | `basic` | image feature of the patch | hidden state in the middle of the decoder | BASIC (2508.06895) |
 
 All losses cover the same patches, those with a position to their left, so that trainings differ in the loss alone.
-Only `next_patch` is a prediction: at its own position the decoder has already read the patch.
+Only `next_patch` is a prediction: at its own position the decoder has already read the patch. `other_image` has the same
+regularization as `next_patch`, but its targets say nothing about the image: what it improves is not due to the words.
 
 The functions of this file are values for `model.visual_loss_function`, which the model calls in its forward. A loss
 outside the forward would not work with DDP and FSDP. Saved checkpoints do not depend on the visual target.
@@ -85,6 +87,7 @@ def set_visual_target(model, visual_target: str) -> None:
     losses = {
         "next_patch": next_patch_loss,
         "same_patch": same_patch_loss,
+        "other_image": other_image_loss,
         "feature": feature_loss,
         "basic": basic_loss,
     }
@@ -99,6 +102,37 @@ def same_patch_loss(
     if visual_student == "lm_head":
         return next_patch_loss(hidden_states, student_weight, teacher_features, teacher_weight, **kwargs)
     return next_patch_loss(student_features, student_weight, hidden_states, teacher_weight, **kwargs)
+
+
+def other_image_loss(
+    student_features,
+    student_weight,
+    teacher_features,
+    teacher_weight,
+    *,
+    visual_student,
+    model,
+    outputs,
+    positions,
+    **kwargs,
+) -> torch.Tensor:
+    """
+    Return the paper's visual loss with the visual tokens of the batch's next image, patch by patch.
+
+    Raises:
+        `ValueError`: if the batch has one image only.
+    """
+    if outputs.image_features.shape[0] < 2 and positions.any():  # a batch of texts has one empty image
+        raise ValueError(
+            "`visual_target: other_image` needs at least two images in each batch. Increase "
+            "`per_device_train_batch_size`, or `per_device_eval_batch_size` for the evaluation."
+        )
+    vm_head = model.model.vm_head
+    other_images = vm_head.residual_block(outputs.image_features.roll(-1, 0)).flatten(0, 1)
+    other_features = other_images[positions[outputs.image_token_mask]]
+    if visual_student == "lm_head":
+        return next_patch_loss(student_features, student_weight, other_features, teacher_weight, **kwargs)
+    return next_patch_loss(other_features, student_weight, teacher_features, teacher_weight, **kwargs)
 
 
 def feature_loss(*features_and_weights, detach_teacher, outputs, positions, **kwargs) -> torch.Tensor:

@@ -8,8 +8,8 @@ class WordRegression:
     r"""
     Sums of a ridge regression in float64. Their size does not depend on the number of images.
 
-    The target of word k is t_k = (y_k − p_k) / (p_k (1 − p_k))^a. y_k is 1 if word k is in the caption of the image,
-    otherwise 0. p_k is the share of images whose caption has the word. The exponent a decides how much rare words
+    The target of word k is t_k = (y_k − p_k) / (p_k (1 − p_k))^a. y_k is 1 if word k is in the caption of the image
+    and 0 otherwise. p_k is the share of images whose caption has the word. The exponent a decides how much rare words
     count: 0 gives the best predictions of frequent words, 0.5 gives all words the same variance.
 
     Args:

@@ -22,16 +22,18 @@ class CaptionMatching:
     Result of [`measure_caption_matching`], with 95 % intervals over the rows.
 
     Args:
-        accuracy ([`Estimate`]): share of the captions whose loss is lower with their own image. Chance is 0.5.
+        accuracy ([`Estimate`]): mean of `scores`: how often the caption is likelier with its own image. Chance is 0.5.
         loss, loss_shuffled ([`Estimate`]): mean loss of a caption's tokens with its own and with the other image, in
             nats per token.
         loss_lift ([`Estimate`]): mean of `loss_shuffled` - `loss`.
+        scores (`list[float]`): for each row, the share of the other images with which its loss is larger.
     """
 
     accuracy: Estimate
     loss: Estimate
     loss_shuffled: Estimate
     loss_lift: Estimate
+    scores: list[float]
 
     def format(self) -> str:
         """Return the result as one sentence."""
@@ -52,8 +54,8 @@ def measure_caption_matching(
     Args:
         rows ([`~datasets.Dataset`]): rows of [`load_rows`] with one image each, one row per image, which the model
             was not trained on. The answers are the captions.
-        num_others (`int`, *optional*, defaults to 1): other images per caption, from the next rows. `accuracy` is the
-            mean over them.
+        num_others (`int`, *optional*, defaults to 1): other images per caption: the images of the next rows.
+            `accuracy` is the mean over them.
         hard (`bool`, *optional*, defaults to `False`): whether the other images are those whose captions have the most
             words in common with the caption.
         batch_size (`int`, *optional*, defaults to 8): sequences per forward pass.
@@ -81,12 +83,13 @@ def measure_caption_matching(
     model.train(was_training)
     table = torch.tensor(losses, dtype=torch.float64).view(len(rows), 1 + num_others)
     own, other = table[:, :1], table[:, 1:]
-    wins = (own < other).double() + 0.5 * (own == other).double()
+    scores = ((own < other).double() + 0.5 * (own == other).double()).mean(1).tolist()
     return CaptionMatching(
-        accuracy=mean_estimate(wins.mean(1).tolist(), bounds=SCORE_BOUNDS),
+        accuracy=mean_estimate(scores, bounds=SCORE_BOUNDS),
         loss=mean_estimate(own[:, 0].tolist()),
         loss_shuffled=mean_estimate(other.mean(1).tolist()),
         loss_lift=mean_estimate((other.mean(1) - own[:, 0]).tolist()),
+        scores=scores,
     )
 
 
