@@ -61,10 +61,11 @@ def test_an_image_is_encoded_once_for_all_runs(tmp_path, monkeypatch):
     )
     rows = build_rows(IMAGES_PER_ROW + (2,))
     rows = rows.select([*range(len(rows)), 0, 2])
-    first = build_trainer(tmp_path / "a", rows, cache_image_features=str(tmp_path / "features"))
+    settings = {"cache_image_features": str(tmp_path / "features"), "max_steps": 2}
+    first = build_trainer(tmp_path / "a", rows, **settings)
     assert sum(encoded) == sum(IMAGES_PER_ROW) + 2
     assert len(first.data_collator.feature_cache.files) == sum(encoded)
-    again = build_trainer(tmp_path / "b", rows, cache_image_features=str(tmp_path / "features"))
+    again = build_trainer(tmp_path / "b", rows, **settings)
     assert sum(encoded) == sum(IMAGES_PER_ROW) + 2
     pixels = build_trainer(tmp_path / "c", rows).evaluate(rows)
     found = again.evaluate(undecoded(rows))
@@ -72,8 +73,21 @@ def test_an_image_is_encoded_once_for_all_runs(tmp_path, monkeypatch):
         assert found[name] == pytest.approx(pixels[name], rel=1e-6)
 
 
+def test_a_short_run_does_not_encode_all_images(tmp_path):
+    rows, settings = build_rows((1,) * 12), {"per_device_train_batch_size": 2, "max_steps": 3}
+    cache = str(tmp_path / "features")
+    short = build_trainer(tmp_path / "short", rows, cache_image_features=cache, **settings)
+    assert short.data_collator.feature_cache is None and not Path(cache).exists()
+    expected = update(build_trainer(tmp_path / "pixels", rows, **settings))
+    assert_same_update(update(short), expected, tolerance=1e-6)
+    build_trainer(tmp_path / "long", rows, cache_image_features=cache, **{**settings, "max_steps": 6})
+    again = build_trainer(tmp_path / "again", rows, cache_image_features=cache, **settings)
+    assert len(again.data_collator.feature_cache.files) == 12  # a full cache is used
+
+
 def test_a_resumed_run_uses_the_cache(tmp_path):
     settings = {**EPOCHS, "max_steps": 6, "save_strategy": "steps", "save_steps": 4}
+    settings["per_device_train_batch_size"] = 2
     settings |= {"train_sampling_strategy": "random"}
     expected = build_trainer(tmp_path / "pixels", **settings)
     expected.train()

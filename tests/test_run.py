@@ -121,6 +121,8 @@ def test_a_recipe_of_several_stages(recipe, tmp_path, capsys):
     text = capsys.readouterr().out
     assert text.count("rows        6") == 2  # train and eval, once for both stages
     assert "Stage 1 of 2: visual_head" in text and "Stage 2 of 2: joint" in text
+    costs = re.findall(r"^  (visual_head|joint) +(\d+) steps, .* FLOPs, about", text, flags=re.MULTILINE)
+    assert [stage for stage, _ in costs] == ["visual_head", "joint"]
     resume = [*options, "--resume_from_checkpoint"]
     assert train(recipe, *resume) == 0
     text = capsys.readouterr().out

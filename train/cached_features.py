@@ -16,7 +16,8 @@ def cache_vision_features(trainer: Any, model: Any, datasets: list) -> VisionFea
     """
     Return the cache in `args.cache_image_features` with the features of all images, or None without images.
 
-    The processes share the missing images.
+    The processes share the missing images. A run with `max_steps` that draws fewer rows than images are missing does
+    not use the cache: to encode the images of its rows is faster.
 
     Args:
         trainer ([`VTLMMTrainer`]): gives the precision, the image processor and the folder.
@@ -39,13 +40,21 @@ def cache_vision_features(trainer: Any, model: Any, datasets: list) -> VisionFea
         if trainer.is_fsdp_enabled:
             raise ValueError(
                 "FSDP has not moved the vision tower to a GPU yet. Fill `cache_image_features` with the same command "
-                "on one process (`max_steps=1`), then start again."
+                "on one process: stop it after the first step, then start again."
             )
         images = prepare_images(images, image_processor)
         pixel_values = image_processor(images, return_tensors="pt")["pixel_values"].float()
         with accelerator.autocast():
             return model.get_image_features(pixel_values.to(tower.device)).vision_features
 
+    args = trainer.args
+    num_rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if args.max_steps > 0 and datasets[0] is not None and num_rows < len(datasets[0]):
+        missing = cache.num_missing(datasets[0])
+        if missing > num_rows:
+            if trainer.is_world_process_zero():
+                print(f"The {num_rows:,} rows of {args.max_steps:,} steps are encoded without a cache.")
+            return None
     for dataset in datasets:
         cache.fill(dataset, encode)
     if trainer.is_world_process_zero():

@@ -6,10 +6,11 @@ import time
 from dataclasses import dataclass
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import PartialState, init_empty_weights
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from .config import VTLMMTrainingConfig
+from .recipe import RunSettings
 from .stages import Stage, module_of
 
 
@@ -44,6 +45,32 @@ class StageCost:
             f"  {name:<12} {self.num_steps:,} steps, {self.num_rows:,} rows of {self.tokens_per_row:.0f} tokens, "
             f"{self.flops:.1e} FLOPs, about {_duration(self.seconds)}"
         )
+
+
+def format_costs(runs: list[RunSettings], datasets: list[list]) -> str:
+    """
+    Return one line per stage with its steps, tokens, FLOPs and estimated time. All stages have the first one's model.
+
+    Args:
+        runs (`list[RunSettings]`): the stages.
+        datasets (`list[list]`): for each stage its rows to train on, and others. Streams and rows that were not
+            checked have no lengths, so they are left out.
+    """
+    state, args = PartialState(), runs[0].args
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    speed = measure_speed(state.device, dtype)
+    load = {"revision": runs[0].model.model_revision, "trust_remote_code": args.trust_remote_code}
+    lines = []
+    for run, (rows, *_) in zip(runs, datasets, strict=True):
+        if "length" in (rows.column_names or ()):
+            cost = estimate_cost(
+                runs[0].model.model_name_or_path, run.args, rows["length"], speed, state.num_processes, **load
+            )
+            lines.append(cost.format(run.args.stage))
+    if not lines:
+        return ""
+    about = f"at {speed / 1e9:,.0f} GFLOP/s per process; without the vision tower"
+    return "\n".join([f"Estimated cost ({about}):", *lines])
 
 
 def estimate_cost(

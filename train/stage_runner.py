@@ -18,6 +18,7 @@ from vtlmm.hub.repository import CHECK_FILE, RUN_RECORD, read_run_record
 
 from .adapters import keep_differentiable_on_cpu, peft_config
 from .checkpoints import checkpoint_folders
+from .cost import format_costs
 from .fingerprint import is_harmless
 from .output_folder import check_output, clear_output, lock_output
 from .recipe import RunSettings, merged_folder, parse_settings, split_stages
@@ -167,6 +168,7 @@ def train_stages(settings: dict[str, Any]) -> Path:
         for folder in folders[number:]:
             locks.enter_context(lock_output(folder))
         prepared = prepare_stages(parsed[number:])
+        print_once(format_costs(parsed[number:], prepared))
         for i in range(number, len(runs)):
             print_once(f"\nStage {i + 1} of {len(runs)}: {runs[i].get('stage')}")
             trainer = run_training(runs[i], datasets=prepared[i - number])

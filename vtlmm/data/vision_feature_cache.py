@@ -144,6 +144,11 @@ class VisionFeatureCache:
             )
         return len(missing)
 
+    def num_missing(self, dataset: Dataset) -> int:
+        """Return the number of different images of a dataset without features."""
+        dataset = undecoded(dataset.select_columns("images"))
+        return len(self._missing(dataset, range(len(dataset))))
+
     def _missing(self, dataset: Dataset, indices: range) -> dict[str, tuple[int, int]]:
         """Return the row and the position in the row of each image without features."""
         missing: dict[str, tuple[int, int]] = {}
