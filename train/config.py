@@ -117,7 +117,9 @@ class VTLMMTrainingConfig(SFTConfig):
         default=None, metadata={"help": "Head that L_vm trains: vm_head or lm_head. Defaults to the stage's."}
     )
     detach_visual_teacher: bool = field(default=True, metadata={"help": "Stop gradients into the teacher of L_vm."})
-    visual_target: str = field(default="next_patch", metadata={"help": "next_patch, same_patch, other_image, feature or basic."})
+    visual_target: str = field(
+        default="next_patch", metadata={"help": "next_patch, same_patch, other_image, feature or basic."}
+    )
     vm_head_init: str | None = field(
         default=None,
         metadata={"help": "lm_head, input_embeddings, random or keep. Defaults to lm_head in stage III, else keep."},

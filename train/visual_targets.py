@@ -10,8 +10,8 @@
 | `basic` | image feature of the patch | hidden state in the middle of the decoder | BASIC (2508.06895) |
 
 All losses cover the same patches, those with a position to their left, so that trainings differ in the loss alone.
-Only `next_patch` is a prediction: at its own position the decoder has already read the patch. `other_image` has the same
-regularization as `next_patch`, but its targets say nothing about the image: what it improves is not due to the words.
+Only `next_patch` is a prediction: at its own position the decoder has already read the patch. `other_image` is its
+control: the same regularization, but targets that say nothing about the image.
 
 The functions of this file are values for `model.visual_loss_function`, which the model calls in its forward. A loss
 outside the forward would not work with DDP and FSDP. Saved checkpoints do not depend on the visual target.
