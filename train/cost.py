@@ -92,9 +92,7 @@ def estimate_cost(
     """
     config = AutoConfig.from_pretrained(name, **load)
     with init_empty_weights(include_buffers=True):
-        model = AutoModelForImageTextToText.from_config(
-            config, trust_remote_code=load.get("trust_remote_code", False)
-        )
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=load.get("trust_remote_code", False))
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
     steps_per_epoch = math.ceil(len(lengths) / rows_per_step)
     num_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
