@@ -5,7 +5,8 @@ import pytest
 from helpers.inference import COLORS, QUESTION, expected_answer, model_and_processor, work  # noqa: F401 - fixtures
 from PIL import Image as PILImage
 
-from vtlmm.inference.generation import VisionFeatures, generate
+from vtlmm.inference.batch_inputs import VisionFeatures
+from vtlmm.inference.generation import generate
 from vtlmm.inference.prompt_encoding import encode_prompt
 
 

@@ -18,7 +18,8 @@ from vtlmm.evaluation.report import by_kind
 from vtlmm.evaluation.scorers import score_answers
 from vtlmm.evaluation.shuffled_images import with_shuffled_images
 from vtlmm.evaluation.statistics import Estimate
-from vtlmm.inference.generation import Answer, conversation, generate_answers, model_inputs
+from vtlmm.inference.batch_inputs import model_inputs
+from vtlmm.inference.generation import Answer, conversation, generate_answers
 from vtlmm.inference.loading import load_model
 from vtlmm.inference.prompt_encoding import Prompt
 

@@ -18,7 +18,8 @@ from vtlmm.data.environment import package_versions
 from vtlmm.data.output_files import one_writer
 from vtlmm.data.rows import load_rows
 from vtlmm.data.validation import check_rows
-from vtlmm.inference.generation import VisionFeatures, conversation, generate_answers
+from vtlmm.inference.batch_inputs import VisionFeatures
+from vtlmm.inference.generation import conversation, generate_answers
 from vtlmm.inference.prompt_encoding import Prompt
 from vtlmm.inference.resumable import answer_all, open_run, run_key
 

@@ -2,7 +2,6 @@
 """Generate answers to questions about images."""
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -11,14 +10,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, TextIteratorStreamer
 
-from vtlmm.data.images import image_key, open_image, prepare_images
+from vtlmm.data.images import image_key, open_image
 from vtlmm.data.questions import question_parts
-from vtlmm.data.validation import position_limit
 
-from .prompt_encoding import Prompt, encode_prompt
-
-
-IMAGES_IN_MEMORY = 1024
+from .batch_inputs import IMAGES_IN_MEMORY, VisionFeatures, limit_new_tokens, model_inputs
+from .prompt_encoding import Prompt
 
 
 class Answer(NamedTuple):
@@ -26,27 +22,6 @@ class Answer(NamedTuple):
 
     text: str
     log_probability: float | None = None
-
-
-class VisionFeatures(OrderedDict):
-    """
-    Vision tower outputs by image key, each of shape `(num_patches, vision_feature_size)`, on the CPU.
-
-    Holds the `max_images` images that were used last.
-    """
-
-    def __init__(self, max_images: int = IMAGES_IN_MEMORY):
-        super().__init__()
-        self.max_images = max_images
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        self.move_to_end(key)
-        return super().__getitem__(key)
-
-    def __setitem__(self, key: str, features: torch.Tensor) -> None:
-        super().__setitem__(key, features)
-        while len(self) > self.max_images:
-            self.popitem(last=False)
 
 
 def generate(
@@ -236,88 +211,6 @@ def generate_batch(
     log_probabilities = [logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0] for logits, ids in steps]
     sums = torch.stack(log_probabilities, 1).masked_fill(behind_end > 0, 0.0).sum(1)
     return [Answer(text.strip(), value) for text, value in zip(texts, sums.tolist(), strict=True)]
-
-
-@torch.inference_mode()
-def model_inputs(
-    model,
-    processor,
-    prompts: list[Prompt],
-    load_image: Callable,
-    vision_features: MutableMapping[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    r"""
-    Return the arguments of `model.generate` for a batch of prompts, padded on the left.
-
-    Returns:
-        `dict` with `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)` and, if there are images,
-            `inputs_embeds` of shape `(batch_size, sequence_length, hidden_size)` with the image features in them.
-    """
-    images = [key for prompt in prompts for key in prompt.images]
-    decoder_inputs = image_inputs(model, processor, images, load_image, vision_features)
-    rows, pad_token_id = [], processor.tokenizer.pad_token_id
-    for prompt in prompts:
-        tokens, row, remaining = encode_prompt(processor, prompt.messages), [], iter(prompt.images)
-        if (number := tokens.count(processor.image_token_id)) != len(prompt.images):
-            raise ValueError(f"The chat template writes {number} image tokens for {len(prompt.images)} images.")
-        for token in tokens:
-            is_image = token == processor.image_token_id
-            row += [token] * (len(decoder_inputs[next(remaining)]) if is_image else 1)
-        rows.append(row)
-    length = max(map(len, rows))
-    padding = [length - len(row) for row in rows]
-    pad_token_id = processor.tokenizer.eos_token_id if pad_token_id is None else pad_token_id
-    ids = [[pad_token_id] * number + row for number, row in zip(padding, rows, strict=True)]
-    input_ids = torch.tensor(ids, device=model.device)
-    attention_mask = torch.tensor([[0] * n + [1] * (length - n) for n in padding], device=model.device)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if images:
-        mask = (input_ids == processor.image_token_id) & (attention_mask == 1)
-        # The image token may be outside the embedding matrix. Its rows are replaced anyway.
-        embeddings = model.get_input_embeddings()(input_ids.masked_fill(mask, 0))
-        features = torch.cat([decoder_inputs[key] for key in images]).to(embeddings.device, embeddings.dtype)
-        inputs["inputs_embeds"] = embeddings.masked_scatter(mask.unsqueeze(-1), features)
-    return inputs
-
-
-def image_inputs(model, processor, keys: list[str], load_image: Callable, vision_features) -> dict[str, torch.Tensor]:
-    """Return what the decoder reads for each image, `(num_patches, hidden_size)`, by image key."""
-    distinct = list(dict.fromkeys(keys))
-    has_vm_head = model.config.model_type == "vtlmm"  # an exported LLaVA takes no vision features
-    cached = {key: vision_features[key] for key in distinct if has_vm_head and key in vision_features}
-    new = [key for key in distinct if key not in cached]
-    found: dict[str, torch.Tensor] = {}
-    if cached:
-        features = torch.stack(list(cached.values())).to(model.device, model.dtype)
-        encoded = model.model.get_image_features(vision_features=features)
-        found.update(zip(cached, encoded.pooler_output, strict=True))
-    if new:
-        images = prepare_images([load_image(key) for key in new], processor.image_processor)
-        pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        encoded = model.get_image_features(pixel_values=pixel_values.to(model.device))
-        found.update(zip(new, encoded.pooler_output, strict=True))
-        if has_vm_head:
-            for key, features in zip(new, encoded.vision_features.cpu(), strict=True):
-                vision_features[key] = features
-    return found
-
-
-def limit_new_tokens(model, prompt_length: int, max_new_tokens: int) -> int:
-    """
-    Return how many tokens the decoder can generate after the prompt, at most `max_new_tokens`.
-
-    Raises:
-        `ValueError`: if the prompt fills the decoder's positions.
-    """
-    limit = position_limit(model.config)
-    if limit is None or max_new_tokens < 1:
-        return max_new_tokens
-    if prompt_length >= limit:
-        raise ValueError(
-            f"The question has {prompt_length} tokens with its images, but the decoder has {limit} positions. Shorten "
-            "the question or give fewer images."
-        )
-    return min(max_new_tokens, limit - prompt_length)
 
 
 # ---- Streaming ----

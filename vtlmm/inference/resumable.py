@@ -13,7 +13,8 @@ from vtlmm.data.output_files import write_json
 from vtlmm.data.validation import image_tokens_per_image, position_limit
 from vtlmm.hub.weights_digest import weights_digest
 
-from .generation import VisionFeatures, answer_order, conversation, generate_batch
+from .batch_inputs import VisionFeatures
+from .generation import answer_order, conversation, generate_batch
 from .prompt_encoding import Prompt, encode_prompt
 
 
