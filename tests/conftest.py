@@ -37,7 +37,7 @@ def build_model():
 # Files whose tests start processes, train several stages or load Hub repositories; `make test-fast` leaves them out.
 SLOW_FILES = {
     *("test_ablate.py", "test_adapters.py", "test_distributed.py", "test_harness.py", "test_merge.py"),
-    *("test_out_of_domain.py", "test_push.py", "test_remote_code.py", "test_run.py", "test_serve.py"),
+    *("test_out_of_domain.py", "test_push.py", "test_remote_code.py", "test_run.py", "test_serve_fuzz.py"),
     *("test_task_scores.py", "test_transformers_suite.py", "test_verify.py"),
 }
 

@@ -13,7 +13,7 @@ import vtlmm
 from vtlmm.cli.main import build_app, main
 
 
-FOLDERS = ("modeling_vtlmm", "train", "hub", "vtlmm/*", "tests", "benchmarks")
+FOLDERS = ("modeling_vtlmm", "train", "hub", "vtlmm/*", "vtlmm/*/*", "tests", "benchmarks")
 NAMED = re.compile(r"`(?:[\w/]*/)?(?P<file>\w+\.py):(?P<symbol>[A-Za-z_][\w.]*)")
 TEST_FILE = re.compile(r"`(?:tests/)?(test_\w+\.py)`")
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
@@ -145,7 +145,8 @@ def test_the_wheel_has_every_package():
     tomllib = pytest.importorskip("tomllib", reason="tomllib is part of Python 3.11")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     packages = {path.parent.relative_to(ROOT) for path in ROOT.glob("*/__init__.py")}
-    packages |= {path.parent.relative_to(ROOT) for path in (ROOT / "vtlmm").glob("*/__init__.py")}
+    for pattern in ("*/__init__.py", "inference/*/__init__.py"):
+        packages |= {path.parent.relative_to(ROOT) for path in (ROOT / "vtlmm").glob(pattern)}
     packages -= {Path("train"), Path("hub")}  # listed as vtlmm.train and vtlmm.hub
     assert {name.replace(".", "/") for name in settings["packages"]} == set(map(str, packages))
     packed = {path for name, patterns in settings["package-data"].items() for pattern in patterns

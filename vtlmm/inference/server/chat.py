@@ -1,0 +1,178 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""`/v1/chat/completions`: read the request, give it to the scheduler, send what the scheduler generates."""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from vtlmm.inference.answer_text import TokenTexts
+from vtlmm.inference.scheduler import GenerationRequest, Piece, QueueFullError, Scheduler
+
+from .access import body_too_large
+from .errors import RequestError, as_request_error
+from .preparation import RequestPreparation, parse_chat_request, read_images
+from .responses import Completion, event
+from .schema import ChatRequest
+from .settings import ServerSettings
+
+
+_PREPARING_THREADS = 4
+_BODY_SECONDS = 60.0
+
+
+class _DisconnectedError(Exception):
+    """The client closed the connection."""
+
+
+class ChatCompletions:
+    r"""
+    Answer chat completions with one model.
+
+    Args:
+        name (`str`): the model's name in requests.
+        model, processor: see [`load_model`].
+        settings ([`ServerSettings`])
+    """
+
+    def __init__(self, name: str, model, processor, settings: ServerSettings):
+        self.name, self.settings = name, settings
+        self.scheduler = Scheduler(model, processor, settings.max_batch_size, settings.max_queue)
+        self.preparation = RequestPreparation(model, processor, settings, self.scheduler.vision_features)
+        self.token_texts = TokenTexts(processor.tokenizer)
+        self.seconds: Counter = Counter()
+        self._preparing = 0
+        self._threads = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
+
+    def close(self) -> None:
+        """Stop the scheduler. Unfinished requests get status 503."""
+        self.scheduler.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def answer(self, request: Request) -> Response:
+        r"""
+        Return the response to a request.
+
+        Raises:
+            [`RequestError`]: if the request is invalid, or if the model fails.
+        """
+        started = time.monotonic()
+        body = await self._read_body(request, min(self.settings.request_seconds, _BODY_SECONDS))
+        chat, generation = await self._prepare(body)
+        events: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+        generation.receive = _sender(asyncio.get_running_loop(), events)
+        remaining = self.settings.request_seconds - (time.monotonic() - started)
+        watcher = asyncio.create_task(_watch(request, events, remaining))
+        pieces = self._pieces(generation, events, watcher, started)
+        try:
+            self.scheduler.submit(generation)
+            # The status of a stream is sent with its first text, so an error before it has a status of its own
+            first = await anext(pieces)
+            include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
+            completion = Completion(self.name, generation, self.token_texts, include_usage)
+            if chat.stream:
+                headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+                stream = _stream(completion, first, pieces)
+                return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+            return JSONResponse(completion.body([first, *[piece async for piece in pieces]]))
+        except _DisconnectedError:
+            return Response(status_code=499)  # nobody receives it; the number is for the metrics
+        except BaseException as error:  # also a cancelled task
+            generation.cancel()
+            watcher.cancel()
+            if isinstance(error, Exception):
+                raise as_request_error(error) from error
+            raise
+
+    async def _read_body(self, request: Request, seconds: float) -> bytes:
+        async def read() -> bytes:
+            body = bytearray()
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > self.settings.max_body_bytes:
+                    raise body_too_large(self.settings)
+            return bytes(body)
+
+        try:
+            return await asyncio.wait_for(read(), seconds)
+        except asyncio.TimeoutError as error:
+            raise RequestError(f"The body did not arrive within {seconds:.0f} s.", 408) from error
+
+    async def _prepare(self, body: bytes) -> tuple[ChatRequest, GenerationRequest]:
+        """Check and encode a request outside the event loop, so that other requests continue."""
+        if self._preparing + self.scheduler.num_waiting >= self.settings.max_queue:
+            raise as_request_error(QueueFullError(f"{self.settings.max_queue} requests are waiting."))
+        loop = asyncio.get_running_loop()
+        self._preparing += 1
+        try:
+            chat = await loop.run_in_executor(self._threads, parse_chat_request, body, self.settings, self.name)
+            # Remote images wait for other hosts, so they must not occupy the threads that decode images
+            threads = None if self.settings.allow_remote_images else self._threads
+            contents = await loop.run_in_executor(threads, read_images, chat, self.settings)
+            return chat, await loop.run_in_executor(self._threads, self.preparation.prepare, chat, contents)
+        finally:
+            self._preparing -= 1
+
+    async def _pieces(
+        self,
+        generation: GenerationRequest,
+        events: "asyncio.Queue[Piece | BaseException]",
+        watcher: asyncio.Task,
+        started: float,
+    ) -> AsyncIterator[Piece]:
+        """Yield what the scheduler generates. However this ends, the generation ends too."""
+        num_finished = 0
+        try:
+            while num_finished < generation.num_answers:
+                piece = await events.get()
+                if isinstance(piece, BaseException):
+                    raise piece
+                num_finished += piece.finish_reason is not None
+                yield piece
+            self.seconds.update(count=1, sum=time.monotonic() - started)  # type: ignore[call-overload]
+        finally:
+            generation.cancel()
+            watcher.cancel()
+
+
+def _sender(loop: asyncio.AbstractEventLoop, events: asyncio.Queue):
+    """Return a function that puts an event of the scheduler's thread into a queue of the event loop."""
+
+    def send(piece: Piece | BaseException) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            loop.call_soon_threadsafe(events.put_nowait, piece)
+
+    return send
+
+
+async def _watch(request: Request, events: asyncio.Queue, seconds: float) -> None:
+    """Add an error to the events when the client disconnects, or when the time of the request is over."""
+    try:
+        await asyncio.wait_for(_disconnected(request), max(seconds, 0))
+        events.put_nowait(_DisconnectedError())
+    except asyncio.TimeoutError:
+        events.put_nowait(TimeoutError("The answer took longer than the time limit of a request."))
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(completion: Completion, first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+    try:
+        yield completion.start() + completion.chunk(first)
+        async for piece in pieces:
+            yield completion.chunk(piece)
+        yield completion.end()
+    except _DisconnectedError:
+        pass
+    except Exception as error:  # the status was sent already
+        yield event(as_request_error(error).body)
+    finally:
+        await pieces.aclose()  # type: ignore[attr-defined]
