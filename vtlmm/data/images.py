@@ -219,14 +219,19 @@ def _to_8_bit(image: Image.Image) -> np.ndarray:
     Returns:
         `np.ndarray` of `uint8` and shape `(height, width)`.
     """
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
+    # In place, because a large image needs 8 bytes for each pixel
+    values = np.array(image, dtype=np.float64)
+    np.nan_to_num(values, copy=False, posinf=0.0, neginf=0.0)
     low, high = values.min(), values.max()
+    is_any_range = low < 0 or high > 65535 or (image.mode == "F" and high > 255)
     if image.mode.startswith("I;16"):
-        values = values / 257
-    elif low < 0 or high > 65535:
-        values = (values - low) * (255 / max(high - low, 1e-12))
+        values /= 257
+    elif is_any_range:
+        values -= low
+        values *= 255 / max(high - low, 1e-12)
     elif image.mode == "F" and high <= 1:
-        values = values * 255
+        values *= 255
     elif high > 255:
-        values = values / 257 if image.mode == "I" else (values - low) * (255 / max(high - low, 1e-12))
-    return np.clip(np.round(values), 0, 255).astype(np.uint8)
+        values /= 257
+    np.round(values, out=values)
+    return np.clip(values, 0, 255, out=values).astype(np.uint8)
