@@ -3,6 +3,7 @@
 
 import html
 import io
+import time
 
 import pytest
 from helpers.inference import QUESTION, expected_answer, loaded, model_and_processor, turns, work  # noqa: F401 - fixtures
@@ -12,6 +13,7 @@ from vtlmm.analysis.app import IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES, answers_so
 from vtlmm.analysis.visual_tokens import format_patch_words
 from vtlmm.cli.main import main
 from vtlmm.inference.generation import stream_answer
+from vtlmm.inference.scheduler import Scheduler
 
 
 def test_pieces_of_a_stream_form_the_answer(work, model_and_processor):
@@ -70,22 +72,45 @@ def test_page_shows_words_and_answers(work):
     page = html.unescape(frames[IMAGE_FEATURES])
     assert page.count('class="patch') == 8 and "http" not in page.replace("image/svg", "")
     assert words_frame(model, processor, None, IMAGE_FEATURES) == ""
-    answers = {}
+    answers, scheduler = {}, Scheduler(model, processor)
     for kind in frames:
-        grown = list(answers_so_far(model, processor, red, kind, [], QUESTION, 6))
+        grown = list(answers_so_far(scheduler, red, kind, [], QUESTION, 6))
         assert [turn[-1][1] for turn in grown] == sorted((turn[-1][1] for turn in grown), key=len)
         answers[kind] = grown[-1]
     assert answers[IMAGE_FEATURES] == [(QUESTION, expected_answer(*loaded(work), QUESTION, "red", folder=work))]
     assert answers[PSEUDO_IMAGE_FEATURES] != answers[IMAGE_FEATURES]
-    *_, second = answers_so_far(model, processor, red, IMAGE_FEATURES, answers[IMAGE_FEATURES], "is it red ?", 6)
+    *_, second = answers_so_far(scheduler, red, IMAGE_FEATURES, answers[IMAGE_FEATURES], "is it red ?", 6)
     messages = turns(QUESTION, second[0][1], "is it red ?", images=[red.convert("RGB")])
     assert second[0] == answers[IMAGE_FEATURES][0]
     assert second[1] == ("is it red ?", "".join(stream_answer(model, processor, messages, 6)).strip())
+
+
+def test_conversations_of_the_page_do_not_wait_for_each_other(work):
+    model, processor = loaded(work)
+    scheduler = Scheduler(model, processor)
+    red = work / "red.png"
+    long = answers_so_far(scheduler, red, IMAGE_FEATURES, [], QUESTION, 2000)
+    next(long)
+    answers = {
+        kind: list(answers_so_far(scheduler, red, kind, [], QUESTION, 6))[-1]
+        for kind in (PSEUDO_IMAGE_FEATURES, IMAGE_FEATURES)
+    }
+    frame = scheduler.call(lambda: words_frame(model, processor, red, IMAGE_FEATURES))
+    assert frame.startswith("<iframe") and scheduler.num_running == 1  # the long answer goes on
+    # the two kinds of features are in the same batch
+    assert answers[IMAGE_FEATURES] == [(QUESTION, expected_answer(*loaded(work), QUESTION, "red", folder=work))]
+    assert answers[PSEUDO_IMAGE_FEATURES] != answers[IMAGE_FEATURES]
+    long.close()
+    deadline = time.monotonic() + 5
+    while scheduler.num_running:
+        assert time.monotonic() < deadline
+    scheduler.close()
 
 
 def test_page_is_built(model_and_processor):
     pytest.importorskip("gradio", reason="the extra `app` is not installed")
     page = build_page(*model_and_processor, "model")
     settings = page.get_config_file()
+    assert all(event["queue"] and event["batch"] is False for event in settings["dependencies"])
     assert settings["analytics_enabled"] is False
     assert len([event for event in settings["dependencies"] if event["targets"][0][1] == "change"]) == 2

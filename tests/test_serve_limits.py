@@ -18,9 +18,6 @@ from helpers.serving import (
     user,
 )
 
-from vtlmm.inference.server.request_images import image_bytes, public_address
-from vtlmm.inference.server.settings import ServerSettings
-
 
 # Long enough that no test waits for their end: a step takes a millisecond or more
 LONG = {"max_tokens": 20_000}
@@ -233,66 +230,3 @@ def test_cors(serve):
     assert reply.headers["access-control-allow-origin"] == "https://page.example"
     other = client.options("/v1/chat/completions", headers={**headers, "Origin": "https://other.example"})
     assert "access-control-allow-origin" not in other.headers
-
-
-# ---- Remote images ----
-
-
-def test_addresses_that_are_not_public(monkeypatch):
-    private = "127.0.0.1 10.0.0.1 192.168.1.1 169.254.169.254 0.0.0.0 100.64.0.1 224.0.0.1 ::1 fe80::1 fc00::1 ::"
-    private += " ::ffff:127.0.0.1 ::ffff:10.0.0.1 64:ff9b::7f00:1 2002:7f00:1::"
-    for address in private.split():
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: [(0, 0, 0, "", (address, 443))])  # noqa: B023
-        with pytest.raises(ValueError, match="not public"):
-            public_address("image.example", 443)
-    answers = [(0, 0, 0, "", ("1.1.1.1", 443)), (0, 0, 0, "", ("127.0.0.1", 443))]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: answers)
-    with pytest.raises(ValueError, match="not public"):  # one of several addresses
-        public_address("image.example", 443)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: answers[:1])
-    assert public_address("image.example", 443) == "1.1.1.1"
-
-
-def test_remote_image_urls(serve):
-    client = serve(allow_remote_images=True)
-    urls = [
-        "http://example.com/a.png",
-        "https://127.0.0.1/a.png",
-        "https://localhost/",
-        "file:///etc/passwd",
-        __file__,
-    ]
-    urls += [
-        "https://user@127.0.0.1/",
-        "https://[::1]/",
-        "https://0x7f000001/",
-        "https://2130706433/",
-        "https://[/",
-        "",
-    ]
-    urls += ["https://127.0.0.1:99999/", "ftp://example.com/a.png", "https://", "https://\u2488/"]
-    for url in urls:
-        reply = client.post("/v1/chat/completions", json=body(user("", url)))
-        assert reply.status_code == 400 and "cannot fetch" in reply.json()["error"]["message"], url
-
-
-def test_remote_image_is_fetched_from_the_checked_address(monkeypatch):
-    """A redirect is followed, and each address is checked. No network: the connections are recorded."""
-    from vtlmm.inference.server import request_images
-
-    opened = []
-
-    def get(parts, max_bytes, deadline):
-        opened.append(parts.geturl())
-        return (302, "/b.png", b"") if len(opened) == 1 else (200, None, b"image")
-
-    monkeypatch.setattr(request_images, "_get", get)
-    settings = ServerSettings(allow_remote_images=True)
-    assert image_bytes("https://image.example/a.png", "url", settings) == b"image"
-    assert opened == ["https://image.example/a.png", "https://image.example/b.png"]
-    monkeypatch.setattr(request_images, "_get", lambda parts, *_: (302, "http://image.example/", b""))
-    with pytest.raises(Exception, match="must be https"):
-        image_bytes("https://image.example/a.png", "url", settings)
-    monkeypatch.setattr(request_images, "_get", lambda parts, *_: (302, "/again", b""))
-    with pytest.raises(Exception, match="redirects"):
-        image_bytes("https://image.example/a.png", "url", settings)

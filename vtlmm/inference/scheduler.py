@@ -5,8 +5,9 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 MAX_PREFILL_TOKENS = 16_384
 # A model whose batch cannot grow waits this long for more requests before it starts one.
 BATCH_WINDOW = 0.005  # seconds
+
+T = TypeVar("T")
 
 
 class QueueFullError(RuntimeError):
@@ -60,6 +63,7 @@ class GenerationRequest:
         stop (`tuple[str, ...]`): an answer ends before the first of these strings.
         num_logprobs (`int`, *optional*): return log probabilities, with this number of alternatives.
         is_streamed (`bool`): pass on each new text. Otherwise each answer is one piece.
+        use_pseudo_image_features (`bool`, *optional*): what the decoder reads; by default as the config says.
     """
 
     token_ids: list[int]
@@ -73,6 +77,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     num_logprobs: int | None = None
     is_streamed: bool = False
+    use_pseudo_image_features: bool | None = None
     is_cancelled: bool = field(default=False, init=False)
 
     def cancel(self) -> None:
@@ -121,6 +126,7 @@ class Scheduler:
         ends = model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
         self._waiting: deque[GenerationRequest] = deque()
+        self._calls: deque[tuple[Future, Callable]] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
         self._rows: list[_Row] = []
@@ -148,6 +154,16 @@ class Scheduler:
             self._waiting.append(request)
             self._changed.notify()
 
+    def call(self, function: Callable[[], T]) -> T:
+        """Run a function that uses the model between two steps, and return its result."""
+        future: Future[T] = Future()
+        with self._changed:
+            if self._is_closed:
+                raise ClosedError("The server is shutting down.")
+            self._calls.append((future, function))
+            self._changed.notify()
+        return future.result()
+
     def close(self) -> None:
         """Stop after the current step. Unfinished requests receive [`ClosedError`]."""
         with self._changed:
@@ -170,6 +186,7 @@ class Scheduler:
         with torch.inference_mode():
             while not self._is_closed:
                 try:
+                    self._run_calls()
                     new = self._take_requests()
                     if new:
                         self._start(new)
@@ -183,6 +200,16 @@ class Scheduler:
         for request in self._waiting:
             _fail(request, error)
         self._waiting.clear()
+        for future, _ in self._calls:
+            future.set_exception(error)
+
+    def _run_calls(self) -> None:
+        while self._calls:
+            future, function = self._calls.popleft()
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
 
     def _fail_all(self, error: Exception) -> None:
         for request in {id(row.request): row.request for row in self._rows}.values():
@@ -193,7 +220,7 @@ class Scheduler:
         """Return requests that can start now. Wait for one if nothing runs."""
         with self._changed:
             if not self._rows:
-                self._changed.wait_for(lambda: self._waiting or self._is_closed)
+                self._changed.wait_for(lambda: self._waiting or self._calls or self._is_closed)
                 if not self._can_join:
                     self._changed.wait_for(lambda: self._is_closed, BATCH_WINDOW)
             elif not self._can_join:
@@ -209,6 +236,8 @@ class Scheduler:
                 num_rows += request.num_answers
                 if num_rows > self.max_rows or (new and longest * (len(new) + 1) > MAX_PREFILL_TOKENS):
                     break
+                if new and request.use_pseudo_image_features != new[0].use_pseudo_image_features:
+                    break  # the kind of image features is a setting of the model
                 new.append(self._waiting.popleft())
             return new
 
@@ -246,6 +275,8 @@ class Scheduler:
     def _first_step(self, requests: list[GenerationRequest]) -> DecodingBatch:
         images = {key: image for request in requests for key, image in request.images.items()}
         known = sum(key in self.vision_features for key in images)
+        if requests[0].use_pseudo_image_features is not None:
+            self.model.config.use_pseudo_image_features = requests[0].use_pseudo_image_features
         inputs = encoded_inputs(
             self.model,
             self.processor,

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from vtlmm.inference.answer_text import TokenTexts
 from vtlmm.inference.scheduler import GenerationRequest, Piece, QueueFullError, Scheduler
@@ -61,13 +62,19 @@ class ChatCompletions:
         Raises:
             [`RequestError`]: if the request is invalid, or if the model fails.
         """
+        try:
+            return await self._answer(request)
+        except (_DisconnectedError, ClientDisconnect):
+            return Response(status_code=499)  # nobody receives it; the number is for the metrics
+
+    async def _answer(self, request: Request) -> Response:
         started = time.monotonic()
         body = await self._read_body(request, min(self.settings.request_seconds, _BODY_SECONDS))
         chat, generation = await self._prepare(body)
         events: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
         generation.receive = _sender(asyncio.get_running_loop(), events)
         remaining = self.settings.request_seconds - (time.monotonic() - started)
-        watcher = asyncio.create_task(_watch(request, events, remaining))
+        watcher = asyncio.create_task(_watch(request, generation, events, remaining))
         pieces = self._pieces(generation, events, watcher, started)
         try:
             self.scheduler.submit(generation)
@@ -80,12 +87,10 @@ class ChatCompletions:
                 stream = _stream(completion, first, pieces)
                 return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
             return JSONResponse(completion.body([first, *[piece async for piece in pieces]]))
-        except _DisconnectedError:
-            return Response(status_code=499)  # nobody receives it; the number is for the metrics
         except BaseException as error:  # also a cancelled task
             generation.cancel()
             watcher.cancel()
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) and not isinstance(error, _DisconnectedError):
                 raise as_request_error(error) from error
             raise
 
@@ -150,13 +155,15 @@ def _sender(loop: asyncio.AbstractEventLoop, events: asyncio.Queue):
     return send
 
 
-async def _watch(request: Request, events: asyncio.Queue, seconds: float) -> None:
-    """Add an error to the events when the client disconnects, or when the time of the request is over."""
+async def _watch(request: Request, generation: GenerationRequest, events: asyncio.Queue, seconds: float) -> None:
+    """Cancel the generation when the client disconnects, or when the time of the request is over."""
+    error: Exception = _DisconnectedError()
     try:
         await asyncio.wait_for(_disconnected(request), max(seconds, 0))
-        events.put_nowait(_DisconnectedError())
     except asyncio.TimeoutError:
-        events.put_nowait(TimeoutError("The answer took longer than the time limit of a request."))
+        error = TimeoutError("The answer took longer than the time limit of a request.")
+    generation.cancel()
+    events.put_nowait(error)
 
 
 async def _disconnected(request: Request) -> None:
