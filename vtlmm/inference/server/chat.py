@@ -24,6 +24,7 @@ from .settings import ServerSettings
 
 
 _PREPARING_THREADS = 4
+_FETCHING_THREADS = 64  # with remote images, most threads wait for other hosts
 _BODY_SECONDS = 60.0
 
 
@@ -48,7 +49,8 @@ class ChatCompletions:
         self.token_texts = TokenTexts(processor.tokenizer)
         self.seconds: Counter = Counter()
         self._preparing = 0
-        self._threads = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
+        num_threads = _FETCHING_THREADS if settings.allow_remote_images else _PREPARING_THREADS
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="prepare")
 
     def close(self) -> None:
         """Stop the scheduler. Unfinished requests get status 503."""
@@ -112,14 +114,14 @@ class ChatCompletions:
         """Check and encode a request outside the event loop, so that other requests continue."""
         if self._preparing + self.scheduler.num_waiting >= self.settings.max_queue:
             raise as_request_error(QueueFullError(f"{self.settings.max_queue} requests are waiting."))
-        loop = asyncio.get_running_loop()
+
+        def prepare():
+            chat = parse_chat_request(body, self.settings, self.name)
+            return chat, self.preparation.prepare(chat, read_images(chat, self.settings))
+
         self._preparing += 1
         try:
-            chat = await loop.run_in_executor(self._threads, parse_chat_request, body, self.settings, self.name)
-            # Remote images wait for other hosts, so they must not occupy the threads that decode images
-            threads = None if self.settings.allow_remote_images else self._threads
-            contents = await loop.run_in_executor(threads, read_images, chat, self.settings)
-            return chat, await loop.run_in_executor(self._threads, self.preparation.prepare, chat, contents)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, prepare)
         finally:
             self._preparing -= 1
 
