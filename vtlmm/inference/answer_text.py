@@ -58,7 +58,7 @@ class AnswerText:
         return self._text.strip()
 
     def _take(self, end: int) -> str:
-        if not self._sent:
+        if not self._text[: self._sent].strip():
             self._sent = len(self._text) - len(self._text.lstrip())
         piece = self._text[self._sent : end]
         self._sent = max(self._sent, end)

@@ -23,7 +23,7 @@ class DecodingBatch:
         cache ([`Cache`])
         attention_mask (`torch.Tensor` of shape `(batch_size, length)`): 1 at tokens, 0 at padding.
         logits (`torch.Tensor` of shape `(batch_size, vocab_size)`): of the next token.
-        history (`list[torch.Tensor]`): padded prompt and answer of each row, for logits processors.
+        history (`list[torch.Tensor]`): prompt and answer of each row, for logits processors.
         processors (`list[LogitsProcessorList]`): of each row, as `generate` builds them from the generation config.
         cache_argument (`str`): name of the forward's argument for the cache: `cache`, `past_key_values` before
             transformers 5.24.
@@ -45,14 +45,14 @@ class DecodingBatch:
         return isinstance(self.cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     @property
-    def _needs_history(self) -> bool:
-        """Whether logits processors read the tokens. A list of suppressed tokens does not, and all rows share it."""
+    def needs_history(self) -> bool:
+        """Whether logits processors read the tokens of their row. A list of suppressed tokens does not."""
         return any(type(processor) is not SuppressTokensLogitsProcessor for processor in self.processors[0])
 
     def scores(self) -> torch.Tensor:
         """Return the logits in float32 after the logits processors, `(batch_size, vocab_size)`."""
         scores = self.logits.to(torch.float32, copy=True)
-        if not self._needs_history:
+        if not self.needs_history:  # all rows have the same processors
             return self.processors[0](self.attention_mask, scores)
         for i, processors in enumerate(self.processors):
             scores[i] = processors(self.history[i][None], scores[i : i + 1])[0]
@@ -64,7 +64,7 @@ class DecodingBatch:
         input_ids = torch.tensor(tokens, device=device)[:, None]
         position_ids = self.attention_mask.sum(-1, keepdim=True)
         self.attention_mask = torch.cat([self.attention_mask, torch.ones_like(input_ids)], -1)
-        if self._needs_history:
+        if self.needs_history:
             self.history = [torch.cat(pair) for pair in zip(self.history, input_ids, strict=True)]
         outputs = model(
             input_ids=input_ids,

@@ -131,7 +131,8 @@ class Scheduler:
         self._is_closed = False
         self._rows: list[_Row] = []
         self._batch: DecodingBatch | None = None
-        self._can_join = True  # until the first batch says otherwise
+        # Properties of the model that its first batch shows
+        self._can_join, self._needs_history = True, False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -238,6 +239,8 @@ class Scheduler:
                     break
                 if new and request.use_pseudo_image_features != new[0].use_pseudo_image_features:
                     break  # the kind of image features is a setting of the model
+                if new and self._needs_history:
+                    break  # `generate` builds logits processors for a batch, which cannot be divided into rows
                 new.append(self._waiting.popleft())
             return new
 
@@ -252,13 +255,18 @@ class Scheduler:
                 logger.warning("A request failed", exc_info=error)
                 _fail(requests[0], error)
             return
+        self._can_join, self._needs_history = batch.can_join, batch.needs_history
+        if self._needs_history and len(requests) > 1:
+            self._start_separately(requests)
+            return
         self.statistics.prompt_tokens += sum(request.num_tokens for request in requests)
-        self._can_join = batch.can_join
         self._rows = self._rows + [
             _Row(request, i, RowSampler(request.sampling, i), AnswerText(self.processor.tokenizer, request.stop))
             for request in requests
             for i in range(request.num_answers)
         ]
+        for request in requests:
+            request.images = {}  # frees the pixels
         if self._batch is None:
             self._batch = batch
         else:
@@ -288,8 +296,6 @@ class Scheduler:
         self.statistics.images_encoded += len(images) - known
         batch = start_batch(self.model, inputs, max(request.max_new_tokens for request in requests))
         batch.select([i for i, request in enumerate(requests) for _ in range(request.num_answers)])
-        for request in requests:
-            request.images = {}  # frees the pixels
         return batch
 
     def _step(self) -> None:
