@@ -124,8 +124,9 @@ def test_a_running_batch_takes_new_rows_and_removes_padding(schedule):
         assert time.monotonic() < deadline
     batch = scheduler._batch
     length = batch.attention_mask.shape[1]
-    assert batch.attention_mask[:, 0].all() and length < 400 + 10  # the padding for the long prompt is removed
-    assert batch.cache.get_seq_length() == pytest.approx(length, abs=1)
+    # without the padding for the long prompt; the thread may be a few tokens ahead
+    num_tokens = first.request.num_tokens + len(scheduler._rows[0].text.tokens)
+    assert batch.attention_mask[:, 0].all() and length == pytest.approx(num_tokens, abs=5)
     pieces = []
     while not pieces or pieces[-1].finish_reason is None:
         pieces.append(first.get(timeout=60))
