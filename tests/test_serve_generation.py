@@ -103,7 +103,7 @@ def test_batched_answers_equal_generate_one_by_one(schedule, settings):
         answers = [text.rsplit(" ", 1)[0] if text.split()[-1] in words else text for text in answers]
     scheduler = schedule(model, max_rows=5)
     assert scheduled_answers(scheduler, LENGTHS, pause=0.004) == answers
-    assert len(set(answers)) > 8
+    assert len(set(answers)) > 6
     steps = scheduler.statistics.steps
     assert steps < sum(LENGTHS)  # rows shared steps
     assert scheduler.num_running == scheduler.num_waiting == 0

@@ -116,17 +116,20 @@ class _PublicConnection(http.client.HTTPSConnection):
     def __init__(self, host: str, port: int, deadline: float):
         self._address = public_address(host, port)
         self._tls = ssl.create_default_context()
+        self._opened: socket.socket | None = None  # `sock` is None while a last response is read
         super().__init__(host, port, timeout=max(deadline - time.monotonic(), 0.1), context=self._tls)
 
     def connect(self) -> None:
         connected = socket.create_connection((self._address, self.port), self.timeout)
         self.sock = self._tls.wrap_socket(connected, server_hostname=self.host, do_handshake_on_connect=False)
+        self._opened = self.sock
         self.sock.do_handshake()
 
     def abort(self) -> None:
         """End a read in another thread."""
-        with contextlib.suppress(OSError, AttributeError):  # closed, or not connected yet
-            self.sock.shutdown(socket.SHUT_RDWR)
+        if self._opened is not None:
+            with contextlib.suppress(OSError):  # closed
+                self._opened.shutdown(socket.SHUT_RDWR)
 
 
 def public_address(host: str, port: int) -> str:
