@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import build_processor
 from helpers.serving import (
     NAME,
     QUESTION,
@@ -23,6 +22,7 @@ from helpers.serving import (
     text_of,
     user,
 )
+from helpers.tiny_models import build_processor
 from PIL import Image
 
 from vtlmm.cli.app import app

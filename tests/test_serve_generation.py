@@ -6,8 +6,8 @@ import time
 
 import pytest
 import torch
-from conftest import build_processor, build_tokenizer
 from helpers.serving import QUESTION, build_serving_model
+from helpers.tiny_models import build_processor, build_tokenizer
 from PIL import Image
 from transformers import GenerationConfig
 

@@ -11,10 +11,10 @@ import time
 import httpx
 import pytest
 import torch
-from conftest import build_config, build_processor
 from PIL import Image
 from transformers import GenerationConfig
 
+from helpers.tiny_models import build_config, build_processor
 from modeling_vtlmm import VTLMMForConditionalGeneration
 
 

@@ -196,7 +196,7 @@ class Scheduler:
                 except Exception as error:  # e.g. out of memory: the requests fail, the server continues
                     logger.warning("A batch failed", exc_info=error)
                     self._fail_all(error)
-        error = ClosedError("The server is shutting down.")
+        closed = ClosedError("The server is shutting down.")
         self._fail_all(error)
         for request in self._waiting:
             _fail(request, error)

@@ -10,6 +10,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from vtlmm.data.images import ImageError, open_image
+from vtlmm.data.validation import position_limit
 from vtlmm.inference.batch_inputs import VisionFeatures, image_inputs, image_pixels
 from vtlmm.inference.generation import build_prompt
 from vtlmm.inference.prompt_encoding import Prompt, encode_prompt
@@ -90,8 +91,7 @@ class RequestPreparation:
 
     def __init__(self, model, processor, settings: ServerSettings, vision_features: VisionFeatures):
         self.processor, self.settings, self.vision_features = processor, settings, vision_features
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = positions or settings.max_prompt_tokens + settings.max_answer_tokens
+        self.max_length = position_limit(model.config) or settings.max_prompt_tokens + settings.max_answer_tokens
         self.max_prompt_tokens = min(settings.max_prompt_tokens, self.max_length - 1)
         # Longer texts have too many tokens in any case, and take long to tokenize
         self.max_characters = self.max_prompt_tokens * max(map(len, processor.tokenizer.get_vocab()))
