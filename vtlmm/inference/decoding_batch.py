@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers import Cache, DynamicCache, SuppressTokensLogitsProcessor
 from transformers.cache_utils import DynamicLayer
 
 
@@ -33,7 +33,7 @@ class DecodingBatch:
     attention_mask: torch.Tensor
     logits: torch.Tensor
     history: list[torch.Tensor]
-    processors: list[LogitsProcessorList]
+    processors: list[Any]
     cache_argument: str
 
     def __len__(self) -> int:

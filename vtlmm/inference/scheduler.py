@@ -197,12 +197,12 @@ class Scheduler:
                     logger.warning("A batch failed", exc_info=error)
                     self._fail_all(error)
         closed = ClosedError("The server is shutting down.")
-        self._fail_all(error)
+        self._fail_all(closed)
         for request in self._waiting:
-            _fail(request, error)
+            _fail(request, closed)
         self._waiting.clear()
         for future, _ in self._calls:
-            future.set_exception(error)
+            future.set_exception(closed)
 
     def _run_calls(self) -> None:
         while self._calls:
