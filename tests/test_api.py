@@ -58,9 +58,12 @@ def test_import_is_fast_and_imports_no_torch(tmp_path):
         "import sys, time; start = time.process_time(); import vtlmm; print(time.process_time() - start);"
         "print(sorted({'torch', 'transformers', 'datasets', 'modeling_vtlmm'} & set(sys.modules)))"
     )
-    runs = [run_python(code, tmp_path, ROOT).splitlines() for _ in range(3)]
-    assert min(float(seconds) for seconds, _ in runs) < 0.05
-    assert {modules for _, modules in runs} == {"[]"}
+    for _ in range(3):  # other processes can make an attempt slow
+        seconds, modules = run_python(code, tmp_path, ROOT).splitlines()
+        assert modules == "[]"
+        if float(seconds) < 0.05:
+            return
+    pytest.fail(f"{seconds} s of CPU time")
 
 
 def test_version_has_one_place():
@@ -73,6 +76,7 @@ def test_version_has_one_place():
 IMPORT_ALL = f"import vtlmm; print(vtlmm.__file__); [getattr(vtlmm, name) for name in {NAMES}]"
 
 
+@pytest.mark.slow
 def test_names_work_outside_the_checkout(tmp_path):
     assert Path(run_python(IMPORT_ALL, tmp_path, ROOT).strip()) == ROOT / "vtlmm" / "__init__.py"
 

@@ -107,6 +107,7 @@ def test_conversations_of_the_page_do_not_wait_for_each_other(work):
     scheduler.close()
 
 
+@pytest.mark.slow
 def test_page_is_built(model_and_processor):
     pytest.importorskip("gradio", reason="the extra `app` is not installed")
     page = build_page(*model_and_processor, "model")

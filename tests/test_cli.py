@@ -79,13 +79,13 @@ def test_help_imports_no_heavy_package_and_is_fast(words):
         f"main([*{words.split()}, '--help']); seconds = time.process_time() - start; "
         f"print(sorted({HEAVY} & set(sys.modules)), seconds, file=sys.stderr)"
     )
-    seconds = []
-    for _ in range(3):
+    for _ in range(3):  # other processes can make an attempt slow
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         modules, _, last = done.stderr.strip().rpartition(" ")
         assert modules == "[]" and "Usage: vtlmm" in done.stdout
-        seconds.append(float(last))
-    assert min(seconds) < 0.5
+        if float(last) < 0.5:
+            return
+    pytest.fail(f"{last} s of CPU time")
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 
 import inspect
 
+import pytest
 from trl import SFTTrainer
 
 from vtlmm.train.compat import PRIVATE_NAMES, PrivateName, find_problems
 from vtlmm.train.trainer import VTLMMTrainer
 
 
+@pytest.mark.slow
 def test_private_names_exist_with_their_parameters():
     assert find_problems() == []
 

@@ -169,6 +169,7 @@ CLEAN = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 def test_saved_folders_load_without_this_package(tower_folder, decoder_folder, tmp_path):
     pairs = [("clip", "qwen3"), ("siglip", "llama"), ("dinov2_with_registers", "mistral"), ("mobilenet_v2", "qwen2")]
     folders, expected = [], []

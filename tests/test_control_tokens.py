@@ -135,6 +135,7 @@ def test_questions_without_answers_are_checked(processor):
     assert {problem.kind for problem in check_rows(data, processor).problems} == {"roles", "control token"}
 
 
+@pytest.mark.slow
 def test_data_checks_import_neither_trl_nor_bitsandbytes():
     code = (
         "import sys, vtlmm.data.rows, vtlmm.data.validation, vtlmm.data.vision_feature_cache; "

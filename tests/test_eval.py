@@ -66,6 +66,7 @@ def test_batch_size_does_not_change_answers(work, finished, tmp_path):
     assert len({record["answer"] for record in records(finished / "answers.jsonl")}) > 5
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_files(work, finished, tmp_path):
     """SIGKILL between two batches, then as if it had come while a line was written."""
     command = [sys.executable, "-c", SLOW_EVAL, *arguments(work, tmp_path / "out", "--batch-size", "1")]

@@ -29,7 +29,11 @@ def counted(trainer):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"stage": "projector"}, {"stage": "visual_head"}, {"stage": "joint", "packing": True, "max_length": 50}],
+    [
+        {"stage": "projector"},
+        pytest.param({"stage": "visual_head"}, marks=pytest.mark.slow),
+        pytest.param({"stage": "joint", "packing": True, "max_length": 50}, marks=pytest.mark.slow),
+    ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_training_is_the_same_without_the_tower(tmp_path, settings):
@@ -85,6 +89,7 @@ def test_a_short_run_does_not_encode_all_images(tmp_path):
     assert len(again.data_collator.feature_cache.files) == 12  # a full cache is used
 
 
+@pytest.mark.slow
 def test_a_resumed_run_uses_the_cache(tmp_path):
     settings = {**EPOCHS, "max_steps": 6, "save_strategy": "steps", "save_steps": 4}
     settings["per_device_train_batch_size"] = 2

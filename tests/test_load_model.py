@@ -61,6 +61,7 @@ def test_load_options_reach_the_model(work):
     assert model.dtype == torch.bfloat16 and model.device.type == "cpu" and model.config.use_pseudo_image_features
 
 
+@pytest.mark.slow
 def test_compiled_generation_with_a_static_cache(model_and_processor, monkeypatch):
     """transformers compiles on a GPU only. The test enables it on the CPU."""
     model, processor = model_and_processor
@@ -122,6 +123,7 @@ def test_exported_llava_answers_alike_without_visual_tokens(work, model_and_proc
     assert "1 missing tensors" in (error := capfd.readouterr().err) and "multi_modal_projector.linear_1.bias" in error
 
 
+@pytest.mark.slow
 def test_adapter_folder_is_loaded_with_its_base(tmp_path):
     run_training(
         write_start(tmp_path) | {"use_peft": True, "lora_r": 4, "stage": "visual_head", "vm_head_type": "mlp"}

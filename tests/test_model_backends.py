@@ -9,8 +9,11 @@ from helpers.tiny_models import build_config, random_rows
 from modeling_vtlmm import VTLMMForConditionalGeneration
 
 
+FLEX_ATTENTION = pytest.param("flex_attention", marks=pytest.mark.slow)  # it is compiled
+
+
 @torch.no_grad()  # flex attention has no backward on CPU
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", FLEX_ATTENTION])
 def test_attention_implementations_agree(build_model, implementation):
     model = build_model()
     input_ids, attention_mask, pixel_values = random_rows(model, [1, 2])
@@ -21,6 +24,7 @@ def test_attention_implementations_agree(build_model, implementation):
     torch.testing.assert_close(found[used], expected[used], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_forward_equals_eager(build_model):
     model = build_model()
     input_ids, attention_mask, pixel_values = random_rows(model, [1, 2])
@@ -30,6 +34,7 @@ def test_compiled_forward_equals_eager(build_model):
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("pseudo", [False, True], ids=["image features", "pseudo image features"])
 def test_prefill_compiles_without_graph_breaks(build_model, pseudo):

@@ -13,6 +13,9 @@ from vtlmm.train.collator import VTLMMCollator
 from vtlmm.train.packing import ROW_BY_ROW, pack_dataset, pack_lengths, prepare_packs, with_lengths
 
 
+FLEX_ATTENTION = pytest.param("flex_attention", marks=pytest.mark.slow)  # it is compiled
+
+
 def test_packs_hold_every_row_once_and_fit():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 700, (500,), generator=generator).tolist()
@@ -29,7 +32,7 @@ def test_rows_go_to_the_pack_with_the_least_room():
         pack_lengths([3, 11], 10)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention", ROW_BY_ROW])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", FLEX_ATTENTION, ROW_BY_ROW])
 @torch.no_grad()
 def test_packed_losses_equal_unpacked_losses(build_model, implementation):
     """Three packs of rows with different numbers of images; both losses and both counts."""

@@ -49,6 +49,7 @@ def logits(model) -> torch.Tensor:
         return model.eval()(input_ids=torch.arange(4, 20)[None]).logits
 
 
+@pytest.mark.slow
 def test_a_peft_model_trains_its_adapter_only(folder, tmp_path):
     before = load(folder).state_dict()
     model = get_peft_model(load(folder), LoraConfig(r=2, target_modules=DECODER_PROJECTIONS))

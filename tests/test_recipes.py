@@ -69,6 +69,7 @@ def tiny(tmp_path_factory):
     return {"large": large, "small": small}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "settings"), RUNS, ids=[f"{recipe}-{run['stage']}" for recipe, run in RUNS])
 def test_two_steps(tiny, tmp_path, recipe, settings):
     """Exactly the modules of the stage change, in float32."""

@@ -158,6 +158,7 @@ def test_a_full_disk_leaves_earlier_checkpoints(stopped, tmp_path, monkeypatch):
     assert not (tmp_path / "out/checkpoint-4").exists() and not (tmp_path / "out" / STAGING).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_a_checkpoint(finished, tmp_path, monkeypatch, number):
     settings, whole = finished

@@ -66,6 +66,7 @@ WRONG_COUNTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", WRONG_COUNTS)
 def test_other_normalizations_would_be_wrong(tmp_path, wrong):
     """Each common way to normalize gives another update, so the test above can fail."""
@@ -219,6 +220,7 @@ KILLED = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     """SIGKILL stops stage IV two steps after a checkpoint."""
     whole = build_trainer(tmp_path / "whole", **RESUMED)

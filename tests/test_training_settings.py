@@ -189,6 +189,7 @@ def test_settings_without_effect_raise_by_name(tmp_path, name):
         VTLMMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, **{name: RAISES[name]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", TRAINED)
 def test_settings_that_work_train_a_model(tmp_path, group):
     rows = build_rows()

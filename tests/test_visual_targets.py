@@ -140,6 +140,7 @@ def test_update_equals_plain_autograd(whole, tmp_path, target):
 
 # The next image of a batch depends on the batch
 @pytest.mark.parametrize("target", [target for target in TARGETS if target != "other_image"])
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "split",
     [

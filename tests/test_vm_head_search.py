@@ -106,6 +106,7 @@ def test_heads_start_with_their_initialization(tmp_path):
     assert heads[1].residual_block.input.weight.abs().max() > 0 and not torch.equal(heads[0].weight, heads[3].weight)
 
 
+@pytest.mark.slow
 def test_resumed_run_keeps_the_same_head(trained, tmp_path):
     """Resume from step 2 after the later checkpoint is deleted."""
     trainer, heads, _ = trained
@@ -138,6 +139,7 @@ WORKER = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(trained, tmp_path):
     _, heads, _ = trained
     (tmp_path / "worker.py").write_text(WORKER)
