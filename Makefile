@@ -34,7 +34,8 @@ docs: $(VENV)/ok ## build the documentation in outputs/docs; a warning is an err
 	@echo "Documentation: outputs/docs/index.html"
 
 # The models in the tests are tiny, so more threads only wait for each other. The tests of a file share its fixtures.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# tests/conftest.py orders the files.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/ok ## run all tests, without network
 	$(TEST)

@@ -1,6 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Fixtures for all tests."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+    # The files with the most slow tests come first, so that no process waits for another one at the end.
+    num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: num_slow[item.path], reverse=True)
