@@ -35,18 +35,7 @@ def build_model():
     return build
 
 
-# Files whose tests start processes, train several stages or load Hub repositories; `make test-fast` leaves them out.
-SLOW_FILES = {
-    *("test_ablate.py", "test_adapters.py", "test_distributed.py", "test_harness.py", "test_merge.py"),
-    *("test_out_of_domain.py", "test_push.py", "test_remote_code.py", "test_run.py", "test_serve_fuzz.py"),
-    *("test_task_scores.py", "test_transformers_suite.py", "test_verify.py"),
-}
-
-
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.name in SLOW_FILES:
-            item.add_marker(pytest.mark.slow)
     # The files with the most slow tests come first, so that no process waits for another one at the end.
     num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: num_slow[item.path], reverse=True)

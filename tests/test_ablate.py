@@ -43,6 +43,7 @@ def finished(work, tmp_path_factory):
     return path, folder / "out"
 
 
+@pytest.mark.slow
 def test_shared_stages_are_trained_once(finished):
     path, output = finished
     trained = sorted(mark.parent.name.partition("-")[0] for mark in (output / "stages").glob("*/finished.json"))
@@ -61,6 +62,7 @@ def test_shared_stages_are_trained_once(finished):
         assert joint["settings"].get("visual_loss_coef") == (0 if row["arm"] == "off" else None)
 
 
+@pytest.mark.slow
 def test_results_have_machine_versions_and_commands(finished):
     _, output = finished
     results = json.loads((output / "grid/results.json").read_text())
@@ -82,6 +84,7 @@ def test_results_have_machine_versions_and_commands(finished):
     assert comparisons["accuracy: color", "off"]["values"].keys() == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_command_of_a_row_reproduces_the_row(finished, tmp_path):
     _, output = finished
     row = rows_of(output)[1]
@@ -95,6 +98,7 @@ def test_command_of_a_row_reproduces_the_row(finished, tmp_path):
 # ---- Interrupted, changed and invalid grids ----
 
 
+@pytest.mark.slow
 def test_killed_grid_resumes_with_the_same_results(finished, tmp_path, monkeypatch):
     """The process is killed while a stage writes its folder. The last line of the rows is truncated as well."""
     path, whole = finished
@@ -131,6 +135,7 @@ def test_killed_grid_resumes_with_the_same_results(finished, tmp_path, monkeypat
     assert [row["metrics"] for row in rows_of(tmp_path / "out")] == [row["metrics"] for row in rows_of(whole)]
 
 
+@pytest.mark.slow
 def test_output_with_other_settings_is_rejected(work, finished, capsys):
     path, output = finished
     before = (output / "grid/rows.jsonl").read_bytes()
@@ -152,6 +157,7 @@ def test_too_long_answers_are_rejected_before_training(work, tmp_path, capsys):
     assert not (tmp_path / "out/stages").exists()
 
 
+@pytest.mark.slow
 def test_failed_run_keeps_the_finished_rows(work, tmp_path, capsys):
     changes = {"off": {"joint": {"visual_loss_coef": 0}}, "on": {"joint": {"max_length": 5}}}
     path = write_grid(work, tmp_path, arms=changes, seeds=[0])
@@ -267,6 +273,7 @@ def test_perplexity_by_hand(work):
     assert perplexity(model, processor, texts, 2) == pytest.approx(math.exp(loss / number), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_pseudo_image_features_in_test_and_training(work, tmp_path):
     """One arm uses them in the evaluation only. Another arm trains with them and saves that in its config."""
     arms = {

@@ -22,6 +22,9 @@ from vtlmm.train.stage_runner import build_trainer, run_training
 from vtlmm.train.stages import describe
 
 
+pytestmark = pytest.mark.slow
+
+
 pytest.importorskip("bitsandbytes")
 
 

@@ -25,11 +25,16 @@ from helpers.distributed_run import (
 from helpers.processes import environment
 from helpers.tiny_models import build_processor
 from helpers.training import assert_same_update, build_rows, build_trainer, update, weights
+from helpers.vm_heads import build_search
 from safetensors.torch import load_file
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.data.validation import check_rows
 from vtlmm.train.parallelism import keep_exact_when_sharded
+from vtlmm.train.vm_head_search import vm_heads
+
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +59,17 @@ def test_two_processes_equal_one(folder, tmp_path, name):
     expected = update(alone)
     after = load_file(folder / f"{name}.safetensors")
     assert_same_update({key: after[key] - before[key] for key in expected}, expected)
+
+
+def test_candidate_vm_heads_equal_those_of_one_process(folder, tmp_path):
+    trainer = build_search(tmp_path)
+    heads = vm_heads(trainer.model)
+    trainer.train()
+    found = load_file(folder / "ddp_heads.safetensors")
+    prefixes = ["model.vm_head.", *(f"model.vm_head_candidates.{i}." for i in range(len(heads) - 1))]
+    for prefix, head in zip(prefixes, heads, strict=True):
+        for name, tensor in head.state_dict().items():
+            torch.testing.assert_close(found[prefix + name], tensor, atol=1e-5, rtol=1e-4, msg=prefix + name)
 
 
 def test_processes_share_the_work_of_a_feature_cache(folder):

@@ -33,6 +33,9 @@ from vtlmm.evaluation.scorers import exact_match
 from vtlmm.inference.generation import answer, conversation
 
 
+pytestmark = pytest.mark.slow
+
+
 LOCAL_TASKS = ("demo_shapes", "easy_vqa", "vqa_rad")
 HARNESSES = ("lm-eval", "lmms-eval")
 

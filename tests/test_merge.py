@@ -45,6 +45,7 @@ def assert_equal_outputs(trainer, merged, tolerance: float = 1e-5):
     torch.testing.assert_close(found.visual_logits, expected.visual_logits, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.slow
 def test_tied_embeddings_stay_one_matrix(tied, tmp_path):
     """LoRA with a head that is the embedding matrix: one trained copy, in the model and in the merged folder."""
     trainer = run_training({**tied, **LORA, "output_dir": str(tmp_path / "adapter")})
@@ -69,6 +70,7 @@ EXTRA = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 def test_adapter_and_merged_folder_load_without_this_package(settings, tmp_path):
     """From stage II, where LoRA, the projector and the head learn."""
     adapter, merged, again = tmp_path / "adapter", tmp_path / "merged", tmp_path / "again"
@@ -106,6 +108,7 @@ def test_the_card_does_not_name_a_local_base(settings, tmp_path):
     assert "library_name: peft" in card and settings["model_name_or_path"] not in card and "base_model" not in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"use_pseudo_image_features": True}, {"stage": "visual_head", "vm_head_type": "attention"}]
 )
@@ -116,6 +119,7 @@ def test_merging_keeps_the_settings_of_the_model(settings, tmp_path, changes):
     assert_equal_outputs(trainer, VTLMMForConditionalGeneration.from_pretrained(tmp_path / "merged"))
 
 
+@pytest.mark.slow
 def test_stage_four_after_stage_three_on_a_quantized_base(settings, tmp_path, capsys):
     """Stage III, merge, stage IV. A run does not start from an adapter."""
     three, merged, four = tmp_path / "three", tmp_path / "merged", tmp_path / "four"
@@ -136,6 +140,7 @@ def test_stage_four_after_stage_three_on_a_quantized_base(settings, tmp_path, ca
     assert [entry["stage"] for entry in history] == ["visual_head", "joint"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_merging_into_the_dequantized_base(settings, tmp_path, adapter):
     """Outputs are equal on the dequantized base and differ on the base in full precision."""

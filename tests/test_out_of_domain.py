@@ -132,6 +132,7 @@ def test_probability_of_an_answer_by_hand(work, tmp_path):  # noqa: F811
     assert len(lengths) > 1 or max(lengths) == 4
 
 
+@pytest.mark.slow
 def test_grid_with_ood_images(work, tmp_path):  # noqa: F811
     """A copy of the held-out images has the AUROC of chance. Captions get entropies only: they have no questions."""
     rng, questions, captions = random.Random(0), [], []

@@ -14,6 +14,9 @@ from huggingface_hub import ModelCard
 from vtlmm.hub.model_card import CARD_MARK
 
 
+pytestmark = pytest.mark.slow
+
+
 CODE = {file.name for file in Path(__file__).parents[1].glob("modeling_vtlmm/*_vtlmm.py")}
 REST = {"chat_template.jinja", "config.json", "generation_config.json", "processor_config.json", "tokenizer.json"}
 REST |= {"tokenizer_config.json", "README.md"}

@@ -26,6 +26,7 @@ def folder(tmp_path_factory, processor):
     return path
 
 
+@pytest.mark.slow
 def test_auto_classes_and_pipeline_load_the_folder_and_a_copy(folder, processor, tmp_path):
     from modeling_vtlmm import VTLMMForConditionalGeneration
 

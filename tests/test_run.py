@@ -54,6 +54,7 @@ def train(recipe, *options) -> int:
     return main(["train", "--config", str(recipe), *map(str, options)])
 
 
+@pytest.mark.slow
 def test_train_writes_a_model_and_its_record(recipe, tmp_path, capsys):
     with pytest.warns(UserWarning, match=SKIPPED):
         assert train(recipe, "--learning_rate", "1e-2", "--hub_token", "hf_SECRET") == 0
@@ -105,6 +106,7 @@ def with_stages(recipe, stages: str):
     return recipe
 
 
+@pytest.mark.slow
 def test_a_recipe_of_several_stages(recipe, tmp_path, capsys):
     """Each stage starts from the model of the one before; finished stages are skipped."""
     with_stages(recipe, "  visual_head: {learning_rate: 1e-2}\n  joint: {visual_loss_coef: 0.5}")
@@ -139,6 +141,7 @@ def test_a_recipe_of_several_stages(recipe, tmp_path, capsys):
     assert "visual_head is not finished, but a later stage has started" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_between_stages(recipe, tmp_path, capsys):
     with_stages(recipe, "  visual_head: {learning_rate: 1e-2}\n  joint: {learning_rate: 1e-2}")
     adapter = ["--use_peft", "--lora_r", 2, "--eval_dataset", "null", "--warmup_steps", 0]
@@ -234,6 +237,7 @@ def test_starts_without_a_model_are_named(recipe, tmp_path, capsys):
     assert "is a 'llava' model, not a VT-LMM" in error_of(tmp_path / "llava")
 
 
+@pytest.mark.slow
 def test_an_existing_model_is_not_overwritten(recipe, tmp_path, capsys):
     with pytest.warns(UserWarning, match=SKIPPED):
         assert train(recipe) == 0
@@ -249,6 +253,7 @@ def test_an_existing_model_is_not_overwritten(recipe, tmp_path, capsys):
     assert [path.name for path in tmp_path.glob("out/checkpoint-*")] == ["checkpoint-1"]
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused(recipe, tmp_path, capsys):
     code = "import sys; sys.path.insert(0, 'tests'); from vtlmm.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "train", "--config", str(recipe)]

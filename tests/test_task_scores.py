@@ -129,6 +129,7 @@ def test_scoring_does_not_change_the_training(questions, tmp_path):
     assert not any("eval_accuracy" in log for log in plain.state.log_history)
 
 
+@pytest.mark.slow
 def test_a_recipe_scores_its_questions_and_keeps_the_best(tmp_path, capsys):
     """Run `vtlmm train`; the run record has the final scores."""
     settings = write_start(tmp_path)

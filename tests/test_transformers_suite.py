@@ -19,6 +19,8 @@ from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMMode
 from vtlmm.hub.chat_templates import load_template
 
 
+pytestmark = pytest.mark.slow
+
 if "TRANSFORMERS_TESTS" not in os.environ:
     pytest.skip("TRANSFORMERS_TESTS is not set to a checkout of transformers", allow_module_level=True)
 sys.path.insert(0, os.environ["TRANSFORMERS_TESTS"])

@@ -154,6 +154,7 @@ def test_invalid_card_is_named_and_the_model_still_loads(folder, monkeypatch, na
     assert text in problem and loaded == "loaded"
 
 
+@pytest.mark.slow
 def test_folder_without_card_and_record_gives_warnings(tmp_path, capsys):
     """A composed or trained model that was never pushed is loaded, and is not a failure."""
     torch.manual_seed(0)
@@ -193,6 +194,7 @@ def test_foreign_code_runs_only_with_trust(folder, monkeypatch, name):
     assert not verify_checkpoint(folder, trust_remote_code=True).problems and len(loads) == 1
 
 
+@pytest.mark.slow
 def test_changed_weight_changes_the_logits(folder, capsys):
     """One row of each head is changed; the tolerance of bfloat16 does not hide it."""
 

@@ -4,16 +4,12 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.processes import environment
 from helpers.training import build_rows, build_trainer, weights
-from safetensors.torch import load_file
+from helpers.vm_heads import CANDIDATES, SETTINGS, build_search
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.hub.repository import RUN_RECORD
@@ -23,26 +19,10 @@ from vtlmm.train.stages import describe
 from vtlmm.train.vm_head_search import vm_heads
 
 
-CANDIDATES = [
-    {"vm_head_init": "random", "learning_rate": 1e-2},
-    {"vm_head_type": "mlp", "learning_rate": 3e-2},
-    {"vm_head_type": "attention", "vm_head_init": "input_embeddings"},
-    {"vm_head_init": "lm_head", "learning_rate": 1e-4},
-]
-SETTINGS = {"stage": "visual_head", "optim": "adamw_torch", "learning_rate": 2e-2, "weight_decay": 0.1}
-# The clipping has an effect: it would be stronger on the gradients of all heads together.
-SETTINGS |= {"max_grad_norm": 0.1, "max_steps": 4, "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine"}
-
-
-def build(output_dir, **settings):
-    rows = build_rows((1, 1, 0, 2), seed=1)
-    return build_trainer(output_dir, eval_dataset=rows, vm_head_candidates=CANDIDATES, **{**SETTINGS, **settings})
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Return a trainer after the search, its trained heads and their initial weights."""
-    trainer = build(tmp_path_factory.mktemp("heads"))
+    trainer = build_search(tmp_path_factory.mktemp("heads"))
     heads = vm_heads(trainer.model)
     start = copy.deepcopy([head.state_dict() for head in heads])
     trainer.train()
@@ -95,7 +75,7 @@ def test_best_head_is_kept(trained, tmp_path, capsys):
 
 
 def test_heads_start_with_their_initialization(tmp_path):
-    model = build(tmp_path).model
+    model = build_search(tmp_path).model
     heads = vm_heads(model)
     words = model.config.visual_vocab_size
     assert (
@@ -111,47 +91,15 @@ def test_resumed_run_keeps_the_same_head(trained, tmp_path):
     """Resume from step 2 after the later checkpoint is deleted."""
     trainer, heads, _ = trained
     saving = {"save_strategy": "steps", "save_steps": 2}
-    build(tmp_path, **saving).train()
+    build_search(tmp_path, **saving).train()
     shutil.rmtree(tmp_path / "checkpoint-4")
-    resumed = build(tmp_path, **saving)
+    resumed = build_search(tmp_path, **saving)
     found = vm_heads(resumed.model)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4 and resumed.vm_head_table == trainer.vm_head_table
     for head, expected in zip(found, heads, strict=True):
         for name, tensor in expected.state_dict().items():
             assert torch.equal(head.state_dict()[name], tensor), name
-
-
-WORKER = textwrap.dedent(
-    """
-    import sys
-    from safetensors.torch import save_file
-    from test_vm_head_search import build
-    from helpers.training import weights
-
-    trainer = build(sys.argv[1], per_device_train_batch_size=1)
-    trainer._keep_best_candidate = lambda: None
-    trainer.train()
-    if trainer.is_world_process_zero():
-        heads = {name: tensor for name, tensor in weights(trainer.model).items() if "vm_head" in name}
-        save_file(heads, sys.argv[1] + "/heads.safetensors")
-    """
-)
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(trained, tmp_path):
-    _, heads, _ = trained
-    (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(tmp_path / "worker.py"), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    found = load_file(tmp_path / "heads.safetensors")
-    prefixes = ["model.vm_head.", *(f"model.vm_head_candidates.{i}." for i in range(len(heads) - 1))]
-    for prefix, head in zip(prefixes, heads, strict=True):
-        for name, tensor in head.state_dict().items():
-            torch.testing.assert_close(found[prefix + name], tensor, atol=1e-5, rtol=1e-4, msg=prefix + name)
 
 
 @pytest.mark.parametrize(

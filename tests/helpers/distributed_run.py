@@ -29,6 +29,7 @@ from vtlmm.train.adapters import AdapterConfig
 
 from .tiny_models import build_processor
 from .training import build_rows, build_trainer
+from .vm_heads import build_search
 
 
 FSDP2 = Path(__file__).parents[2] / "recipes/accelerate/fsdp2.yaml"
@@ -117,7 +118,10 @@ def run(name: str, folder: Path):
         report = check_rows(broken_rows(), build_processor(), max_length=30)
         Path(folder, f"{name}_{PartialState().process_index}.json").write_text(json.dumps(asdict(report)))
         return
-    if name in UPDATES:
+    if what == "heads":
+        trainer = build_search(folder / name, per_device_train_batch_size=1)
+        trainer._keep_best_candidate = lambda: None
+    elif name in UPDATES:
         images, settings = UPDATES[name]
         trainer = build(name, folder / name, build_rows(images), **settings)
     elif what.startswith("evaluated"):
@@ -164,7 +168,7 @@ def start(folder: Path, cases: list[str]):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    others = ["ddp_checked", *EVALUATED, "ddp_whole", "fsdp_bf16", "fsdp_whole"]
+    others = ["ddp_checked", "ddp_heads", *EVALUATED, "ddp_whole", "fsdp_bf16", "fsdp_whole"]
     for kind in ("ddp", "fsdp"):  # in separate processes, because the environment selects FSDP
         start(folder, [case for case in (*UPDATES, *others) if case.startswith(kind)])
         try:

@@ -100,8 +100,7 @@ def evaluate(
     r"""
     Answer and score the questions of a dataset, with their own images and with shuffled images.
 
-    All rows and images are checked before the first answer. The accepted texts of an argument are in its command's
-    help (`vtlmm eval --help`).
+    All rows and images are checked before the first answer.
 
     Args:
         model, processor: see [`load_model`].
@@ -110,7 +109,7 @@ def evaluate(
         kind, references, row_id: columns with the kind of a question, its accepted answers and its id.
         scorer: a name in [`SCORERS`].
         prompt: benchmark whose prompt ending is added, as in LLaVA.
-        submission: benchmark whose submission file is written to `output`. It needs `row_id`.
+        submission: `vqav2`, `vizwiz` or `mmbench`; its submission file is written to `output`. It needs `row_id`.
         bad_rows: `"skip"` leaves out invalid rows and reports them.
         limit: use the first rows only. The result is marked as a subset.
         batch_size: questions per forward pass.
