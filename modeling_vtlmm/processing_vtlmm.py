@@ -93,8 +93,9 @@ class VTLMMProcessor(ProcessorMixin):
             counts = [_num_images(row) for row in images]
             if len(counts) != len(texts):
                 raise ValueError(
-                    f"`images` has {len(counts)} lists of images for {len(texts)} texts. Pass one list per text. The "
-                    "list of a text without images is empty."
+                    f"`images` has {len(counts)} lists of images for {len(texts)} texts. The number of image tokens "
+                    "in the prompts should be the same as the number of images: pass one list per text, which is "
+                    "empty for a text without images."
                 )
         else:
             num_images = _num_images(images)

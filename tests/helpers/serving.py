@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
-from helpers.tiny_models import build_config, build_processor
 from modeling_vtlmm import VTLMMForConditionalGeneration
+
+from .tiny_models import build_config, build_processor, scale_weights
 
 
 NAME = "user/name"
@@ -25,11 +26,7 @@ QUESTION = "what is in the image ?"
 def build_serving_model(**config) -> VTLMMForConditionalGeneration:
     """Return a model whose answers never end early, with words of the test tokenizer only."""
     torch.manual_seed(0)
-    model = VTLMMForConditionalGeneration(build_config(**config)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(10)
+    model = scale_weights(VTLMMForConditionalGeneration(build_config(**config))).eval()
     model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=3)
     model.generation_config.suppress_tokens = [0, 1, 2, 3, model.config.image_token_id, *range(45, 64)]
     return model
