@@ -24,6 +24,7 @@ METRICS = (
     "accuracy",
     "accuracy_shuffled_images",
     "accuracy_pseudo_image_features",
+    "caption_matching",
     "visual_tokens",
     "text_perplexity",
     "ood",
@@ -42,8 +43,10 @@ class EvaluateConfig:
         dataset_split, image_folder, max_rows: see [`load_rows`]. With `max_rows`, the table says that it is a subset.
         metrics (`list[str]`):
             `"accuracy"`; `"accuracy_shuffled_images"`, each question with the image of another question;
-            `"accuracy_pseudo_image_features"`, the decoder reads pseudo image features; `"visual_tokens"`, the visual
-            losses of stages III and IV and the entropies of the visual tokens; `"text_perplexity"`, on `text_file`;
+            `"accuracy_pseudo_image_features"`, the decoder reads pseudo image features; `"caption_matching"`, how often
+            an answer is likelier with its own image than with the next row's, see
+            [`~vtlmm.analysis.caption_matching.measure_caption_matching`]; `"visual_tokens"`, the visual losses of
+            stages III and IV, also with the visual tokens of another image, and the entropies of the visual tokens; `"text_perplexity"`, on `text_file`;
             `"ood"`, yes/no questions, calibration and entropies on the images of `ood_datasets` and of `dataset`.
         kind (`str`, *optional*): column with the kind of each question.
         kinds (`dict[str, list[str]]`, *optional*): kind → its answers, for a dataset without such a column.

@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
+from modeling_vtlmm.fused_losses_vtlmm import next_patch_loss
+from vtlmm.analysis.caption_matching import measure_caption_matching
+from vtlmm.analysis.metrics import TILE_ROWS, entropy, word_probabilities
 from vtlmm.data.images import prepare_images
 from vtlmm.data.rows import load_rows
 from vtlmm.data.validation import check_rows, position_limit
@@ -22,6 +25,7 @@ from vtlmm.inference.batch_inputs import model_inputs
 from vtlmm.inference.generation import Answer, conversation, generate_answers
 from vtlmm.inference.loading import load_model
 from vtlmm.inference.prompt_encoding import Prompt
+from vtlmm.train.visual_targets import other_image_loss
 
 from .grid import EvaluateConfig
 from .ood import IN_DISTRIBUTION, OODEvaluator, is_model_metric
@@ -30,6 +34,7 @@ from .ood import IN_DISTRIBUTION, OODEvaluator, is_model_metric
 ACCURACY = "accuracy"
 ACCURACY_SHUFFLED_IMAGES = "accuracy, shuffled images"
 ACCURACY_PSEUDO_IMAGE_FEATURES = "accuracy, pseudo image features"
+CAPTION_MATCHING = "caption matching"
 
 
 @dataclass
@@ -163,6 +168,14 @@ def measure(
         evaluator.add_accuracy(result, ACCURACY, data.held_out, features)
     if "accuracy_shuffled_images" in config.metrics:
         evaluator.add_accuracy(result, ACCURACY_SHUFFLED_IMAGES, data.held_out, features, shuffle_images=True)
+    if "caption_matching" in config.metrics:
+        matching = measure_caption_matching(model, processor, data.held_out.rows, batch_size=config.batch_size)
+        result.metrics |= {
+            CAPTION_MATCHING: matching.accuracy.value,
+            "caption loss": matching.loss.value,
+            "caption loss, other image - own image": matching.loss_lift.value,
+        }
+        result.scored_answers[CAPTION_MATCHING] = ScoredAnswers([""] * len(matching.scores), matching.scores)
     if "visual_tokens" in config.metrics:
         result.metrics |= visual_token_metrics(model, processor, list(features.values()), config.batch_size)
     if "ood" in config.metrics:
@@ -235,6 +248,9 @@ def visual_token_metrics(model, processor, features: Sequence[torch.Tensor], bat
     r"""
     Return the mean visual losses in both directions and the entropies, in nats per patch.
 
+    The visual loss with the visual tokens of another image minus the visual loss is near 0 if both heads agree only on
+    what all images have in common.
+
     Each image is in a user turn without text. Attention is causal, so a question after the image would not change the
     result.
 
@@ -245,27 +261,46 @@ def visual_token_metrics(model, processor, features: Sequence[torch.Tensor], bat
     inputs = model_inputs(model, processor, [prompt], {}.__getitem__, {"image": features[0]})
     ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
     totals: dict[str, torch.Tensor] = {}
-    for start in range(0, len(features), batch_size):
-        batch = torch.stack(list(features[start : start + batch_size])).to(model.device, model.dtype)
-        for student in ("vm_head", "lm_head"):
-            sums = model(
-                input_ids=ids.expand(len(batch), -1),
-                attention_mask=attention_mask.expand(len(batch), -1),
-                vision_features=batch,
-                return_loss_sums=True,
-                visual_student=student,
-            ).loss_sums
-            values = {student: sums["visual_loss"], "number": sums["num_visual_targets"], **sums["visual_tokens"]}
-            for name, value in values.items():
-                totals[name] = totals.get(name, torch.zeros((), dtype=torch.float64)) + value.double()
-    number = totals["number"] / 2
+    original, model.visual_loss_function = model.visual_loss_function, _all_visual_losses
+    # Batches of nearly equal sizes, so that no batch has a single image
+    for batch in torch.stack(list(features)).tensor_split(math.ceil(len(features) / max(2, batch_size))):
+        sums = model(
+            input_ids=ids.expand(len(batch), -1),
+            attention_mask=attention_mask.expand(len(batch), -1),
+            vision_features=batch.to(model.device, model.dtype),
+            return_loss_sums=True,
+            visual_student="lm_head",
+        ).loss_sums
+        values = {"losses": sums["visual_loss"], "number": sums["num_visual_targets"], **sums["visual_tokens"]}
+        for name, value in values.items():
+            totals[name] = totals.get(name, torch.zeros((), dtype=torch.float64)) + value.double()
+    model.visual_loss_function = original
     mean_visual_token = totals["probability"] / totals["num_patches"]
-    return {
-        "visual loss of stage III, KL(q‖p)": (totals["vm_head"] / number).item(),
-        "visual loss of stage IV, KL(p‖q)": (totals["lm_head"] / number).item(),
+    reverse, forward, other_image, prediction_entropy = (totals["losses"] / totals["number"]).tolist()
+    metrics = {
+        "visual loss of stage III, KL(q‖p)": reverse,
+        "visual loss of stage IV, KL(p‖q)": forward,
+        "visual loss, other image - own image": other_image - forward,
         "entropy of visual tokens": (totals["entropy"] / totals["num_patches"]).item(),
+        "entropy of the decoder's predictions": prediction_entropy,
         "entropy of the mean visual token": torch.special.entr(mean_visual_token).sum().item(),
     }
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def _all_visual_losses(text_features, text_weight, image_features, image_weight, **kwargs) -> torch.Tensor:
+    """Return the sums of KL(q‖p), KL(p‖q), KL(p‖q) with another image's p (NaN for one image), and H(q), `(4,)`."""
+    text_side, image_side = (text_features, text_weight), (image_features, image_weight)
+    several = kwargs["outputs"].image_features.shape[0] > 1
+    other = other_image_loss(*text_side, *image_side, **kwargs) if several else text_features.new_tensor(math.nan)
+    predictions = (word_probabilities(part, text_weight) for part in text_features.split(TILE_ROWS))
+    losses = [
+        next_patch_loss(*image_side, *text_side, **kwargs),
+        next_patch_loss(*text_side, *image_side, **kwargs),
+        other,
+        sum(entropy(part).sum() for part in predictions),
+    ]
+    return torch.stack([torch.as_tensor(loss).float() for loss in losses])
 
 
 @torch.inference_mode()
