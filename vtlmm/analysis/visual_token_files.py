@@ -73,7 +73,7 @@ def save_visual_tokens(
     shown = [shown_image(processor, image) for image in opened]
     folder.mkdir(parents=True, exist_ok=True)
     for i, (name, image, image_tokens) in enumerate(zip(names, shown, tokens, strict=True)):
-        save_visual_token_plot(folder / f"{i}_{Path(name).stem}.png", image, image_tokens, name)
+        save_visual_token_plot(folder / f"{i}_{Path(name).stem}.png", image, image_tokens, Path(name).name)
     (folder / TOKENS_PAGE).write_text(visual_token_page(names, shown, tokens), encoding="utf-8")
     content = {
         "model": model.name_or_path,

@@ -14,7 +14,7 @@ from .visual_tokens import SOURCES, ImageTokens
 
 
 LIKELY = 0.5  # probability from which a word is bold
-MIN_OPACITY = 0.5
+MIN_OPACITY = 0.6
 # The color map viridis at 0, 1/8, …, 1 as (red, green, blue): a page must not need matplotlib
 VIRIDIS = (
     (68, 1, 84), (71, 45, 123), (59, 82, 139), (44, 114, 142), (33, 145, 140), (40, 174, 128), (94, 201, 98),

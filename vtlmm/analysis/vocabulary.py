@@ -34,7 +34,8 @@ class ShownWords:
     Args:
         texts (`list[str]`): Text of each token; a token that continues a word begins with a hyphen, as in `-ing`.
         is_whole (`list[bool]`): Whether the token begins a word and contains letters or digits.
-        is_shown (`torch.BoolTensor` of shape `(V,)`): False for control tokens, parts of characters and white space.
+        is_shown (`torch.BoolTensor` of shape `(V,)`): False for control tokens and characters, parts of characters and
+            white space.
     """
 
     texts: list[str]
@@ -52,7 +53,7 @@ def shown_words(tokenizer, vocab_size: int) -> ShownWords:
     marks_starts = any(token.startswith(WORD_STARTS) for token in tokens)
     texts, is_whole, is_shown = [], [], []
     for i, (token, text) in enumerate(zip(tokens, vocabulary_words(tokenizer, vocab_size), strict=True)):
-        hidden = i in control or not text or _is_byte(text)
+        hidden = i in control or not text or not text.isprintable() or _is_byte(text)
         names_something = any(character.isalnum() for character in text)
         continues = token.startswith("##") or (marks_starts and not token.startswith(WORD_STARTS))
         text = text.removeprefix("##")
