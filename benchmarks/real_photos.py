@@ -97,8 +97,9 @@ def write_results(output: Path, rows: list[list[str]]) -> None:
     header = ["model", "image's word", "one of ten", "patch's word", "entropy", "patch words", "matching"]
     table = markdown_table([*header, "caption loss", "other − own"], rows)
     about = (
-        "Percent, with another photo's captions in parentheses; entropy and losses in nats. Matching: share of captions "
-        f"with a lower loss with their own photo, with 95 % intervals. {machine()}, commit {commit_of_code()}."
+        "Percent, with another photo's captions in parentheses; entropy and losses in nats. Matching: share of "
+        "captions with a lower loss with their own photo, with 95 % intervals. "
+        f"{machine()}, commit {commit_of_code()}."
     )
     write_text(output / "results.md", f"{table}\n\n{about}\n")
     print(f"\n{table}\n\n{about}")

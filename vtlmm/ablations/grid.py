@@ -43,11 +43,12 @@ class EvaluateConfig:
         dataset_split, image_folder, max_rows: see [`load_rows`]. With `max_rows`, the table says that it is a subset.
         metrics (`list[str]`):
             `"accuracy"`; `"accuracy_shuffled_images"`, each question with the image of another question;
-            `"accuracy_pseudo_image_features"`, the decoder reads pseudo image features; `"caption_matching"`, how often
-            an answer is likelier with its own image than with the next row's, see
+            `"accuracy_pseudo_image_features"`, the decoder reads pseudo image features; `"caption_matching"`, how
+            often an answer is likelier with its own image than with the next row's, see
             [`~vtlmm.analysis.caption_matching.measure_caption_matching`]; `"visual_tokens"`, the visual losses of
-            stages III and IV, also with the visual tokens of another image, and the entropies of the visual tokens; `"text_perplexity"`, on `text_file`;
-            `"ood"`, yes/no questions, calibration and entropies on the images of `ood_datasets` and of `dataset`.
+            stages III and IV, also with the visual tokens of another image, and the entropies of both heads;
+            `"text_perplexity"`, on `text_file`; `"ood"`, yes/no questions, calibration and entropies on the images of
+            `ood_datasets` and of `dataset`.
         kind (`str`, *optional*): column with the kind of each question.
         kinds (`dict[str, list[str]]`, *optional*): kind → its answers, for a dataset without such a column.
         scorer (`str`, *optional*, defaults to `"exact"`): see `vtlmm eval`.
