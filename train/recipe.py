@@ -200,7 +200,7 @@ def parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
     for _, values in options:
         if len(values) > 1 and "=" in values[-1] and values[-1].partition("=")[0] in HINTS:
             raise ValueError(f"Unexpected argument {values[-1]!r}. Write `--{values[-1].replace('=', ' ', 1)}`.")
-    settings = _read_yaml(Path(recipes[0][0])) if recipes else {}
+    settings = read_yaml(Path(recipes[0][0])) if recipes else {}
     for name, values in options:
         if name != "config":
             _put(settings, [part.replace("-", "_") for part in name.split(".")], _option_value(values), f"--{name}")
@@ -209,12 +209,13 @@ def parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
 
 def read_recipe(path: str | Path, **changes: Any) -> dict[str, Any]:
     """Return the settings of a recipe with `changes` to them. See [`parse_arguments`] for the errors."""
-    return check_settings({**_read_yaml(Path(path)), **changes}, path)
+    return check_settings({**read_yaml(Path(path)), **changes}, path)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, kind: str = "recipe", examples: str = "recipes/") -> dict[str, Any]:
+    """Return the settings in a YAML file, unchecked. Errors name its `kind` and the folder of `examples`."""
     if not path.is_file():
-        raise FileNotFoundError(f"The recipe {path} does not exist. recipes/ has examples.")
+        raise FileNotFoundError(f"The {kind} {path} does not exist. {examples} has examples.")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
 from vtlmm.data.rows import load_rows
 from vtlmm.inference.resumable import digest
-from vtlmm.train.recipe import change_settings, check_settings, parse_settings, split_stages
+from vtlmm.train.recipe import change_settings, check_settings, parse_settings, read_yaml, split_stages
 from vtlmm.train.setting_checks import validate
 from vtlmm.train.setting_types import convert_setting, suggest
 
@@ -193,12 +191,12 @@ def read_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
         `FileNotFoundError`: if the grid or its base does not exist.
         `ValueError`: for an unknown or missing part, setting or value.
     """
-    grid = {"evaluate": None, **_read_yaml(Path(path))}
+    grid = {"evaluate": None, **read_yaml(Path(path), "grid", "recipes/ablations/")}
     changes = [override for override in overrides if re.split(r"[.=]", override)[0] in PARTS]
     change_settings(grid, changes)
     base = grid.setdefault("base", {})
     if isinstance(base, str):
-        base = _read_yaml(Path(path).with_name(base))
+        base = read_yaml(Path(path).with_name(base), "base", "recipes/ablations/")
     change_settings(base, [override for override in overrides if override not in changes])
     wrong = set(grid) ^ set(PARTS)
     if wrong:
@@ -234,18 +232,6 @@ def _check_runs(grid: Grid) -> None:
                     validate(parse_settings({name: value for name, value in run.items() if name != "key"}))
                 except ValueError as error:
                     raise ValueError(f"{source}: {error}") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"The grid {path} does not exist. recipes/ablations/ has examples.")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must contain `key: value` lines.")
-    return settings
 
 
 def _check_arm(stages: Any, source: str) -> dict[str, Any]:
