@@ -72,7 +72,9 @@ def test_an_option_has_one_meaning_in_all_commands():
     assert {name: text for name, text in texts.items() if len(text) > 1 and name not in own} == {}
 
 
-@pytest.mark.parametrize("words", ["", "eval", "train", "data check", "push"])
+@pytest.mark.parametrize(
+    "words", ["", "train", *(pytest.param(words, marks=pytest.mark.slow) for words in ("eval", "data check", "push"))]
+)
 def test_help_imports_no_heavy_package_and_is_fast(words):
     code = (
         "import sys, time; start = time.process_time(); from vtlmm.cli.main import main; "

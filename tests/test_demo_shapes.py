@@ -101,6 +101,7 @@ def test_every_scene_allows_a_color_count():
     assert set(answers) == {"zero", "one", "two"}
 
 
+@pytest.mark.slow
 def test_guess_without_image_is_near_chance():
     counts = defaultdict(Counter)
     for _, question in asked(6000, seed=1):

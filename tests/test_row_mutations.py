@@ -217,7 +217,8 @@ def outcome(read, file, processor, monkeypatch):
         return str(error)
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
 def test_all_readers_agree_on_mutated_rows(folder, processor, monkeypatch, part, tmp_path):
     kinds = set()
     for seed in range(part, NUM_MUTATIONS, 4):

@@ -115,6 +115,7 @@ def run(folder, **settings):
     return trainer
 
 
+@pytest.mark.slow
 def test_scoring_does_not_change_the_training(questions, tmp_path):
     """The weights are equal bit by bit, with dropout and shuffled rows."""
     plain = run(tmp_path / "plain")
