@@ -20,7 +20,8 @@ from vtlmm.data.questions import iterate_turns
 from vtlmm.data.rows import load_rows
 from vtlmm.data.validation import check_rows
 from vtlmm.evaluation import runner
-from vtlmm.inference.generation import conversation, encode_prompt
+from vtlmm.inference.generation import conversation
+from vtlmm.inference.prompt_encoding import encode_prompt
 from vtlmm.train.collator import VTLMMCollator
 from vtlmm.train.recipe import DatasetConfig
 from vtlmm.train.run_data import prepare_dataset
