@@ -7,7 +7,7 @@ CONSTRAINTS := $(if $(wildcard /proc/driver/nvidia),,-c constraints/cpu.txt)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help setup demo lint docs test test-fast test-oldest harness build clean
+.PHONY: help setup demo lint docs test test-fast test-oldest harness gguf build clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -64,8 +64,17 @@ test-oldest: .venv-oldest/ok ## run the tests of the model and of private names 
 harness: .venv-harness/ok ## run the tests of lm-evaluation-harness and lmms-eval in .venv-harness
 	.venv-harness/bin/python -m pytest -q tests/test_harness.py
 
+.venv-gguf/ok: pyproject.toml
+	$(PY) -m venv .venv-gguf
+	.venv-gguf/bin/pip install -q uv && .venv-gguf/bin/uv pip install -q --python .venv-gguf/bin/python \
+		$(CONSTRAINTS) -e '.[gguf]' xllamacpp pytest pytest-timeout
+	touch $@
+
+gguf: .venv-gguf/ok ## run exported GGUF files in llama.cpp (the package xllamacpp) in .venv-gguf
+	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest -q tests/test_export_gguf.py tests/test_gguf_llama_cpp.py
+
 build: $(VENV)/ok ## build the wheel in dist/
 	$(BIN)/python -m build --wheel
 
 clean: ## delete the environments and all results
-	rm -rf .venv .venv-oldest .venv-harness outputs dist build docs/reference *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-oldest .venv-harness .venv-gguf outputs dist build docs/reference *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -11,22 +11,13 @@ from typing import Any, cast
 
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from modeling_vtlmm import VTLMMConfig, VTLMMProcessor
+from modeling_vtlmm import VTLMMProcessor
 
-from .checkpoint_files import (
-    CHECKPOINT_FILES,
-    SHARD_SIZE,
-    check_tensors,
-    embeddings_name,
-    list_tensors,
-    model_without_weights,
-    resize_vocabulary,
-    their_name,
-    write_tensors,
-)
+from .checkpoint_files import SHARD_SIZE, embeddings_name, resize_vocabulary, their_name, write_tensors
 from .convert import VM_HEAD
-from .paths import check_output, clear_output, local_folder
-from .source_formats import LLAVA_NAMES, read_config_file, read_generation_config
+from .export_source import open_vtlmm
+from .paths import check_output, clear_output
+from .source_formats import LLAVA_NAMES, read_generation_config
 
 
 logger = logging.getLogger(__name__)
@@ -59,18 +50,13 @@ def export_to_llava(
             another shape; all are named.
     """
     output = check_output(output, [checkpoint], overwrite)
-    folder = local_folder(checkpoint, patterns=CHECKPOINT_FILES)
-    model_type = read_config_file(folder).get("model_type")
-    if model_type != VTLMMConfig.model_type:
-        raise ValueError(f"{folder}/config.json: `model_type` is {model_type!r}; only a VT-LMM can be exported.")
-    config: Any = VTLMMConfig.from_pretrained(folder)
-    model = model_without_weights(config)
+    source = open_vtlmm(checkpoint)
+    folder, config, model = source.folder, source.config, source.model
     reason = reason_without_export(config, embeddings_name(model))
     if reason is not None:
         raise ValueError(f"{folder} cannot be exported to LLaVA: {reason}.")
 
-    tensors = list_tensors(folder)
-    check_tensors(tensors, model, folder)
+    tensors = source.list_tensors()
     sizes = {"visual_vocab_size": config.visual_vocab_size, "vocab_size": config.text_config.vocab_size}
     resize_vocabulary(tensors, model, max(config.image_token_id + 1, config.text_config.vocab_size))
     nested = config.vision_config.model_type in NESTED_TOWERS

@@ -127,8 +127,8 @@ def test_snippet_imports_names_that_exist(page, code):
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=IDS)
 def test_snippet_runs(page, code, tmp_path, monkeypatch, request):
-    if "OpenAI(" in code:
-        pytest.skip("needs a running server; see test_serve.py")
+    if "OpenAI(" in code or "xllamacpp" in code:
+        pytest.skip("needs a running server; see test_serve.py and test_gguf_llama_cpp.py")
     write_demo_outputs(tmp_path)
     monkeypatch.chdir(tmp_path)
     if any(name in code for name in HUB_IDS):
