@@ -17,7 +17,8 @@ from .chat_templates import (
     drop_default_system_prompt,
     load_template,
 )
-from .paths import check_checkpoint, check_output, clear_output
+from .gguf_file import import_gguf
+from .paths import check_checkpoint, check_output, clear_output, split_gguf_file
 from .special_tokens import Vocabulary, add_special_tokens, fit_embeddings, set_generation_config
 from .vision_tower import (
     TowerGeometry,
@@ -68,7 +69,8 @@ def compose_model(
     Args:
         vision (`str`): Hub id or folder of the tower with its image processor: a ViT (CLIP, SigLIP, DINOv2, …) or a
             convolutional network. Of a two-tower model the vision part is used.
-        text (`str`): Hub id or folder of a causal decoder with its tokenizer.
+        text (`str`): Hub id or folder of a causal decoder with its tokenizer, or a GGUF file of a decoder:
+            `folder/model.gguf` or `user/name/model.gguf`. Quantized weights become floating-point numbers again.
         output (`str` or `Path`, *optional*): folder to save everything in, as in a Hub repository.
         projector_type, vm_head_type (`str`, *optional*): see [`VTLMMConfig`].
         vm_head_init (`str`, *optional*): see [`VTLMMForConditionalGeneration.initialize_vm_head`].
@@ -94,10 +96,8 @@ def compose_model(
     if chat_template is not None:
         load_template(chat_template)  # check it before the parts are loaded
     if output is not None:
-        output = check_output(output, [vision, text], overwrite)
-    parts = _load_parts(
-        check_checkpoint(vision), check_checkpoint(text), vision_feature_layer, dtype, trust_remote_code
-    )
+        output = check_output(output, [vision, split_gguf_file(text)[0]], overwrite)
+    parts = _load_parts(vision, text, vision_feature_layer, dtype, trust_remote_code)
     tokenizer = parts.tokenizer
     tokenizer.chat_template, template_origin = choose_template(chat_template, tokenizer, drop_system_prompt)
     composed = _assemble_parts(parts, projector_type, vm_head_type, vm_head_init, seed)
@@ -128,29 +128,40 @@ def _load_parts(
     trust_remote_code: bool,
 ) -> _Parts:
     """Load and check the parts, and add the special tokens to the tokenizer."""
+    text, gguf_file = split_gguf_file(text)
+    vision, text = check_checkpoint(vision), check_checkpoint(text)
     tower = load_vision_tower(vision, trust_remote_code)
     image_processor = load_image_processor(vision, tower.config, trust_remote_code=trust_remote_code)
     geometry = probe_tower(tower, image_processor, vision_feature_layer)
-    decoder = load_decoder(text, dtype, trust_remote_code)
-    tokenizer: Any = AutoTokenizer.from_pretrained(text, trust_remote_code=trust_remote_code)
+    decoder = load_decoder(text, dtype, trust_remote_code, gguf_file)
+    options = {} if gguf_file is None else {"gguf_file": gguf_file}
+    tokenizer: Any = AutoTokenizer.from_pretrained(text, trust_remote_code=trust_remote_code, **options)
     vocabulary = add_special_tokens(tokenizer, decoder.get_input_embeddings().weight.shape[0])
     configs = part_config(tower.config, vision), part_config(decoder.config, text)
     return _Parts(tower, configs[0], image_processor, geometry, decoder, configs[1], tokenizer, vocabulary)
 
 
-def load_decoder(name: str, dtype: str | torch.dtype | None, trust_remote_code: bool = False) -> Any:
+def load_decoder(
+    name: str, dtype: str | torch.dtype | None, trust_remote_code: bool = False, gguf_file: str | None = None
+) -> Any:
     r"""
-    Load the causal language model of checkpoint `name`.
+    Load the causal language model of checkpoint `name`, or of its file `gguf_file`.
 
     Raises:
         `ValueError`: if tensors are missing, transformers does not implement the model, or its logits are not
             `lm_head` × the last hidden state.
     """
+    options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
+    if gguf_file is not None:
+        import_gguf()
+        options |= {"gguf_file": gguf_file, "dtype": dtype or torch.float32}
     with quiet_loading():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, output_loading_info=True)
     decoder, info = loaded
+    if gguf_file is not None:
+        # transformers marks the model as quantized, but its weights are floating-point numbers now.
+        decoder.hf_quantizer, decoder.is_quantized = None, False
+        del decoder.config.quantization_config
     require_native(decoder, name)
     if info["missing_keys"]:
         raise ValueError(f"Tensors of the decoder {name} are missing: {', '.join(sorted(info['missing_keys']))}.")

@@ -38,6 +38,8 @@ from .private_values import escape_cell
 from .repository import (
     ADAPTER,
     CARD_FILE,
+    GGUF,
+    LIBRARIES,
     LICENSE_FILE,
     LLAVA,
     RESULTS_FOLDER,
@@ -144,7 +146,8 @@ def _fill_template(
         quantization=quantization_of(config),
         base=bases[0] if kind == ADAPTER and bases else None,
         no_export=_reason_without_export(config) if kind == VTLMM else None,
-        parts=describe_parts(config, bases),
+        is_clip=config.get("vision_config", {}).get("model_type") == "clip_vision_model",
+        parts=describe_parts(config, bases, kind),
         image_tokens=config.get("image_seq_length"),
         images=images,
         data=[escape_cell(name) for name in dict.fromkeys([*training_data(runs), *datasets])],
@@ -168,7 +171,7 @@ def card_title(kind: str, config: dict[str, Any], base_models: Sequence[str]) ->
         values = config.get(part, {})
         name = values.get("_name_or_path")
         names.append(name.split("/")[-1] if is_hub_id(name) else values.get("model_type", "unknown").replace("_", "-"))
-    form = {VTLMM: "VT-LMM", LLAVA: "LLaVA"}[kind]
+    form = {VTLMM: "VT-LMM", LLAVA: "LLaVA", GGUF: "GGUF"}[kind]
     quantization = f" ({quantization_of(config)})" if quantization_of(config) else ""
     return f"{form}: {escape_cell(' + '.join(names))}{quantization}"
 
@@ -189,7 +192,7 @@ def front_matter(
     known = ["vt-lmm", "conversational", *(["visual-tokens"] if kind == VTLMM else []), *(["trl"] if runs else [])]
     return ModelCardData(
         license=license,
-        library_name="peft" if kind == ADAPTER else "transformers",
+        library_name=LIBRARIES[kind],
         pipeline_tag=TASK,
         tags=list(dict.fromkeys([*known, *tags])),
         base_model=list(base_models) or None,
@@ -272,7 +275,7 @@ def _write_license(folder: Path, license: str | None) -> None:
         file.unlink()
 
 
-def describe_parts(config: dict[str, Any], base_models: Sequence[str]) -> list[tuple[str, str]]:
+def describe_parts(config: dict[str, Any], base_models: Sequence[str], kind: str = VTLMM) -> list[tuple[str, str]]:
     """Return name and description of each part of the model, for a table."""
     parts = []
     if base_models:
@@ -285,7 +288,7 @@ def describe_parts(config: dict[str, Any], base_models: Sequence[str]) -> list[t
             parts.append((name, escape_cell(", ".join([values.get("model_type", "unknown"), *size]))))
     if "image_seq_length" in config:
         parts.append(("image tokens per image", str(config["image_seq_length"])))
-    if "visual_vocab_size" in config:
+    if "visual_vocab_size" in config and kind != GGUF:
         pseudo = config.get("use_pseudo_image_features")
         parts.append(("VM head", f"{config['vm_head_type']}, {config['visual_vocab_size']:,} candidate tokens"))
         parts.append(("input at image positions", "pseudo image features" if pseudo else "image features"))

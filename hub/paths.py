@@ -56,6 +56,16 @@ def check_checkpoint(name: str | Path) -> str:
     return text
 
 
+def split_gguf_file(name: str) -> tuple[str, str | None]:
+    """Return folder or Hub id, and file, of a GGUF file (`folder/model.gguf`); file is None for other names."""
+    path = Path(name)
+    if path.suffix != ".gguf":
+        return name, None
+    if path.parent.is_dir() and not path.is_file():
+        raise FileNotFoundError(f"The file '{name}' does not exist. Fix the path.")
+    return str(path.parent), path.name
+
+
 def local_folder(checkpoint: str | Path, revision: str | None = None, patterns: list[str] | None = None) -> Path:
     r"""
     Return the folder of `checkpoint`: the folder itself, or the downloaded snapshot of a Hub id.

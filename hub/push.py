@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 
 from .card_results import add_results, find_results
+from .export_gguf import export_gguf
 from .export_llava import export_to_llava
 from .hub_client import hub_errors
 from .isolated_load import probe
@@ -29,6 +30,7 @@ from .repository import (
     ADAPTER,
     CARD_FILE,
     CHECK_FILE,
+    GGUF,
     LICENSE_FILE,
     LLAVA,
     RESULTS_FOLDER,
@@ -45,9 +47,9 @@ from .verify import VerificationReport, verify_checkpoint
 
 logger = logging.getLogger(__name__)
 
-FORMS = (ADAPTER, LLAVA, *QUANTIZATIONS)
+FORMS = (ADAPTER, LLAVA, GGUF, *QUANTIZATIONS)
 # Files of an earlier push that would be loaded as a part of this model.
-REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
+REPLACED = ["*.gguf", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
 
 
 @dataclass
@@ -100,16 +102,14 @@ def push_model(
     Args:
         folder (`str` or `Path`): a VT-LMM, an exported LLaVA, or an adapter.
         repo_id (`str`): `user/name`. The repository is created if it does not exist.
-        form (`str`, *optional*): push the VT-LMM in another form: `"llava"`, or with the decoder in `"nf4"` or
-            `"int8"`. `"adapter"` rejects a folder that is not an adapter.
+        form (`str`, *optional*): push the VT-LMM in another form: `"llava"`, `"gguf"` (float16), or with the decoder
+            in `"nf4"` or `"int8"`. `"adapter"` rejects a folder that is not an adapter.
         private (`bool`, *optional*): whether a new repository is private; by default the account's setting.
         revision (`str`, *optional*): branch. It is created if it does not exist.
         tag (`str`, *optional*): tag for the commit.
-        include (`list[str]`, *optional*): glob patterns of further files in `folder` to upload. Hidden files, symbolic
-            links and pickles are never uploaded.
+        include (`list[str]`, *optional*): patterns of further files to upload; never hidden files, links or pickles.
         dry_run (`bool`, *optional*, defaults to `False`): verify and list the files only.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): run the folder's code if it differs from the
-            installed package, see [`verify_checkpoint`].
+        trust_remote_code (`bool`, *optional*, defaults to `False`): see [`verify_checkpoint`].
         license, base_models, results, images: see [`write_card`].
 
     Raises:
@@ -126,7 +126,8 @@ def push_model(
     with tempfile.TemporaryDirectory() as place:
         source, stage = _in_form(form, folder, Path(place, "form")), Path(place, "model")
         files = _stage_form(form, folder, source, stage, include)
-        write_card(stage, repo_id, license=license, base_models=base_models, results=results, images=images)
+        card = {"license": license, "base_models": base_models, "results": results, "images": images}
+        write_card(stage, repo_id, **card, kind_and_config=_kind_on_card(form, folder))
         record_logits(stage)
         result = _verify_stage(stage, folder, repo_id, files, trust_remote_code)
         if not result.report.problems and not dry_run:
@@ -175,6 +176,10 @@ def _check_account(repo_id: str, tag: str | None) -> None:
 def _check_form(folder: Path, form: str | None) -> None:
     if form not in (None, *FORMS):
         raise ValueError(f"`form` is {form!r}; it must be {', '.join(FORMS[:-1])} or {FORMS[-1]}.")
+    if form is None and checkpoint_kind(folder)[0] == GGUF:
+        raise ValueError(
+            f"'{folder}' contains GGUF files. Push the VT-LMM they were exported from with `form='gguf'`."
+        )
     if form == ADAPTER and checkpoint_kind(folder)[0] != ADAPTER:
         raise ValueError(f"'{folder}' is not an adapter: adapter_config.json is missing. Leave out `form`.")
 
@@ -240,7 +245,7 @@ def stage_files(folder: Path, stage: Path, include: Sequence[str] = ()) -> list[
     for name in [*files, *([RUN_RECORD] if (folder / RUN_RECORD).is_file() else [])]:
         target = stage / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not name.endswith(".safetensors") or not _link(folder / name, target):
+        if not name.endswith((".safetensors", ".gguf")) or not _link(folder / name, target):
             shutil.copy(folder / name, target)
     return files
 
@@ -267,10 +272,15 @@ def _copy_back(stage: Path, folder: Path, files: Sequence[str]) -> None:
         license_file.unlink()  # the license has changed
 
 
+def _kind_on_card(form: str | None, folder: Path) -> tuple[str, dict[str, Any]] | None:
+    """Return kind and configuration for the card of GGUF files, which contain no config.json, else None."""
+    return (GGUF, checkpoint_kind(folder)[1]) if form == GGUF else None
+
+
 def _stage_form(form: str | None, folder: Path, source: Path, stage: Path, include: Sequence[str]) -> list[str]:
-    """Stage the files of `source`, with the results of `folder` unless the model is quantized; return their names."""
+    """Stage the files of `source`, with the results of `folder` if the form gives its answers; return their names."""
     files = stage_files(source, stage, include)
-    if form not in QUANTIZATIONS:
+    if form not in (GGUF, *QUANTIZATIONS):
         add_results(stage, find_results(folder), strict=False)
     return files
 
@@ -279,7 +289,9 @@ def _in_form(form: str | None, folder: Path, output: Path) -> Path:
     """Return the folder of the model in another form: `output`, with the files that its card needs, or `folder`."""
     if form in (None, ADAPTER):
         return folder
-    if form in QUANTIZATIONS:
+    if form == GGUF:
+        export_gguf(folder, output)
+    elif form in QUANTIZATIONS:
         write_quantized(folder, output, form)
     else:
         _write_llava(folder, output)
@@ -318,6 +330,8 @@ def _upload(
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     on_hub = api.list_repo_files(repo_id, revision=revision)
+    if "Modelfile" in files and any(file.endswith(".safetensors") for file in on_hub):
+        raise ValueError(f"{repo_id} contains a model for transformers. Push GGUF files to a repository of their own.")
     replaced = list(REPLACED)
     if "adapter_config.json" not in files:  # a folder with this file is loaded as an adapter
         replaced.append("adapter_config.json")

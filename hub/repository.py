@@ -14,11 +14,14 @@ import modeling_vtlmm
 
 CARD_FILE, CHECK_FILE, RUN_RECORD = "README.md", "vtlmm_check.json", "vtlmm_run.json"
 LICENSE_FILE, RESULTS_FOLDER = "LICENSE", "results"
-VTLMM, LLAVA, ADAPTER = "vtlmm", "llava", "adapter"
+VTLMM, LLAVA, ADAPTER, GGUF = "vtlmm", "llava", "adapter", "gguf"
+# The Hub's `library_name` of each kind.
+LIBRARIES = {VTLMM: "transformers", LLAVA: "transformers", ADAPTER: "peft", GGUF: "gguf"}
 
 # Only files that match are published. Images are published if the model card shows them.
 PUBLISHED = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
+    *("model-*.gguf", "mmproj-*.gguf", "Modelfile"),
     *("config.json", "generation_config.json", "adapter_config.json"),
     *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "tokenizer.json"),
     *("tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -33,7 +36,7 @@ def checkpoint_kind(folder: Path) -> tuple[str, dict[str, Any]]:
     Return the kind of model in `folder` and its `config.json` or `adapter_config.json`.
 
     Returns:
-        `tuple`: `"vtlmm"`, `"llava"` or `"adapter"`, and the configuration.
+        `tuple`: `"vtlmm"`, `"llava"`, `"adapter"` or `"gguf"`, and the configuration, which is empty for GGUF files.
 
     Raises:
         `ValueError`: if the folder contains no model, or a model of another kind.
@@ -48,6 +51,8 @@ def checkpoint_kind(folder: Path) -> tuple[str, dict[str, Any]]:
             if kind not in (VTLMM, LLAVA, ADAPTER):
                 raise ValueError(f"{folder}/{file}: `model_type` is {kind!r}; it must be 'vtlmm' or 'llava'.")
             return kind, values
+    if any(folder.glob("mmproj-*.gguf")):
+        return GGUF, {}
     raise ValueError(f"'{folder}' contains no model: config.json and adapter_config.json are missing.")
 
 

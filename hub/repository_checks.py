@@ -15,7 +15,8 @@ from modeling_vtlmm import VTLMMConfig
 from modeling_vtlmm.configuration_vtlmm import AUTO_MAP
 
 from .checkpoint_files import check_tensors, list_tensors, model_without_weights, without_quantization_state
-from .repository import ADAPTER, CARD_FILE, LLAVA, VTLMM, is_hub_id, read_json
+from .gguf_file import import_gguf
+from .repository import ADAPTER, CARD_FILE, GGUF, LIBRARIES, LLAVA, VTLMM, is_hub_id, read_json
 
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -25,6 +26,8 @@ Check = Callable[[Path, list[str], dict[str, Any]], Iterator[str]]
 
 def check_weights(folder: Path, files: list[str], kind: str) -> tuple[int, list[str]]:
     """Return the number of parameters in the safetensors files of `folder`, and the problems of these files."""
+    if kind == GGUF:
+        return check_gguf(folder, files)
     shards = [file for file in files if file.endswith(".safetensors")]
     if kind == ADAPTER:
         return 0, [] if "adapter_model.safetensors" in shards else ["adapter_model.safetensors: missing"]
@@ -44,6 +47,24 @@ def check_weights(folder: Path, files: list[str], kind: str) -> tuple[int, list[
     except ValueError as error:
         return 0, [*problems, f"weights: {error}"]
     return sum(tensor.meta.numel() for tensor in tensors.values()), problems
+
+
+def check_gguf(folder: Path, files: list[str]) -> tuple[int, list[str]]:
+    """Return the number of parameters in the GGUF files of `folder`, and the problems of these files."""
+    found = [file for file in files if file.endswith(".gguf")]
+    expected = {file.replace("mmproj-", "model-") for file in found if file.startswith("mmproj-")}
+    problems = [f"{file}: missing, the decoder of the mmproj file" for file in sorted(expected - {*found})]
+    if "Modelfile" not in files:
+        problems.append("Modelfile: missing; `vtlmm export --to gguf` writes it")
+    num_parameters = 0
+    for file in found:
+        try:
+            tensors = import_gguf().GGUFReader(folder / file).tensors
+        except (ValueError, IndexError, KeyError, OSError) as error:
+            problems.append(f"{file}: cannot be read: {error}")
+            continue
+        num_parameters += sum(int(tensor.n_elements) for tensor in tensors)
+    return num_parameters, problems
 
 
 def check_code(folder: Path, files: list[str], config: dict[str, Any]) -> Iterator[str]:
@@ -110,15 +131,14 @@ def check_base(folder: Path, files: list[str], config: dict[str, Any]) -> Iterat
         )
 
 
-def check_card(folder: Path, files: list[str], config: dict[str, Any]) -> Iterator[str]:
+def check_card(folder: Path, files: list[str], kind: str) -> Iterator[str]:
     """Check the front matter of the model card and the evaluation results, as the Hub's client reads them."""
     try:
         data = ModelCard.load(folder / CARD_FILE).data
     except (ValueError, TypeError, yaml.YAMLError) as error:
         yield f"{CARD_FILE}: the front matter is invalid: {' '.join(str(error).split())}"
         return
-    library = "transformers" if "model_type" in config else "peft"
-    for name, expected in (("library_name", library), ("pipeline_tag", "image-text-to-text")):
+    for name, expected in (("library_name", LIBRARIES[kind]), ("pipeline_tag", "image-text-to-text")):
         if data.get(name) != expected:
             yield f"{CARD_FILE}: `{name}` in the front matter is {data.get(name)!r}; it must be {expected!r}"
     bases = data.get("base_model") or []
@@ -145,4 +165,5 @@ MODEL_CHECKS: dict[str, tuple[Check, ...]] = {
     VTLMM: (check_code, check_processor, check_generation),
     LLAVA: (check_processor, check_generation),
     ADAPTER: (check_base, check_processor),
+    GGUF: (),
 }

@@ -12,9 +12,9 @@ from modeling_vtlmm.configuration_vtlmm import AUTO_MAP
 from . import isolated_load
 from .paths import local_folder
 from .repository import (
-    ADAPTER,
     CARD_FILE,
     CHECK_FILE,
+    LLAVA,
     PICKLES,
     VTLMM,
     checkpoint_kind,
@@ -25,6 +25,7 @@ from .repository import (
 from .repository_checks import MODEL_CHECKS, check_card, check_weights, has_license
 
 
+LOADED = (VTLMM, LLAVA)  # the base of an adapter is elsewhere, and llama.cpp reads GGUF files
 LLAVA_CLASSES = ["AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
 
 
@@ -33,8 +34,9 @@ class VerificationReport:
     """
     The return value of [`verify_checkpoint`].
 
-    checkpoint (`str`), kind (`str`: `"vtlmm"`, `"llava"` for an exported LLaVA, or `"adapter"`), num_files (`int`),
-    num_bytes (`int`), num_parameters (`int`), problems (`list[str]`: each starts with the file or class at fault),
+    checkpoint (`str`), kind (`str`: `"vtlmm"`, `"llava"` for an exported LLaVA, `"gguf"` or `"adapter"`),
+    num_files (`int`), num_bytes (`int`), num_parameters (`int`),
+    problems (`list[str]`: each starts with the file or class at fault),
     warnings (`list[str]`: what a published repository should have; the model works without it).
     """
 
@@ -63,11 +65,11 @@ def verify_checkpoint(
     checkpoint: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> VerificationReport:
     r"""
-    Check that a repository of a VT-LMM, an exported LLaVA or an adapter is complete, and that it loads.
+    Check that a repository of a VT-LMM, an exported LLaVA, GGUF files or an adapter is complete, and that it loads.
 
     If no file of the model is missing or invalid, a process that cannot import this package loads the model by each
-    Auto class and by the pipeline. The logits are compared with the recorded ones (`vtlmm_check.json`). Adapters are
-    checked but not loaded, since their base model is elsewhere.
+    Auto class and by the pipeline. The logits are compared with the recorded ones (`vtlmm_check.json`). Adapters,
+    whose base model is elsewhere, and GGUF files are checked but not loaded.
 
     Args:
         checkpoint (`str` or `Path`): folder or Hub id.
@@ -96,15 +98,15 @@ def verify_checkpoint(
     if CARD_FILE not in files:
         warnings.append(f"{CARD_FILE}: missing; `vtlmm push` writes it")
     else:
-        problems += check_card(folder, files, config)
+        problems += check_card(folder, files, kind)
         if not has_license(folder):
             warnings.append(f"{CARD_FILE}: `license` is missing in the front matter; pass `--license` to `vtlmm push`")
     recorded = read_json(folder / CHECK_FILE)
-    if kind != ADAPTER and not {"logits", "input_ids"} <= recorded.keys():
+    if kind in LOADED and not {"logits", "input_ids"} <= recorded.keys():
         warnings.append(f"{CHECK_FILE}: no recorded logits to compare with; `vtlmm push` records them")
-    if kind != ADAPTER and not loadable:
+    if kind in LOADED and not loadable:
         problems.append("not loaded: fix the problems above first")
-    elif kind != ADAPTER:
+    elif kind in LOADED:
         # The commit of the snapshot, since a branch can change in the meantime.
         source = (str(folder.resolve()), None) if is_local else (str(checkpoint), folder.name)
         problems += _load_if_trusted(folder, source, kind, recorded, trust_remote_code)

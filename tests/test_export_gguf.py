@@ -7,7 +7,14 @@ import shutil
 
 import pytest
 import torch
-from helpers.gguf_models import DECODERS, LLAMA3_ROPE, TEXTS, build_gguf_tokenizer, patch_json, write_gguf_source
+from helpers.gguf_models import (
+    DECODERS,
+    LLAMA3_ROPE,
+    TEXTS,
+    build_gguf_tokenizer,
+    patch_json,
+    write_gguf_source,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
@@ -265,7 +272,6 @@ def test_rows_that_q8_0_cannot_divide_are_float16(sources, tmp_path, build_model
     """The tower of conftest.py has 16 channels, which is less than a block."""
     source = tmp_path / "source"
     shutil.copytree(sources("llama"), source)
-    tokenizer = build_gguf_tokenizer("llama")
     model = build_model("llama", "siglip_vision_model")
     model.config.text_config.vocab_size = 64
     model.save_pretrained(source)
@@ -275,7 +281,6 @@ def test_rows_that_q8_0_cannot_divide_are_float16(sources, tmp_path, build_model
         values["image_processor"]["size"] = {"height": 28, "width": 28}
 
     patch_json(source / "processor_config.json", fit_image)
-    assert len(tokenizer) > 64
     types = GGUFFile(export_gguf(source, tmp_path / "gguf", "q8_0").mmproj).types
     assert types["v.blk.0.attn_q.weight"] == "F16" and types["mm.2.weight"] == "Q8_0"
 

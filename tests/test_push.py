@@ -133,6 +133,23 @@ def test_quantized_model(facts):
     assert " GB, 108,128 parameters: OK" in facts["verify"]["out"]
 
 
+def test_gguf_files(facts):
+    """Both files and the Modelfile, never into a repository that contains a model for transformers."""
+    pytest.importorskip("gguf")
+    assert facts["gguf"]["code"] == 0 and facts["gguf"]["commits"]["somebody/gguf"] == 1, facts["gguf"]
+    assert facts["second gguf"]["code"] == 0 and facts["second gguf"]["commits"]["somebody/gguf"] == 0
+    expected = {"model-f16.gguf", "mmproj-f16.gguf", "Modelfile", "README.md"}
+    assert set(facts["files of gguf"]) == expected and facts["start of gguf"] == "GGUF"
+    over_model = facts["gguf over model"]
+    assert over_model["code"] == 1 and not any(over_model["commits"].values())
+    assert "somebody/whole contains a model for transformers. Push GGUF files to a repository" in over_model["error"]
+    card = ModelCard(facts["card of gguf"])
+    assert card.data.library_name == "gguf" and card.data.license == "mit"
+    assert 'hf_hub_download("somebody/gguf", "model-f16.gguf")' in card.text and "AutoModel" not in card.text
+    assert "issue 25814" in card.text and "Visual tokens are training targets" not in card.text
+    assert facts["verify gguf"]["code"] == 0 and "(gguf): 4 files" in facts["verify gguf"]["out"]
+
+
 def test_llava_export_of_a_merged_adapter(facts):
     """A push compares its logits with those recorded of the VT-LMM."""
     assert facts["merge"]["code"] == 0, facts["merge"]

@@ -9,11 +9,12 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
-from helpers.tiny_models import VISION_CONFIGS
 from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMProcessor
 from vtlmm.hub.chat_templates import add_images_and_marks, load_template
 from vtlmm.hub.gguf_tokenizer import SPACE, SPLIT
 from vtlmm.hub.special_tokens import add_special_tokens
+
+from .tiny_models import VISION_CONFIGS
 
 
 # Texts of 20 languages and kinds. The tokenizers are trained on them too.

@@ -33,6 +33,7 @@ from vtlmm.hub.isolated_load import probe  # noqa: E402
 from vtlmm.hub.push import push_model  # noqa: E402
 from vtlmm.train.stage_runner import build_trainer, run_training  # noqa: E402
 
+from .gguf_models import write_gguf_source  # noqa: E402
 from .tiny_models import build_config, build_processor  # noqa: E402
 from .training import write_start  # noqa: E402
 
@@ -253,6 +254,18 @@ def push_nf4(start: Path) -> None:
     FACTS["verify"] = vtlmm("verify", name, "--revision", "v4")
 
 
+def push_gguf(source: Path) -> None:
+    """GGUF files, pushed twice, then to a repository that contains a model for transformers."""
+    name = f"{USER}/gguf"
+    FACTS["gguf"] = push(source, name, form="gguf", license="mit")
+    FACTS["second gguf"] = push(source, name, form="gguf", license="mit")
+    FACTS["gguf over model"] = push(source, WHOLE, form="gguf", license="mit")
+    FACTS["files of gguf"] = sorted(files("gguf"))
+    FACTS["card of gguf"] = files("gguf")["README.md"].decode()
+    FACTS["start of gguf"] = files("gguf")["model-f16.gguf"][:4].decode()
+    FACTS["verify gguf"] = vtlmm("verify", name)
+
+
 def refused(folder: Path) -> None:
     """Missing and foreign repositories, invalid tokens, and then no Hub."""
     nothing = f"{USER}/nothing"
@@ -287,6 +300,8 @@ def session() -> None:
     push_llava(WORK / "merged")
     if find_spec("bitsandbytes"):
         push_nf4(WORK / "start")
+    if find_spec("gguf"):
+        push_gguf(write_gguf_source(WORK / "gguf_source", "smollm2", "clip_vision_model"))
     refused(folder)
 
 

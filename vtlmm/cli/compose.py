@@ -16,7 +16,7 @@ EXAMPLES = (
 
 def compose(
     vision: Annotated[str, Option(help="Vision tower: a folder or a Hub id.")],
-    text: Annotated[str, Option(help="Causal decoder with its tokenizer: a folder or a Hub id.")],
+    text: Annotated[str, Option(help="Causal decoder with its tokenizer: a folder, a Hub id or a GGUF file.")],
     output: options.Output,
     projector_type: Annotated[Literal["mlp2x_gelu", "linear"], Option(help="Projector.")] = "mlp2x_gelu",
     vm_head_type: Annotated[Literal["linear", "mlp", "attention"], Option(help="VM head.")] = "linear",

@@ -19,10 +19,10 @@ def push(
     folder: Annotated[Path, Argument(help="Folder of a VT-LMM, an exported LLaVA or an adapter.")],
     repo_id: Annotated[str, Argument(metavar="USER/NAME", help="Repository. It is created if it does not exist.")],
     form: Annotated[
-        Literal["adapter", "nf4", "int8", "llava"] | None,
+        Literal["adapter", "nf4", "int8", "llava", "gguf"] | None,
         Option(
-            help="Push another form of the model: its LLaVA export (llava), or a quantized decoder (nf4, int8). "
-            "adapter: refuse a folder that is not an adapter."
+            help="Push another form of the model: its LLaVA export (llava), GGUF files (gguf), or a quantized decoder "
+            "(nf4, int8). adapter: refuse a folder that is not an adapter."
         ),
     ] = None,
     private: Annotated[bool | None, Option("--private", help="Create a private repository.")] = None,
