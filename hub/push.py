@@ -126,7 +126,7 @@ def push_model(
     with tempfile.TemporaryDirectory() as place:
         source, stage = _in_form(form, folder, Path(place, "form")), Path(place, "model")
         files = _stage_form(form, folder, source, stage, include)
-        card = {"license": license, "base_models": base_models, "results": results, "images": images}
+        card: dict[str, Any] = {"license": license, "base_models": base_models, "results": results, "images": images}
         write_card(stage, repo_id, **card, kind_and_config=_kind_on_card(form, folder))
         record_logits(stage)
         result = _verify_stage(stage, folder, repo_id, files, trust_remote_code)
