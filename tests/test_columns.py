@@ -3,8 +3,9 @@
 
 import pytest
 
-from vtlmm.data.columns import apply_columns, suggest_columns
+from vtlmm.data.columns import apply_columns, parse_columns, suggest_columns
 from vtlmm.data.formats import convert_row
+from vtlmm.train.setting_types import convert_setting
 
 
 FROM = [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "reply"}]
@@ -187,7 +188,30 @@ def test_column_mapping():
 def test_errors_suggest_a_mapping(row, mapping):
     with pytest.raises(ValueError, match="match no supported format") as error:
         convert(row)
-    assert f"`columns: {{{mapping}}}`" in str(error.value)
+    option = mapping.replace(": ", "=").replace(", ", ",")
+    assert f"`columns: {{{mapping}}}` (`--columns {option}`)" in str(error.value)
+    [one] = convert(row, columns=parse_columns(f"{option},level="))
+    assert len(one["messages"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ("image=photo,question=ask,answer=reply", {"image": "photo", "question": "ask", "answer": "reply"}),
+        (" image = photo , note= ", {"image": "photo", "note": None}),
+        ("images=left,images=right", {"images": ["left", "right"]}),
+        ("{images: [left, right], note: null}", {"images": ["left", "right"], "note": None}),
+    ],
+)
+def test_a_mapping_of_the_command_line(text, columns):
+    assert parse_columns(text) == columns and parse_columns(None) is None
+    assert convert_setting("columns", text, dict | None) == columns
+
+
+@pytest.mark.parametrize("text", ["photo", "=photo", "{image: [", "image=a,image=b", "foto=photo", "{image: 3}", ""])
+def test_an_invalid_mapping_of_the_command_line_is_named(text):
+    with pytest.raises(ValueError, match="`columns`"):
+        parse_columns(text)
 
 
 def test_no_mapping_is_invented():

@@ -208,7 +208,11 @@ def test_truncated_images_if_pillow_fills_them(folder, monkeypatch):
 def test_no_rows(folder, processor):
     write(folder, [GOOD])
     with pytest.raises(ValueError, match="There are no rows"):
-        check_rows(load(folder, max_rows=0), processor)
+        check_rows(load(folder).select([]), processor)
+    with pytest.raises(ValueError, match="The list of rows is empty"):
+        load_rows([])
+    with pytest.raises(ValueError, match="`max_rows` is 0"):
+        load(folder, max_rows=0)
 
 
 @pytest.mark.filterwarnings("ignore:Skipped an invalid row")

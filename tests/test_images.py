@@ -79,6 +79,28 @@ def test_every_mode_shows_the_same_gray_ramp(name):
     assert abs(red(open_image(RAMPS[name])) - np.arange(256)).max() <= 2
 
 
+def test_every_format_that_pillow_writes_shows_the_ramp():
+    """AVIF, GIF and WebP cannot hold 16 bits, and Pillow cuts them off when it writes."""
+    Image.init()
+    square = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
+    gray = Image.fromarray(square)
+    modes = {mode: gray.convert(mode) for mode in ("L", "LA", "P", "RGB", "RGBA")}
+    modes["CMYK"], modes["I;16"] = modes["RGB"].convert("CMYK"), Image.fromarray(square.astype(np.uint16) * 257)
+    shown = {}
+    for name in set(Image.SAVE) & set(Image.OPEN) - {"EPS", "ICNS"}:  # a program is missing, and other sizes
+        for mode, image in modes.items():
+            if mode == "I;16" and name in ("AVIF", "GIF", "WEBP"):
+                continue
+            try:
+                content = encode(image, name)
+            except (OSError, KeyError, ValueError):
+                continue  # the format does not have this mode
+            values = np.asarray(open_image(content))[:, :, 0].astype(int)
+            assert values.shape == square.shape and abs(values - square).max() <= 8, (name, mode)
+            shown.setdefault(name, set()).add(mode)
+    assert len(shown) > 12 and shown["PNG"] == shown["TIFF"] - {"CMYK"} == set(modes) - {"CMYK"}
+
+
 def test_lab_colors():
     image = Image.new("RGB", (2, 2), (200, 40, 30))
     profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")

@@ -12,10 +12,12 @@ import PIL.Image
 import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from helpers.tiny_models import build_processor
 
 from vtlmm.data.formats import CAPTION_QUESTION
 from vtlmm.data.rows import load_rows
 from vtlmm.data.sources import require_source
+from vtlmm.data.validation import check_rows
 
 
 @pytest.fixture(autouse=True)
@@ -343,6 +345,24 @@ def test_local_paths_are_never_looked_up_on_the_hub(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="rows.txt: files of this type are not supported.*JSON"):
         load_rows("rows.txt")
     assert require_source("data") and not require_source("org/name") and not require_source("squad")
+
+
+def test_base64_is_not_in_errors(tmp_path):
+    """Also base64 of a format that is not recognized, and with an invalid character."""
+    unknown = base64.b64encode(bytes(range(256)) * 40).decode()
+    file = io.BytesIO()
+    PIL.Image.effect_noise((32, 32), 50).save(file, "PNG")
+    png_text = base64.b64encode(file.getvalue()).decode()
+    row = {"question": "what", "answer": "red"}
+    for image in (unknown, unknown[:-5] + "####", f"{png_text[:-8]}####", f"data:image/png;base64,{unknown[:-5]}#"):
+        (tmp_path / "rows.json").write_text(json.dumps([{**row, "image": image}]))
+        with pytest.raises(ValueError) as error:
+            check_rows(load_rows(tmp_path / "rows.json"), build_processor()).raise_for_problems()
+        assert "row 0" in str(error.value) and unknown[20:60] not in str(error.value)
+        assert png_text[20:60] not in str(error.value) and len(str(error.value)) < 600
+    (tmp_path / "rows.json").write_text(json.dumps([{**row, "image": "long/" * 200 + "a.png"}]))
+    report = check_rows(load_rows(tmp_path / "rows.json"), build_processor())
+    assert len(str(report.problems[0])) < 400
 
 
 def test_missing_image_folder_is_named(tmp_path):

@@ -5,6 +5,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 from .image_values import is_image_text, looks_like_image
 
 
@@ -35,6 +37,69 @@ ANSWER_NAMES = ("answer", "reply", "response", "output", "label", "solution", "t
 CAPTION_NAMES = ("caption", "text", "description", "title", "sentence")
 
 
+def parse_columns(text: str | None) -> dict[str, Any] | None:
+    """
+    Return the column mapping of a command line: `image=photo,question=ask`, or a mapping in YAML as in a recipe.
+
+    `photo=` ignores the column `photo`. Several names for `images` are repeated: `images=left,images=right`.
+
+    Raises:
+        `ValueError`: if the text has neither form, and see [`check_columns`].
+    """
+    if text is None:
+        return None
+    if text.lstrip().startswith("{"):
+        try:
+            mapping = yaml.safe_load(text)
+            check_columns(mapping)
+            return mapping
+        except yaml.YAMLError as error:
+            raise ValueError(f"`columns` is not a mapping: {text}. Write image=photo,question=ask.") from error
+    columns: dict[str, Any] = {}
+    for pair in text.split(","):
+        target, sign, source = (part.strip() for part in pair.partition("="))
+        if not (target and sign):
+            raise ValueError(f"`columns` has {pair!r}. Write the name of the format first: image=photo,question=ask.")
+        value: Any = None if source in ("", "null") else source
+        if target in columns:
+            value = [*(columns[target] if isinstance(columns[target], list) else [columns[target]]), value]
+        columns[target] = value
+    check_columns(columns)
+    return columns
+
+
+def format_columns(columns: Mapping[str, str | None]) -> str:
+    """Return a column mapping as a recipe and as a command line have it."""
+    recipe = ", ".join(f"{target}: {'null' if source is None else source}" for target, source in columns.items())
+    option = ",".join(f"{target}={source or ''}" for target, source in columns.items())
+    return f"`columns: {{{recipe}}}` (`--columns {option}`)"
+
+
+def check_columns(columns: Any) -> None:
+    """
+    Raises:
+        `ValueError`: if `columns` is not a mapping of supported columns to column names, lists of names or None.
+    """
+    if columns is None:
+        return
+    if not isinstance(columns, Mapping):
+        raise ValueError(f"`columns` is {columns!r}. It must be a mapping such as {{image: photo, question: ask}}.")
+    for target, source in columns.items():
+        is_list = isinstance(source, list) and all(isinstance(name, str) for name in source)
+        if not (source is None or isinstance(source, str) or (is_list and target == "images")):
+            raise ValueError(f"`columns` maps {target!r} to {source!r}. It must be the name of a column, or null.")
+        if source is not None and target not in KNOWN_COLUMNS:
+            raise ValueError(
+                f"`columns` gives a column the name {target!r}, which no format has. The name of the format comes "
+                f"first: {{image: photo}}. Names: {', '.join(sorted(KNOWN_COLUMNS))}."
+            )
+
+
+def mapped_columns(columns: Mapping[str, Any]) -> set[str]:
+    """Return the columns of a dataset that a mapping names."""
+    return {name for value in columns.values() for name in ([value] if isinstance(value, str) else value or ())}
+
+
 def apply_columns(row: dict, columns: Mapping[str, Any]) -> dict:
     r"""
     Return `row` with renamed columns.
@@ -45,7 +110,7 @@ def apply_columns(row: dict, columns: Mapping[str, Any]) -> dict:
     """
     if not columns:
         return row
-    sources = {name for value in columns.values() for name in ([value] if isinstance(value, str) else value or ())}
+    sources = mapped_columns(columns)
     renamed = {key: value for key, value in row.items() if key not in sources and key not in columns}
     for target, source in columns.items():
         if isinstance(source, str):
@@ -71,12 +136,12 @@ def check_unused(given: dict, used: set[str], conversations: list[list[dict]], i
         elif looks_like_image(value) and not _identifies(name, value, images):
             reason = "It looks like an image."
             if not images:
-                reason += f" If it is the image of the row, set `columns: {{image: {name}}}`."
+                reason += f" If it is the image of the row, set {format_columns({'image': name})}."
         else:
             continue
         raise ValueError(
             f"{where}: column `{name}` would be ignored. {reason} Remove the column, or set "
-            f"`columns: {{{name}: null}}` to ignore it."
+            f"{format_columns({name: None})} to ignore it."
         )
     _check_swapped(given, images, where)
 
@@ -87,7 +152,7 @@ def _check_swapped(given: dict, images: list, where: str) -> None:
     if images and is_image_text(question) and isinstance(images[0], str) and not is_image_text(images[0]):
         raise ValueError(
             f"{where}: the image is {images[0][:60]!r} and the question is {question!r}. The columns look swapped. "
-            "Set `columns: {image: question, question: image}`."
+            f"Set {format_columns({'image': 'question', 'question': 'image'})}."
         )
 
 
@@ -133,5 +198,4 @@ def suggest_columns(given: dict) -> str:
     else:
         return ""
     mapping = {target: source for target, source in mapping.items() if target != source}
-    text = ", ".join(f"{target}: {source}" for target, source in mapping.items())
-    return f" This mapping may fit: `columns: {{{text}}}`." if mapping else ""
+    return f" This mapping may fit: {format_columns(mapping)}." if mapping else ""

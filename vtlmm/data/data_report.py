@@ -24,6 +24,8 @@ FIXES = {
     "too long": "raise max_length, or split the row: rows and images are never truncated",
 }
 
+MAX_NAME = 300  # characters of an image path in an error
+
 
 @dataclass
 class Problem:
@@ -40,7 +42,8 @@ class Problem:
         return FIXES[self.kind]
 
     def __str__(self) -> str:
-        return f"row {self.row}: {self.kind}: {self.detail}{f' ({self.image})' if self.image else ''}"
+        image = self.image if self.image is None or len(self.image) <= MAX_NAME else f"{self.image[:MAX_NAME]}…"
+        return f"row {self.row}: {self.kind}: {self.detail}{f' ({image})' if image else ''}"
 
 
 @dataclass

@@ -11,9 +11,16 @@ from datasets import Image
 from PIL import Image as PILImage
 
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".ppm")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".ppm"),
+    *(".avif", ".heic", ".jp2"),
+)
+MAX_PATH = 4096  # a longer text is no path on any system
 # Base64 of the first bytes of JPEG, PNG, GIF, WebP, BMP and TIFF
-BASE64_START = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0AK)[A-Za-z0-9+/\s]{40,}={0,2}\s*$")
+# A text that begins with 60 such characters is base64 too, even if it is damaged later
+BASE64_START = re.compile(
+    r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0AK)([A-Za-z0-9+/\s]{40,}={0,2}\s*$|[A-Za-z0-9+/]{60})"
+)
 IMAGE_BYTES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 
 
@@ -40,7 +47,7 @@ def read_image(value: Any, where: str, folder: str | None) -> dict:
         value = os.fspath(value)
     if not isinstance(value, str):
         return {"path": str(value)[:60], "bytes": None}
-    if value.startswith("data:") or BASE64_START.match(value):
+    if value.startswith("data:") or BASE64_START.match(value) or len(value) > MAX_PATH:
         return {"path": None, "bytes": _decode_base64(value, where)}
     if re.match(r"https?://", value):
         raise ValueError(f"{where}: image {value[:100]!r} is a URL. Download the images and use their paths.")
@@ -50,7 +57,7 @@ def read_image(value: Any, where: str, folder: str | None) -> dict:
     if os.path.isabs(value):
         return {"path": os.path.normpath(value), "bytes": None}
     if folder is None:
-        raise ValueError(f"{where}: image {value!r} is a relative path. Set image_folder to its folder.")
+        raise ValueError(f"{where}: image {value[:100]!r} is a relative path. Set image_folder to its folder.")
     path = os.path.relpath(os.path.join(folder, value), folder)
     return {"path": os.path.join(folder, path), "bytes": None}
 

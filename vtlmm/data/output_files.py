@@ -45,6 +45,20 @@ def one_writer(lock: str | os.PathLike, output: str | os.PathLike) -> Iterator[N
         file_lock.release()
 
 
+def require_other_place(output: str | os.PathLike | None, **inputs: Any) -> None:
+    """
+    Check that an output is none of the inputs of the same call. Inputs that are not paths are ignored.
+
+    Raises:
+        `ValueError`: naming the input.
+    """
+    for name, value in inputs.items():
+        if output is None or not isinstance(value, str | os.PathLike) or not os.path.exists(value):
+            continue
+        if os.path.realpath(value) == os.path.realpath(output):
+            raise ValueError(f"The output {os.fspath(output)} is also the input `{name}`. Choose another output.")
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """
@@ -68,9 +82,14 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2) -> None:
     """Write a value as JSON atomically. NaN and infinity, which JSON does not have, become `null`."""
-    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+    write_text(path, json_text(value, indent=indent) + "\n")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON, with `null` in place of NaN and infinity."""
+    return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
 
 
 def finite(value: Any) -> Any:

@@ -10,8 +10,10 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
+from .columns import check_columns, mapped_columns
 from .formats import convert_row
 from .questions import split_row
+from .setting_values import require_integers
 from .sources import file_format, folder_files, generator_dataset, load_table, read_file, require_source, text_pairs
 
 
@@ -69,6 +71,7 @@ def load_rows(
         `FileNotFoundError`: if the file, or `image_folder`, does not exist.
     """
     check_columns(columns)
+    require_integers(max_rows=max_rows)
     if image_folder is not None and not os.path.isdir(image_folder):
         raise FileNotFoundError(f"image_folder {os.fspath(image_folder)!r} is not an existing folder.")
     options: dict[str, Any] = {
@@ -81,21 +84,6 @@ def load_rows(
     else:
         rows = _rows_in_memory(dataset, os.path.abspath(image_folder or os.curdir), options, max_rows)
     return _one_question_per_row(rows) if one_question_per_row else rows
-
-
-def check_columns(columns: Any) -> None:
-    """
-    Raises:
-        `ValueError`: if `columns` is not a dict of column names, lists of names or None.
-    """
-    if columns is None:
-        return
-    if not isinstance(columns, Mapping):
-        raise ValueError(f"`columns` is {columns!r}. It must be a mapping such as {{image: photo, question: ask}}.")
-    for target, source in columns.items():
-        is_list = isinstance(source, list) and all(isinstance(name, str) for name in source)
-        if not (source is None or isinstance(source, str) or (is_list and target == "images")):
-            raise ValueError(f"`columns` maps {target!r} to {source!r}. It must be the name of a column, or null.")
 
 
 def row_features(keep_columns: Sequence[str] = ()) -> Features:
@@ -139,13 +127,23 @@ def _load_source(name: str, image_folder, split: str, config_name, streaming: bo
 def _rows_in_memory(dataset, folder: str, options: dict, max_rows: int | None) -> Dataset | IterableDataset:
     """Convert a list of rows or a dataset."""
     if isinstance(dataset, list):
-        converted = _list_rows(dataset, "The list of rows", folder, options)
-        rows = Dataset.from_list(list(converted), features=row_features(options["keep_columns"]))
+        converted = list(_list_rows(dataset, "The list of rows", folder, options))
+        if not converted:
+            raise ValueError("The list of rows is empty.")
+        rows = Dataset.from_list(converted, features=row_features(options["keep_columns"]))
         return first_rows(rows, max_rows)
     return convert_dataset(first_rows(dataset, max_rows), "The dataset", folder, **options)
 
 
 def _file_rows(files: list[str], folder: str, options: dict) -> Iterator[dict]:
+    missing = mapped_columns(options["columns"])
+    for file in files:
+        for row in read_file(file, folder) if missing else ():
+            missing -= row.keys() if isinstance(row, dict) else set()
+            if not missing:
+                break
+    if missing:
+        raise ValueError(f"{', '.join(files)} has no column {sorted(missing)}, which `columns` names.")
     for file in files:
         yield from _list_rows(read_file(file, folder), file, folder, options)
 
@@ -180,8 +178,7 @@ def convert_dataset(
         `ValueError`: if `columns` names a column that the dataset does not have, and see [`convert_row`].
     """
     names = dataset.column_names or list(next(iter(dataset.take(1)), {}))
-    values = (columns or {}).values()
-    missing = {name for value in values for name in ([value] if isinstance(value, str) else value or ())} - set(names)
+    missing = mapped_columns(columns or {}) - set(names)
     if missing:
         raise ValueError(f"{source} has no column {sorted(missing)}, which `columns` names. It has {names}.")
     options = {"columns": dict(columns or {}), "keep_columns": tuple(keep_columns), "require_answers": require_answers}

@@ -14,6 +14,7 @@ from .encoding import control_tokens, describe_row, encode_messages, require_end
 from .image_values import is_image_text
 from .images import ImageError, open_image, processed_size
 from .rows import ROW_FEATURES
+from .setting_values import require_integers
 
 
 RESULT_FEATURES = Features(
@@ -230,6 +231,7 @@ def check_rows(
     Raises:
         `ValueError`: if the chat template does not mark the answers or their end, or there are no rows.
     """
+    require_integers(max_length=max_length, max_positions=max_positions)
     max_length = min((n for n in (max_length, max_positions) if n is not None), default=None)
     checker = RowChecker(processor, max_length, images, require_answers, require_marks)
     if isinstance(dataset, IterableDataset):
