@@ -1,7 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """The evaluation results in a model card, from the files `results.json` of `vtlmm eval`."""
 
-import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,9 +10,14 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
+from vtlmm.data.json_files import read_json, require_type
+from vtlmm.data.output_files import write_json
+
 from .private_values import escape_cell, published_name, remove_private_values
 from .repository import RESULTS_FOLDER, is_hub_id
 
+
+logger = logging.getLogger(__name__)
 
 Results = dict[str, Any]
 
@@ -33,23 +38,34 @@ def read_results(path: str | Path) -> Results:
         `ValueError`: if `path` is not a results file of `vtlmm eval`.
     """
     try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {**table, "data": table["data"], "all": next(line for line in table["kinds"] if line["kind"] == "all")}
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        table = read_json(path, entries={"data": str, "scorer": str, "kinds": list})
+        for line in table["kinds"]:
+            require_type(line, dict, f"{path}, `kinds`", {"kind": str, "n": int})
+            for name in (name for names in SCORES for name in names if line.get(name) is not None):
+                require_type(line[name], (int, float), f"{path}, `{name}`")
+        return {**table, "all": next(line for line in table["kinds"] if line["kind"] == "all")}
+    except (OSError, ValueError, StopIteration) as error:
         raise ValueError(f"{path} contains no results. Pass a results.json that `vtlmm eval` wrote.") from error
 
 
 def find_results(folder: Path) -> list[Path]:
-    """Return the `results.json` files of the model, in `folder`, its subfolders and its sibling folders."""
+    """
+    Return the `results.json` files of the model, in `folder`, its subfolders and its sibling folders.
+
+    A file that is older than the weights has the scores of earlier weights and is left out.
+    """
+    newest = max((file.stat().st_mtime for file in folder.glob("*.safetensors")), default=0.0)
     candidates = [*folder.glob("results.json"), *folder.glob("*/results.json"), *folder.parent.glob("*/results.json")]
     files = {}
     for path in candidates:
         try:
-            model = json.loads(path.read_text(encoding="utf-8")).get("model")
-            read_results(path)
-        except (ValueError, AttributeError):
+            model = read_results(path).get("model")
+        except ValueError:
             continue
         if isinstance(model, str) and Path(model).resolve() == folder.resolve():
+            if path.stat().st_mtime < newest:
+                logger.warning("%s is older than the weights in %s and is not published.", path, folder)
+                continue
             files[path.resolve()] = path
     return list(files.values())
 
@@ -72,9 +88,7 @@ def add_results(folder: Path, files: Iterable[str | Path], strict: bool = True) 
             raise ValueError(f"Two results files would both be published as {name}. Pass only one of them.")
         tables[name] = table
     for name, table in tables.items():
-        file = folder / RESULTS_FOLDER / name
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(_published(table), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / RESULTS_FOLDER / name, _published(table))
 
 
 def _published(table: Results) -> Results:

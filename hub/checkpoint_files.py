@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
 from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration
+from vtlmm.data.json_files import read_json, require_type
 
 from .special_tokens import fit_rows
 
@@ -104,8 +105,8 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
         index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
         if index.is_file():
             files = defaultdict(set)
-            for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-                files[folder / file].add(name)
+            for name, file in read_json(index, entries={"weight_map": dict})["weight_map"].items():
+                files[folder / require_type(file, str, f"{index}, {name}")].add(name)
             missing = sorted(file.name for file in files if not file.is_file())
             if missing:
                 raise ValueError(f"{index} names missing files: {', '.join(missing)}.")

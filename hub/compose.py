@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from modeling_vtlmm import VTLMMConfig, VTLMMForConditionalGeneration, VTLMMPreTrainedModel, VTLMMProcessor
+from vtlmm.data.setting_values import require_integers
 
 from .chat_templates import (
     TEMPLATE_NAMES,
@@ -93,6 +94,7 @@ def compose_model(
         `FileExistsError`: if `output` contains files and `overwrite` is not set.
         `ValueError`: if the tower or the decoder cannot be used, with the reason.
     """
+    require_integers(0, seed=seed)
     if chat_template is not None:
         load_template(chat_template)  # check it before the parts are loaded
     if output is not None:

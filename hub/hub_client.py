@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -64,3 +64,20 @@ def download(name: str, revision: str | None = None, patterns: list[str] | None 
         raise ValueError(f"'{name}' is not a folder, and it is not a valid Hub id (user/name).") from error
     except ValueError as error:
         raise ValueError(f"{error} The local folder '{name}' does not exist either.") from error
+
+
+def check_account(repo_id: str, tag: str | None) -> None:
+    """
+    Check that the token may write and that the tag is new.
+
+    Raises:
+        `ValueError`: if it may not, or the Hub cannot be reached.
+    """
+    api = HfApi()
+    with hub_errors(repo_id):
+        token = api.whoami().get("auth", {}).get("accessToken", {})
+        tags = api.list_repo_refs(repo_id).tags if tag is not None and api.repo_exists(repo_id) else []
+    if token.get("role") == "read":
+        raise ValueError("Your token is read-only. Create a token with write access and run `hf auth login` with it.")
+    if tag in [ref.name for ref in tags]:
+        raise ValueError(f"The tag {tag} already exists in {repo_id}. Choose another tag.")

@@ -1,8 +1,8 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Push a model to the Hub: write its card, verify it, and upload a fixed list of files in one commit."""
 
-import json
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,17 +17,20 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
+from vtlmm.data.json_files import read_json
+from vtlmm.data.output_files import write_json
 
 from .card_results import add_results, find_results
 from .export_gguf import export_gguf
 from .export_llava import export_to_llava
-from .hub_client import hub_errors
+from .hub_client import check_account, hub_errors
 from .isolated_load import probe
 from .model_card import CARD_MARK, check_files, is_generated, license_text, write_card
 from .paths import check_checkpoint
 from .quantize import QUANTIZATIONS, write_quantized
 from .repository import (
     ADAPTER,
+    ADAPTER_SETTINGS,
     CARD_FILE,
     CHECK_FILE,
     GGUF,
@@ -38,11 +41,12 @@ from .repository import (
     VTLMM,
     card_images,
     checkpoint_kind,
+    foreign_code,
     is_link,
     list_published_files,
     matches,
 )
-from .verify import VerificationReport, verify_checkpoint
+from .verify import UNKNOWN_CODE, VerificationReport, verify_checkpoint
 
 
 logger = logging.getLogger(__name__)
@@ -118,17 +122,17 @@ def push_model(
     """
     check_repo_id(repo_id)
     folder = Path(check_checkpoint(Path(folder)))
-    _check_form(folder, form)
+    _check_form(folder, form, trust_remote_code)
     license = license or _license_of(folder)
     check_files(results, images)
     if not dry_run:
-        _check_account(repo_id, tag)  # before minutes of verification
+        check_account(repo_id, tag)  # before minutes of verification
     with tempfile.TemporaryDirectory() as place:
         source, stage = _in_form(form, folder, Path(place, "form")), Path(place, "model")
         files = _stage_form(form, folder, source, stage, include)
         card: dict[str, Any] = {"license": license, "base_models": base_models, "results": results, "images": images}
         write_card(stage, repo_id, **card, kind_and_config=_kind_on_card(form, folder))
-        record_logits(stage)
+        record_logits(stage, trust_remote_code)
         result = _verify_stage(stage, folder, repo_id, files, trust_remote_code)
         if not result.report.problems and not dry_run:
             with hub_errors(repo_id, revision):
@@ -161,19 +165,7 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"The repository id {repo_id!r} is invalid: it must have the form user/name.")
 
 
-def _check_account(repo_id: str, tag: str | None) -> None:
-    """Check that the token may write and that the tag is new."""
-    api = HfApi()
-    with hub_errors(repo_id):
-        token = api.whoami().get("auth", {}).get("accessToken", {})
-        tags = api.list_repo_refs(repo_id).tags if tag is not None and api.repo_exists(repo_id) else []
-    if token.get("role") == "read":
-        raise ValueError("Your token is read-only. Create a token with write access and run `hf auth login` with it.")
-    if tag in [ref.name for ref in tags]:
-        raise ValueError(f"The tag {tag} already exists in {repo_id}. Choose another tag.")
-
-
-def _check_form(folder: Path, form: str | None) -> None:
+def _check_form(folder: Path, form: str | None, trust_remote_code: bool) -> None:
     if form not in (None, *FORMS):
         raise ValueError(f"`form` is {form!r}; it must be {', '.join(FORMS[:-1])} or {FORMS[-1]}.")
     if form is None and checkpoint_kind(folder)[0] == GGUF:
@@ -182,6 +174,9 @@ def _check_form(folder: Path, form: str | None) -> None:
         )
     if form == ADAPTER and checkpoint_kind(folder)[0] != ADAPTER:
         raise ValueError(f"'{folder}' is not an adapter: adapter_config.json is missing. Leave out `form`.")
+    unknown = foreign_code(folder) if form not in (None, ADAPTER) and not trust_remote_code else []
+    if unknown:  # other pushes verify the model
+        raise ValueError(f"{folder}: its {UNKNOWN_CODE.format('; '.join(unknown))}")
 
 
 def _license_of(folder: Path) -> str:
@@ -204,7 +199,7 @@ def _license_of(folder: Path) -> str:
     return license
 
 
-def record_logits(folder: Path) -> None:
+def record_logits(folder: Path, trust_remote_code: bool = False) -> None:
     """
     Record the logits of one question, computed with the installed code, for [`verify_checkpoint`] to compare.
 
@@ -212,13 +207,17 @@ def record_logits(folder: Path) -> None:
     """
     if checkpoint_kind(folder)[0] != VTLMM or (folder / CHECK_FILE).is_file():
         return
+    if not trust_remote_code and foreign_code(folder):  # `verify_checkpoint` reports it
+        return
     model = VTLMMForConditionalGeneration.from_pretrained(folder, dtype="auto")
     values = probe(model, VTLMMProcessor.from_pretrained(folder))
     _write_record(folder, values)
 
 
 def _write_record(folder: Path, values: dict[str, Any]) -> None:
-    (folder / CHECK_FILE).write_text(json.dumps(values, separators=(",", ":")) + "\n", encoding="utf-8")
+    if not all(map(math.isfinite, values["logits"])):
+        raise ValueError(f"{folder}: the logits of the model are not finite, so it gives no answers.")
+    write_json(folder / CHECK_FILE, values, indent=None)
 
 
 # ---- The files of a push ----
@@ -309,7 +308,7 @@ def _in_form(form: str | None, folder: Path, output: Path) -> Path:
 def _write_llava(folder: Path, output: Path) -> None:
     """Write the exported LLaVA with the recorded logits of the VT-LMM, which must be equal."""
     if (folder / CHECK_FILE).is_file():
-        record = json.loads((folder / CHECK_FILE).read_text(encoding="utf-8"))
+        record = read_json(folder / CHECK_FILE, entries={"input_ids": list, "logits": list})
     else:
         model = VTLMMForConditionalGeneration.from_pretrained(folder, dtype="auto")
         record = probe(model, VTLMMProcessor.from_pretrained(folder))
@@ -334,7 +333,7 @@ def _upload(
         raise ValueError(f"{repo_id} contains a model for transformers. Push GGUF files to a repository of their own.")
     replaced = list(REPLACED)
     if "adapter_config.json" not in files:  # a folder with this file is loaded as an adapter
-        replaced.append("adapter_config.json")
+        replaced += ["adapter_config.json", ADAPTER_SETTINGS]
     if LICENSE_FILE in on_hub and _read_on_hub(api, repo_id, LICENSE_FILE, revision) == license_text():
         replaced.append(LICENSE_FILE)
     if CARD_FILE in on_hub and CARD_MARK in (folder / CARD_FILE).read_text(encoding="utf-8"):

@@ -10,10 +10,12 @@ from typing import Any
 from urllib.parse import unquote
 
 import modeling_vtlmm
+from vtlmm.data.json_files import read_json, require_type
 
 
 CARD_FILE, CHECK_FILE, RUN_RECORD = "README.md", "vtlmm_check.json", "vtlmm_run.json"
 LICENSE_FILE, RESULTS_FOLDER = "LICENSE", "results"
+ADAPTER_SETTINGS = "vtlmm_adapter.json"  # what the training of an adapter changed in the config of its base
 VTLMM, LLAVA, ADAPTER, GGUF = "vtlmm", "llava", "adapter", "gguf"
 # The Hub's `library_name` of each kind.
 LIBRARIES = {VTLMM: "transformers", LLAVA: "transformers", ADAPTER: "peft", GGUF: "gguf"}
@@ -22,7 +24,7 @@ LIBRARIES = {VTLMM: "transformers", LLAVA: "transformers", ADAPTER: "peft", GGUF
 PUBLISHED = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
     *("model-*.gguf", "mmproj-*.gguf", "Modelfile"),
-    *("config.json", "generation_config.json", "adapter_config.json"),
+    *("config.json", "generation_config.json", "adapter_config.json", ADAPTER_SETTINGS),
     *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "tokenizer.json"),
     *("tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "*_vtlmm.py", CARD_FILE, CHECK_FILE, LICENSE_FILE, "LICENSE.txt", "LICENSE.md", "NOTICE"),
@@ -43,10 +45,7 @@ def checkpoint_kind(folder: Path) -> tuple[str, dict[str, Any]]:
     """
     for file in ("adapter_config.json", "config.json"):
         if (folder / file).is_file():
-            try:
-                values = json.loads((folder / file).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{folder}/{file} is not valid JSON: {error}.") from error
+            values = read_json(folder / file)
             kind = ADAPTER if file == "adapter_config.json" else values.get("model_type")
             if kind not in (VTLMM, LLAVA, ADAPTER):
                 raise ValueError(f"{folder}/{file}: `model_type` is {kind!r}; it must be 'vtlmm' or 'llava'.")
@@ -105,7 +104,11 @@ def foreign_code(folder: Path) -> list[str]:
         if file.read_bytes() != installed.get(file.name)
     ]
     for config in sorted(folder.glob("*.json")):
-        for target in _code_targets(read_json(config)):
+        try:
+            targets = list(_code_targets(json.loads(config.read_text(encoding="utf-8"))))
+        except ValueError:  # a damaged file names no code; `check_json` reports it
+            continue
+        for target in targets:
             if f"{target.split('.')[0]}.py" not in installed:
                 found.append(f"{config.name} names the code {target}")
     return found
@@ -139,29 +142,18 @@ def is_hub_id(name: object) -> bool:
     return not Path(name).exists() and Path(name).suffix not in (".json", ".jsonl", ".parquet", ".yaml", ".csv")
 
 
-def read_json(file: Path) -> Any:
-    """Return the content of a JSON file, or an empty dict if it is missing or invalid."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
 def read_run_record(folder: str | Path) -> list[dict[str, Any]]:
     """
     Return the entries of `vtlmm_run.json` in a folder, one for each stage; an empty list without a record.
 
     Raises:
-        `ValueError`: if the file is damaged.
+        `ValueError`: if the file is damaged. It names the file.
     """
     path = Path(folder, RUN_RECORD)
-    if not path.is_file():
-        return []
-    try:
-        history = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. Delete it.") from error
-    return history if isinstance(history, list) else []
+    entries = read_json(path, list) if path.is_file() else []
+    for number, entry in enumerate(entries):
+        require_type(entry, dict, f"{path}, entry {number}", {"stage": str, "settings": dict})
+    return entries
 
 
 def adapter_record(adapter: str | Path) -> list[dict[str, Any]]:

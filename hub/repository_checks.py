@@ -13,15 +13,57 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from modeling_vtlmm import VTLMMConfig
 from modeling_vtlmm.configuration_vtlmm import AUTO_MAP
+from vtlmm.data.json_files import read_json, require_type
 
 from .checkpoint_files import check_tensors, list_tensors, model_without_weights, without_quantization_state
 from .gguf_file import import_gguf
-from .repository import ADAPTER, CARD_FILE, GGUF, LIBRARIES, LLAVA, VTLMM, is_hub_id, read_json
+from .repository import ADAPTER, CARD_FILE, CHECK_FILE, GGUF, LIBRARIES, LLAVA, VTLMM, is_hub_id
 
 
 MAX_SHARD_BYTES = 5 * 10**9
 PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json", "tokenizer.json")
 Check = Callable[[Path, list[str], dict[str, Any]], Iterator[str]]
+
+
+CONFIG_FILES = (
+    *("config.json", "generation_config.json", "adapter_config.json", "processor_config.json"),
+    *("preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "model.safetensors.index.json",
+)
+JSON_ENTRIES: dict[str, dict[str, type]] = {
+    "config.json": {"text_config": dict, "vision_config": dict, "auto_map": dict},
+    "processor_config.json": {"auto_map": dict},
+    "model.safetensors.index.json": {"weight_map": dict},
+    CHECK_FILE: {"input_ids": list, "logits": list, "visual_logits": list},
+}
+
+
+def check_json(folder: Path, files: list[str]) -> Iterator[str]:
+    """Check that the JSON files are objects, whose entries in `JSON_ENTRIES`, if present, have the right type."""
+    for file in files:
+        if not file.endswith(".json") or "/" in file:  # `write_card` reads the results
+            continue
+        try:
+            values = read_json(folder / file)
+            entries = {name: kind for name, kind in JSON_ENTRIES.get(file, {}).items() if name in values}
+            require_type(values, dict, file, entries)
+            for name in entries if file == CHECK_FILE else ():
+                for value in values[name]:
+                    require_type(value, (int, float), f"{file}, `{name}`")
+        except ValueError as error:
+            yield f"{file}: {str(error).removeprefix(f'{folder}/').removeprefix(file).removeprefix(':').strip()}"
+
+
+def require_json(folder: str | Path) -> None:
+    """
+    Check the JSON files of a model before transformers reads them. Its errors do not name a file of a wrong type.
+
+    Raises:
+        `ValueError`: naming the first damaged file. Nothing happens for a Hub id.
+    """
+    files = [name for name in CONFIG_FILES if Path(folder, name).is_file()]
+    for problem in check_json(Path(folder), files):
+        raise ValueError(f"{folder}/{problem}")
 
 
 def check_weights(folder: Path, files: list[str], kind: str) -> tuple[int, list[str]]:
@@ -71,9 +113,11 @@ def check_code(folder: Path, files: list[str], config: dict[str, Any]) -> Iterat
     """Check the entries of each `auto_map`, the files and classes that they name, and the files that those import."""
     maps = {"config.json": AUTO_MAP, "processor_config.json": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
     for file, expected in maps.items():
+        if file not in files:
+            continue
         auto_map = read_json(folder / file).get("auto_map", {})
         for name, target in expected.items():
-            if auto_map.get(name) != target and file in files:
+            if auto_map.get(name) != target:
                 yield f"{file}: `auto_map` must map {name} to {target}, but has {auto_map.get(name)}"
     modules = list(dict.fromkeys(target.split(".")[0] for target in AUTO_MAP.values()))
     for module in modules:  # the list grows while it is read

@@ -1,7 +1,6 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Read the formats that can be converted: the VW-LMM release, LLaVA's original code, and transformers' LLaVA."""
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import (
 )
 
 from modeling_vtlmm import VTLMMConfig, VTLMMProcessor
+from vtlmm.data.json_files import read_json
 
 from .chat_templates import end_of_turn, has_marks, load_template
 from .checkpoint_files import Names
@@ -109,10 +109,7 @@ def read_config_file(folder: Path) -> dict[str, Any]:
             "It is an adapter; merge it into its base model first." if adapter else "Pass the folder of a checkpoint."
         )
         raise ValueError(f"{folder} contains no config.json. {hint}")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    values = read_json(file)
     if values.get("quantization_config"):
         raise ValueError(f"{file}: the weights are quantized. Use the checkpoint before quantization.")
     return values

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_vtlmm.configuration_vtlmm import AUTO_MAP
+from vtlmm.data.json_files import read_json
 
 from . import isolated_load
 from .paths import local_folder
@@ -20,12 +21,15 @@ from .repository import (
     checkpoint_kind,
     foreign_code,
     list_published_files,
-    read_json,
 )
-from .repository_checks import MODEL_CHECKS, check_card, check_weights, has_license
+from .repository_checks import MODEL_CHECKS, check_card, check_json, check_weights, has_license
 
 
 LOADED = (VTLMM, LLAVA)  # the base of an adapter is elsewhere, and llama.cpp reads GGUF files
+UNKNOWN_CODE = (
+    "code differs from the installed package ({}). Read the code, then set `trust_remote_code=True` "
+    "(`--trust-remote-code`) to run it"
+)
 LLAVA_CLASSES = ["AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
 
 
@@ -87,9 +91,11 @@ def verify_checkpoint(
     folder, is_local = local_folder(checkpoint, revision), Path(checkpoint).is_dir()
     kind, config = checkpoint_kind(folder)
     files = list_published_files(folder)
-    num_parameters, problems = check_weights(folder, files, kind)
-    for check in MODEL_CHECKS[kind]:
-        problems += check(folder, files, config)
+    num_parameters, problems = 0, list(check_json(folder, files))
+    if not problems:  # the other checks read these files
+        num_parameters, problems = check_weights(folder, files, kind)
+        for check in MODEL_CHECKS[kind]:
+            problems += check(folder, files, config)
     loadable = not problems
     warnings = []
     for file in sorted(file.relative_to(folder).as_posix() for file in folder.glob("*") if file.suffix in PICKLES):
@@ -101,8 +107,8 @@ def verify_checkpoint(
         problems += check_card(folder, files, kind)
         if not has_license(folder):
             warnings.append(f"{CARD_FILE}: `license` is missing in the front matter; pass `--license` to `vtlmm push`")
-    recorded = read_json(folder / CHECK_FILE)
-    if kind in LOADED and not {"logits", "input_ids"} <= recorded.keys():
+    recorded = read_json(folder / CHECK_FILE) if loadable and CHECK_FILE in files else {}
+    if kind in LOADED and loadable and not {"logits", "input_ids"} <= recorded.keys():
         warnings.append(f"{CHECK_FILE}: no recorded logits to compare with; `vtlmm push` records them")
     if kind in LOADED and not loadable:
         problems.append("not loaded: fix the problems above first")
@@ -120,10 +126,7 @@ def _load_if_trusted(
     """Load the model of `source` in a new process, unless its code is unknown and not trusted."""
     unknown = foreign_code(folder) if kind == VTLMM else []
     if unknown and not trust_remote_code:
-        return [
-            f"not loaded: its code differs from the installed package ({'; '.join(unknown)}). Read the code, then "
-            "set `trust_remote_code=True` (`--trust-remote-code`) to run it"
-        ]
+        return [f"not loaded: its {UNKNOWN_CODE.format('; '.join(unknown))}"]
     return load_in_new_process(*source, kind, recorded if "logits" in recorded else None)
 
 

@@ -222,11 +222,16 @@ def test_analyze_accepts_loaded_rows(work, model, processor):
 
 
 def test_analyze_rejects_bad_settings(work, model, processor):
-    with pytest.raises(ValueError, match="`batch_size` and `limit` must be at least 1"):
-        analyze(model, processor, work / "rows.jsonl", batch_size=0)
-    llava = type("Model", (), {"config": type("Config", (), {"model_type": "llava"})})()
+    for options in ({"batch_size": 0}, {"limit": 0}, {"num_questions": -1}, {"seed": -1}, {"batch_size": 2.0}):
+        [name] = options
+        with pytest.raises(ValueError, match=f"`{name}` is .* It must be a whole number of at least"):
+            analyze(model, processor, work / "rows.jsonl", **options)
+    llava = type("Model", (), {"config": type("Config", (), {"model_type": "llava"}), "name_or_path": "a"})()
     with pytest.raises(ValueError, match="is a llava model"):
         analyze(llava, processor, work / "rows.jsonl")
+    (work / "control.json").write_text(json.dumps([{"image": "0.png", "question": "what </s>", "answer": "red"}]))
+    with pytest.raises(ValueError, match="row 0: control token"):
+        analyze(model, processor, work / "control.json")
 
 
 def test_analyze_command_starts_with_a_verdict(work, tmp_path, capsys):

@@ -14,6 +14,7 @@ from PIL import ImageOps
 
 from vtlmm.cli.main import main
 from vtlmm.inference.batch_file import answer_file
+from vtlmm.inference.loading import load_model
 
 
 def test_stdout_has_only_the_answer(work, model_and_processor, capfd):
@@ -37,6 +38,9 @@ def test_stdout_has_only_the_answer(work, model_and_processor, capfd):
         (["red.png", QUESTION, "--dataset", "rows.json"], "the questions come from its rows"),
         (["--dataset", "rows.json"], "--dataset needs --output"),
         (["red.png", QUESTION, "--output", "a.jsonl"], "--output has no effect without --dataset"),
+        (["red.png", QUESTION, "--columns", "image=photo"], "--columns has no effect without --dataset"),
+        (["--dataset", "q.json", "--output", "a.jsonl", "--columns", "photo"], "Write the name of the format first"),
+        (["--dataset", "q.json", "--output", "a.jsonl", "--columns", "a=b"], "the name 'a', which no format has"),
     ],
 )
 def test_invalid_arguments_fail_before_the_model_loads(work, capfd, arguments, message):
@@ -155,6 +159,41 @@ def test_invalid_row_stops_before_the_first_answer(work, model_and_processor, tm
     with pytest.raises(ValueError, match=re.escape(message)):
         answer_file(*model_and_processor, data, tmp_path / "a.jsonl", image_folder=work)
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_answers_of_two_files_of_one_name_are_two_runs(model_and_processor, tmp_path):
+    for name, question in (("a.json", "what"), ("a.jsonl", "hello")):
+        data = write_json(tmp_path / "q.json", [{"question": question}])
+        assert len(answer_file(*model_and_processor, data, tmp_path / name, max_new_tokens=2)) == 1
+    assert {"a.json.run.json", "a.jsonl.run.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_an_output_that_is_the_input_is_refused(model_and_processor, tmp_path):
+    data = write_json(tmp_path / "q.json", [{"question": "what", "id": float("nan")}])
+    with pytest.raises(ValueError, match="is also the input `dataset`"):
+        answer_file(*model_and_processor, data, tmp_path / "../" / tmp_path.name / "q.json")
+    assert json.loads((tmp_path / "q.json").read_text())[0]["question"] == "what"
+    answer_file(*model_and_processor, data, tmp_path / "a.jsonl", max_new_tokens=2)
+    assert "NaN" not in (tmp_path / "a.jsonl").read_text()
+
+
+def test_a_question_beyond_the_positions_names_its_row(work, tmp_path):
+    model, processor = load_model(work / "model")
+    model.config.text_config.max_position_embeddings = 30
+    data = write_json(tmp_path / "q.json", [{"question": "what"}, {"question": "what " * 40}])
+    with pytest.raises(ValueError, match="row 1: too long"):
+        answer_file(model, processor, data, tmp_path / "a.jsonl")
+
+
+def test_columns_are_renamed(work, tmp_path, capfd):
+    data = write_json(tmp_path / "q.json", [{"photo": "red.png", "ask": "what is it ?"}])
+    command = ["ask", str(work / "model"), "--dataset", data, "--output", str(tmp_path / "a.jsonl")]
+    command += ["--image-folder", str(work), "--max-new-tokens", "2"]
+    assert main(command) == 1 and "match no supported format" in capfd.readouterr().err
+    assert main([*command, "--columns", "image=photo,question=ask"]) == 0
+    assert json.loads((tmp_path / "a.jsonl").read_text())["images"] == ["red.png"]
+    assert main([*command, "--columns", "image=picture,question=ask"]) == 1
+    assert "has no column ['picture'], which `columns` names" in capfd.readouterr().err
 
 
 def test_second_writer_of_an_answer_file_is_refused(model_and_processor, tmp_path):

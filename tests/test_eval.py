@@ -4,6 +4,7 @@
 import csv
 import fcntl
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,8 +283,63 @@ def test_question_beyond_the_position_limit_names_its_row(work, tmp_path):
     model, processor = load_model(work / "model0")
     model.config.text_config.max_position_embeddings = 30
     rows = [{"question": "what " * n, "answer": "red"} for n in (2, 40)]
-    with pytest.raises(ValueError, match="Row 1, question 'what what .* 30 positions"):
+    with pytest.raises(ValueError, match="needs 47 tokens, and the decoder has 30 positions.*\n.*row 1: too long"):
         evaluate(model, processor, rows, output=tmp_path / "out")
+    result = evaluate(model, processor, rows, bad_rows="skip", max_new_tokens=2)
+    assert (result.num_questions, [problem.row for problem in result.skipped]) == (1, [1])
+    # the ending of a benchmark's prompt needs positions too
+    rows = [{"question": "what " * n, "answer": "red"} for n in (2, 22)]
+    assert evaluate(model, processor, rows, max_new_tokens=2).num_questions == 2
+    result = evaluate(model, processor, rows, bad_rows="skip", prompt="vqav2", max_new_tokens=2)
+    assert [problem.row for problem in result.skipped] == [1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"limit": 0}, {"batch_size": 0}, {"max_new_tokens": 0}, {"max_new_tokens": -3}, {"seed": -1}]
+)
+def test_numbers_out_of_range_are_named(work, options):
+    model, processor = load_model(work / "model0")
+    [name] = options
+    with pytest.raises(ValueError, match=f"`{name}` is -?\\d. It must be a whole number of at least [01]"):
+        evaluate(model, processor, work / "rows.jsonl", **options)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("run.json", "[]", "run.json must hold an object, not a list"),
+        ("run.json", '{"key": 3}', "run.json: `key` must be an object, but is a number"),
+        ("run.json", "{", "run.json is not valid JSON"),
+        ("answers.jsonl", "[]\n", "answers.jsonl, line 1 must hold an object, not a list"),
+        ("answers.jsonl", "{\n", "answers.jsonl, line 1 is not JSON"),
+        ("answers.jsonl", '{"index": "0", "answer": "a"}\n', "`index` must be a number, but is a text"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(work, finished, tmp_path, capsys, file, text, message):
+    for name in FILES[:3]:
+        shutil.copy(finished / name, tmp_path / name)
+    (tmp_path / file).write_text(text)
+    assert main(arguments(work, tmp_path)) == 1
+    assert message in capsys.readouterr().err
+    assert main(["compare", str(finished), str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["dataset", "image_folder"])
+def test_an_output_that_is_an_input_is_refused(work, tmp_path, name):
+    model, processor = load_model(work / "model0")
+    given = {"dataset": work / "rows.jsonl", name: tmp_path}
+    with pytest.raises(ValueError, match=f"is also the input `{name}`"):
+        evaluate(model, processor, output=tmp_path, **given)
+
+
+def test_columns_are_renamed(work, tmp_path):
+    rows = [{"photo": f"{i}.png", "ask": "what is it", "reply": "red", "note": "a.png"} for i in range(2)]
+    (work / "renamed.json").write_text(json.dumps(rows))
+    options = ["--max-new-tokens", "2", "--columns", "image=photo,question=ask,answer=reply,note="]
+    command = ["eval", str(work / "model0"), "--dataset", str(work / "renamed.json")]
+    assert main([*command, "--output", str(tmp_path / "out"), *options]) == 0
+    assert [record["truth"] for record in records(tmp_path / "out/answers.jsonl")] == ["red", "red"]
 
 
 def test_template_without_answer_marks_is_accepted(work, finished, tmp_path):

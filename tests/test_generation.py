@@ -1,12 +1,16 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """`generate`: prompts, images and batches of the Python API."""
 
+import json
+
 import pytest
 from helpers.inference import COLORS, QUESTION, expected_answer, model_and_processor, work  # noqa: F401 - fixtures
 from PIL import Image as PILImage
 
+from vtlmm.cli.main import main
+from vtlmm.inference.batch_file import answer_file
 from vtlmm.inference.batch_inputs import VisionFeatures
-from vtlmm.inference.generation import generate
+from vtlmm.inference.generation import generate, stream_answer
 from vtlmm.inference.prompt_encoding import encode_prompt
 
 
@@ -45,7 +49,7 @@ def test_tower_runs_once_per_image(work, model_and_processor, monkeypatch):
     assert len(small) == 2
 
 
-@pytest.mark.parametrize("token", ["<image>", "</s>", "<s>"])
+@pytest.mark.parametrize("token", ["</s>", "<s>"])
 def test_control_tokens_in_a_question_are_text(model_and_processor, token):
     model, processor = model_and_processor
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"what is {token} ?"}]}]
@@ -55,6 +59,38 @@ def test_control_tokens_in_a_question_are_text(model_and_processor, token):
     assert len(ids) > len(plain)
     [answer] = generate(model, processor, f"what is {token} ?", PILImage.new("RGB", (28, 28)), max_new_tokens=3)
     assert len(answer.split()) == 3
+
+
+def test_an_image_mark_means_the_same_in_generate_and_ask(work, model_and_processor, tmp_path, capfd):
+    """In a question it is the place of an image; in a part of a conversation it is text."""
+    model, processor = model_and_processor
+    question, images = "red <image> or <image> ?", [str(work / "red.png"), str(work / "blue.png")]
+    [answer] = generate(model, processor, question, images, max_new_tokens=6)
+    image, text = {"type": "image"}, {"type": "text", "text": "red"}
+    content = [text, image, {"type": "text", "text": "or"}, image, {"type": "text", "text": "?"}]
+    assert [answer] == generate(model, processor, [{"role": "user", "content": content}], images, max_new_tokens=6)
+    assert main(["ask", str(work / "model"), *images, question, "--max-new-tokens", "6"]) == 0
+    assert capfd.readouterr().out == f"{answer}\n"
+    (tmp_path / "q.json").write_text(json.dumps([{"question": question, "images": images}]))
+    assert answer_file(model, processor, tmp_path / "q.json", tmp_path / "a.jsonl", max_new_tokens=6) == [answer]
+    for number in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"has 2 image placeholders and {number} images"):
+            generate(model, processor, question, (images * 2)[:number])
+    parts = [image, {"type": "text", "text": "what is <image> ?"}]
+    assert encode_prompt(processor, [{"role": "user", "content": parts}]).count(processor.image_token_id) == 1
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "batch_size"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "8"])
+def test_numbers_out_of_range_are_named(model_and_processor, tmp_path, name, value):
+    message = f"`{name}` is {value!r}. It must be a whole number of at least 1"
+    with pytest.raises(ValueError, match=message):
+        generate(*model_and_processor, "what", **{name: value})
+    with pytest.raises(ValueError, match=message):
+        answer_file(*model_and_processor, tmp_path / "missing.json", tmp_path / "a.jsonl", **{name: value})
+    if name == "max_new_tokens":
+        with pytest.raises(ValueError, match=message):
+            next(stream_answer(*model_and_processor, [{"role": "user", "content": "what"}], value))
 
 
 def test_prompt_is_encoded_as_by_the_processor(model_and_processor):

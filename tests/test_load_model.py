@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
 from vtlmm.hub.export_llava import export_to_llava
+from vtlmm.hub.repository import list_published_files
 from vtlmm.hub.weights_digest import weights_digest
 from vtlmm.inference.generation import answer_batch, generate
 from vtlmm.inference.loading import load_model
@@ -124,6 +125,32 @@ def test_exported_llava_answers_alike_without_visual_tokens(work, model_and_proc
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "value"), [("vm_head_type", "mlp"), ("use_pseudo_image_features", True), ("vm_head_type", None)]
+)
+def test_published_adapter_keeps_the_settings_of_its_model(tmp_path, name, value):
+    """The run record, which has local paths, is not published."""
+    run_training(write_start(tmp_path) | {"use_peft": True, "lora_r": 4, "stage": "visual_head", name: value})
+    published = tmp_path / "published"
+    published.mkdir()
+    for file in list_published_files(tmp_path / "out"):
+        shutil.copy(tmp_path / "out" / file, published)
+    assert not (published / "vtlmm_run.json").exists()
+    merged = merge_adapter(tmp_path / "out")
+    for folder in (tmp_path / "out", published):
+        model, processor = load_model(folder, dtype="float32")
+        inputs = processor(
+            PILImage.new("RGB", (28, 28), "red"), "USER : <image> what ASSISTANT :", return_tensors="pt"
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs).logits, merged(**inputs).logits, rtol=1e-4, atol=1e-4)
+        assert getattr(model.config, name) == (value or "linear")
+    for damage in ("[]", '{"vm_head_type": 3}', "{"):
+        (published / "vtlmm_adapter.json").write_text(damage)
+        with pytest.raises(ValueError, match="vtlmm_adapter.json"):
+            load_model(published)
+
+
 def test_adapter_folder_is_loaded_with_its_base(tmp_path):
     run_training(
         write_start(tmp_path) | {"use_peft": True, "lora_r": 4, "stage": "visual_head", "vm_head_type": "mlp"}

@@ -113,7 +113,7 @@ def test_the_card_does_not_name_a_local_base(settings, tmp_path):
     "changes", [{"use_pseudo_image_features": True}, {"stage": "visual_head", "vm_head_type": "attention"}]
 )
 def test_merging_keeps_the_settings_of_the_model(settings, tmp_path, changes):
-    """The run record holds these settings; an adapter's folder has no model configuration."""
+    """The folder of an adapter has no config of the model, but `vtlmm_adapter.json`."""
     trainer = run_training({**settings, **LORA, **changes, "output_dir": str(tmp_path / "adapter")})
     merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert_equal_outputs(trainer, VTLMMForConditionalGeneration.from_pretrained(tmp_path / "merged"))

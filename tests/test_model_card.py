@@ -3,6 +3,7 @@
 
 import html
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.hub.model_card import write_card
 from vtlmm.hub.private_values import remove_private_values
+from vtlmm.hub.repository import read_run_record
 
 
 LINE = {"n": 40, "images": 9, "score": 0.75, "low": 0.6, "high": 0.9, "score_shuffled_images": 0.25}
@@ -216,6 +218,45 @@ def test_private_values_are_removed_at_every_depth():
         "max_new_tokens": 3,
         "dataset_name": "someone/set",
     }
+
+
+def test_results_of_older_weights_are_not_published(folder, tmp_path):
+    (tmp_path / "eval").mkdir()
+    write_results(tmp_path / "eval/results.json", "someone/questions")
+    values = json.loads((tmp_path / "eval/results.json").read_text())
+    (tmp_path / "eval/results.json").write_text(json.dumps({**values, "model": str(folder)}))
+    (folder / "model.safetensors").write_bytes(b"")
+    os.utime(tmp_path / "eval/results.json", (1, 1))
+    write_card(folder, "me/model", license="mit")
+    assert "someone/questions" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kinds": {}},
+        {"kinds": ["all"]},
+        {"kinds": [{"kind": "all", "n": 3, "score": "1"}]},
+        {"kinds": [{"kind": "all", "n": "3", "score": 1}]},
+        {"data": 3},
+        {"scorer": None},
+    ],
+)
+def test_results_of_a_wrong_type_are_rejected(folder, tmp_path, change):
+    write_results(tmp_path / "results.json", "someone/questions")
+    values = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps({**values, **change}))
+    with pytest.raises(ValueError, match="results.json contains no results"):
+        write_card(folder, "me/model", results=[tmp_path / "results.json"])
+
+
+@pytest.mark.parametrize("text", ["{}", "[3]", '[{"stage": "joint"}]', '[{"stage": "joint", "settings": []}]', "["])
+def test_a_damaged_run_record_is_named(folder, text):
+    (folder / "vtlmm_run.json").write_text(text)
+    with pytest.raises(ValueError, match="vtlmm_run.json"):
+        write_card(folder, "me/model")
+    with pytest.raises(ValueError, match="vtlmm_run.json"):
+        read_run_record(folder)
 
 
 def test_invalid_results_and_images_are_rejected(folder, tmp_path):

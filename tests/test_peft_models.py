@@ -3,13 +3,16 @@
 
 import contextlib
 import io
+import re
 
 import peft
 import pytest
 import torch
 from helpers.training import build_rows, write_start
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 from vtlmm.train.adapters import DECODER_PROJECTIONS
@@ -118,6 +121,18 @@ PROMPT_METHODS = {
 def test_prompt_methods_are_rejected_by_name(folder, tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} adds virtual tokens"):
         build(folder, tmp_path, folder, peft_config=PROMPT_METHODS[name])
+
+
+def test_add_adapter_of_transformers_names_the_version_of_peft(build_model):
+    """`model.add_adapter` needs a newer PEFT than VTLMMTrainer."""
+    model = build_model()
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    if Version(peft.__version__) >= Version(MIN_PEFT_VERSION):
+        model.add_adapter(config)
+        assert any("lora_A" in name for name, _ in model.named_parameters())
+    else:
+        with pytest.raises(ValueError, match=re.escape(MIN_PEFT_VERSION)):
+            model.add_adapter(config)
 
 
 def test_an_object_that_is_not_a_peft_config_is_rejected(folder, tmp_path):

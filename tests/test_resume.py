@@ -77,6 +77,18 @@ def test_an_incomplete_checkpoint_is_skipped(stopped, finished, tmp_path, capsys
     assert same_weights(tmp_path / "out", whole)
 
 
+@pytest.mark.parametrize(
+    "text", ["[]", '{"files": [], "fingerprint": {}, "num_processes": 1}', "{", '{"files": {"a": 3}}']
+)
+def test_a_damaged_manifest_is_skipped(stopped, finished, tmp_path, capsys, text):
+    settings, whole = stopped
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "out/checkpoint-4")
+    (tmp_path / "out/checkpoint-4" / MANIFEST).write_text(text)
+    checkpoint, [skipped] = find_checkpoint(tmp_path / "out")
+    assert checkpoint.path.name == "checkpoint-2"
+    assert skipped == f"checkpoint-4: {MANIFEST} is missing or damaged"
+
+
 def test_a_named_checkpoint_must_be_complete(stopped, tmp_path):
     settings, _ = stopped
     (tmp_path / "out/checkpoint-2/rng_state.pth").unlink()
@@ -145,14 +157,22 @@ def test_weights_that_are_not_finite_are_not_saved(finished, tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-def test_a_full_disk_leaves_earlier_checkpoints(stopped, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), ".*No space left on device.* Free some disk space, then"),
+        (PermissionError(13, "Permission denied"), ".*Permission denied.* Allow writing to this folder, then"),
+        (OSError(30, "Read-only file system"), ".*Read-only file system.* Allow writing to this folder, then"),
+    ],
+)
+def test_a_failed_write_leaves_earlier_checkpoints(stopped, tmp_path, monkeypatch, error, message):
     settings, _ = stopped
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+    def fails(*args, **kwargs):
+        raise error
 
-    monkeypatch.setattr(checkpoints, "write_manifest", full)
-    with pytest.raises(OSError, match="Could not write .*checkpoint-4: .*No space left on device"):
+    monkeypatch.setattr(checkpoints, "write_manifest", fails)
+    with pytest.raises(OSError, match=f"Could not write .*checkpoint-4: {message}"):
         run_training(settings)
     assert read_checkpoint(tmp_path / "out/checkpoint-2")
     assert not (tmp_path / "out/checkpoint-4").exists() and not (tmp_path / "out" / STAGING).exists()

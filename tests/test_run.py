@@ -235,6 +235,8 @@ def test_starts_without_a_model_are_named(recipe, tmp_path, capsys):
     (tmp_path / "llava").mkdir()
     (tmp_path / "llava/config.json").write_text('{"model_type": "llava"}')
     assert "is a 'llava' model, not a VT-LMM" in error_of(tmp_path / "llava")
+    (tmp_path / "start/vtlmm_run.json").write_text("[3]")
+    assert "vtlmm_run.json, entry 0 must hold an object, not a number" in error_of(tmp_path / "start")
 
 
 @pytest.mark.slow
@@ -337,6 +339,17 @@ def test_packing_with_grouping_by_length(recipe, tmp_path, monkeypatch):
     options = ["--packing", "--train_sampling_strategy", "group_by_length", "--max_length", 40, "--max_steps", 1]
     assert train(recipe, *options) == 0
     assert (tmp_path / "trainer_output" / RUN_RECORD).is_file()
+
+
+def test_more_steps_remove_scores_of_the_old_weights(recipe, tmp_path, capsys):
+    assert train(recipe) == 0
+    for name in ("results/pope.json", ".eval_results/pope.yaml"):
+        (tmp_path / "out" / name).parent.mkdir()
+        (tmp_path / "out" / name).write_text("{}")
+    assert train(recipe, "--resume_from_checkpoint", "true") == 0  # finished: the weights do not change
+    assert (tmp_path / "out/results/pope.json").exists()
+    assert train(recipe, "--resume_from_checkpoint", "true", "--max_steps", 7) == 0
+    assert not list((tmp_path / "out").rglob("pope.*"))
 
 
 def test_overwrite_removes_scores_of_the_old_weights(tmp_path):

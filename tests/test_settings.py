@@ -175,15 +175,50 @@ def test_settings_that_conflict_are_refused(changes, message):
 def test_an_output_that_is_an_input_is_refused(tmp_path, name):
     (tmp_path / "folder").mkdir()
     run = parse_settings({**BASE, "output_dir": str(tmp_path / "folder/../folder"), name: str(tmp_path / "folder")})
-    with pytest.raises(ValueError, match=f"is also the input `{name}`"):
+    with pytest.raises(ValueError, match=f"is or contains the input `{name}`"):
         validate(run)
 
 
-def test_a_checkpoint_of_the_output_is_not_a_start(tmp_path):
-    (tmp_path / "checkpoint-2").mkdir()
-    settings = {**BASE, "model_name_or_path": str(tmp_path / "checkpoint-2"), "output_dir": str(tmp_path)}
-    with pytest.raises(ValueError, match="is also the input `model_name_or_path`"):
-        validate(parse_settings(settings))
+@pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name", "eval_dataset", "eval_task_data"])
+@pytest.mark.parametrize("place", ["checkpoint-2", "merged", "merged/rows.json", "results/rows.json", "vocab.json"])
+def test_an_input_that_the_run_replaces_is_refused(tmp_path, name, place):
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("[]") if path.suffix else path.mkdir()
+    run = parse_settings({**BASE, "eval_dataset": "eval.json", "output_dir": str(tmp_path), name: str(path)})
+    with pytest.raises(ValueError, match=f"is or contains the input `{name}` .*, which the run would replace"):
+        validate(run)
+
+
+def test_a_file_that_the_run_keeps_may_be_an_input(tmp_path):
+    (tmp_path / "rows.json").write_text("[]")
+    validate(parse_settings({**BASE, "output_dir": str(tmp_path), "dataset_name": str(tmp_path / "rows.json")}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("per_device_train_batch_size", 0),
+        ("per_device_eval_batch_size", -1),
+        ("gradient_accumulation_steps", 0),
+        ("max_length", 0),
+        ("max_length", -5),
+        ("dataloader_num_workers", -1),
+        ("seed", -1),
+        ("learning_rate", -1e-3),
+        ("projector_learning_rate", -1.0),
+        ("num_train_epochs", -1),
+        ("weight_decay", -0.1),
+        ("max_grad_norm", -1.0),
+        ("lora_r", 0),
+        ("lora_alpha", -1),
+        ("lora_dropout", 1.0),
+        ("eval_task_images", 0),
+    ],
+)
+def test_numbers_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is {value}"):
+        parse_settings({**BASE, name: value})
 
 
 def test_stages_follow_each_other_through_folders():

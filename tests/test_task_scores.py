@@ -3,12 +3,13 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers.tiny_models import WORDS, build_processor
+from helpers.tiny_models import WORDS, build_config, build_processor
 from helpers.training import build_rows, build_trainer, weights, write_start
 from PIL import Image as PILImage
 
@@ -82,6 +83,19 @@ def test_scores_equal_those_of_single_questions(questions, tmp_path, num_images,
 def test_questions_without_images_are_rejected(questions):
     with pytest.raises(ValueError, match="No question about images"):
         task_scores(questions.select([0]), build_processor(), 2)
+
+
+def test_invalid_rows_are_named_before_the_training(questions, tmp_path):
+    rows = [{"question": "what </s>", "answer": "red", "image": "red.png"}]
+    Path(tmp_path / "control.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="row 0: control token"):
+        task_scores(load_rows(tmp_path / "control.json"), build_processor(), 2)
+    config = build_config()
+    config.text_config.max_position_embeddings = 16
+    with pytest.raises(ValueError, match="row 3: too long"):
+        task_scores(questions, build_processor(), 4, config=config)
+    with pytest.raises(ValueError, match="`num_images` is 0"):
+        task_scores(questions, build_processor(), 0)
 
 
 def test_no_random_number_is_drawn(questions, tmp_path):

@@ -14,7 +14,8 @@ from vtlmm.cli.main import main
 from vtlmm.hub import isolated_load, verify
 from vtlmm.hub.isolated_load import differences, probe
 from vtlmm.hub.model_card import write_card
-from vtlmm.hub.push import record_logits
+from vtlmm.hub.push import push_model, record_logits
+from vtlmm.hub.repository_checks import CONFIG_FILES
 from vtlmm.hub.verify import verify_checkpoint
 
 
@@ -111,6 +112,60 @@ DAMAGES = {
         "generation_config.json: ",
     ),
 }
+WRONG_TYPES = {
+    "config.json": ({"text_config": []}, "`text_config` must be an object, but is a list"),
+    "processor_config.json": ({"auto_map": "a"}, "`auto_map` must be an object, but is a text"),
+    "generation_config.json": ([], "must hold an object, not a list"),
+    "tokenizer_config.json": ("text", "must hold an object, not a text"),
+    "model.safetensors.index.json": ({"weight_map": []}, "`weight_map` must be an object, but is a list"),
+    "vtlmm_check.json": ([], "must hold an object, not a list"),
+    "vtlmm_check.json ": ({"input_ids": [1], "logits": 3}, "`logits` must be a list, but is a number"),
+    "vtlmm_check.json  ": ({"input_ids": [1], "logits": ["a"]}, "`logits` must hold a number, not a text"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_json_of_a_wrong_type_is_named(folder, monkeypatch, name):
+    value, message = WRONG_TYPES[name]
+    file = folder / name.strip()
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, **value} if isinstance(value, dict) else value))
+    problems = verify_checkpoint(folder).problems
+    assert problems[0].startswith(name.strip()) and message in problems[0], problems
+    assert problems[1:] == ["not loaded: fix the problems above first"]
+
+
+@pytest.mark.parametrize("file", CONFIG_FILES[:4] + CONFIG_FILES[5:])
+@pytest.mark.parametrize("text", ["[]", "null", "{"])
+def test_every_command_names_a_damaged_config(folder, tmp_path, capsys, file, text):
+    if file == "adapter_config.json" or not (folder / file).exists():
+        pytest.skip("another test")
+    (folder / file).write_text(text)
+    ours = str(folder)
+    for command in (
+        ["ask", ours, "what"],
+        ["train", "--model_name_or_path", ours, "--dataset_name", "rows.json", "--stage", "joint", "--use_cpu"],
+        ["compose", "--vision", ours, "--text", ours, "--output", str(tmp_path / "new")],
+        ["verify", ours],
+    ):
+        assert main(command) == 1
+        printed = capsys.readouterr()
+        assert file in printed.err + printed.out and "Traceback" not in printed.err, (command, printed)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "{", '{"model_type": []}'])
+def test_a_config_that_is_not_an_object_is_named(folder, capsys, text):
+    for file, command in {
+        "config.json": ["verify", str(folder)],
+        "adapter_config.json": ["ask", str(folder), "what"],
+    }.items():
+        (folder / file).write_text(text)
+        assert main(command) == 1
+        error = capsys.readouterr().err
+        assert file in error and error.count("\n") == 1
+        (folder / file).unlink()
+
+
 CARD_DAMAGES = {
     "front matter": (
         lambda f: edit_text(f / "README.md", "tags:\n", "tags: [\n"),
@@ -192,6 +247,20 @@ def test_foreign_code_runs_only_with_trust(folder, monkeypatch, name):
     (problem,) = verify_checkpoint(folder).problems
     assert problem.startswith("not loaded: its code differs from the installed package") and not loads
     assert not verify_checkpoint(folder, trust_remote_code=True).problems and len(loads) == 1
+
+
+@pytest.mark.parametrize("name", FOREIGN_CODE)
+def test_push_runs_no_foreign_code(folder, tmp_path, monkeypatch, name):
+    FOREIGN_CODE[name](folder)
+    for file in folder.glob("*_vtlmm.py"):
+        marker = tmp_path / "marker"
+        edit_text(file, "RUN", f"\nopen({str(marker)!r}, 'w')\n") if "RUN" in file.read_text() else None
+    (folder / "vtlmm_check.json").unlink()  # a push records the logits again
+    result = push_model(folder, "somebody/model", dry_run=True)
+    assert any("its code differs from the installed package" in problem for problem in result.report.problems)
+    assert not (tmp_path / "marker").exists() and result.url is None
+    with pytest.raises(ValueError, match="its code differs from the installed package"):
+        push_model(folder, "somebody/model", form="llava", dry_run=True)
 
 
 @pytest.mark.slow

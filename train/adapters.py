@@ -10,6 +10,8 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from vtlmm.data.setting_values import require_integers
+
 from .setting_checks import validate_stage
 from .stages import Stage, module_of
 
@@ -39,8 +41,7 @@ class AdapterConfig:
     )
 
     def __post_init__(self):
-        if self.lora_r < 1:
-            raise ValueError(f"`lora_r` is {self.lora_r}; it must be 1 or more.")
+        require_integers(lora_r=self.lora_r, lora_alpha=self.lora_alpha)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` is {self.lora_dropout}; it must be at least 0 and below 1.")
 

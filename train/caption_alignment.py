@@ -9,9 +9,10 @@ gives the VM head, which predicts the words from the image features.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from vtlmm.analysis.captions import CaptionedImage, captioned_images
 from vtlmm.analysis.vocabulary import whole_words
 from vtlmm.data.images import prepare_images
 from vtlmm.data.rows import load_rows
+from vtlmm.data.setting_values import require_integers
+from vtlmm.data.validation import check_rows
 from vtlmm.hub.paths import check_output
 from vtlmm.inference.loading import load_model
 
@@ -96,7 +99,7 @@ def align_captions(
     Raises:
         `ValueError`: if the VM head has a residual block, the projector no biases, or too few images a candidate word.
     """
-    _check_model(model, keep_projector)
+    _check_settings(model, keep_projector, batch_size=batch_size, min_word_images=min_word_images)
     captions = _Captions(model, processor.tokenizer, rows, min_word_images)
     encode = _Encoder(model, processor, keep_projector)
     held_out, fitted = _split(len(captions.images))
@@ -140,6 +143,7 @@ def align_checkpoint(
     output: str | Path | None = None,
     *,
     image_folder: str | Path | None = None,
+    columns: Mapping[str, Any] | None = None,
     keep_projector: bool = False,
     dtype: str = "auto",
     overwrite: bool = False,
@@ -152,6 +156,7 @@ def align_checkpoint(
         dataset (`str` or `Path`): captioned images, in any format of [`load_rows`].
         output (`str` or `Path`, *optional*): folder for the result. By default the checkpoint's folder is changed.
         image_folder (`str` or `Path`, *optional*): folder of the image paths.
+        columns (`dict`, *optional*): names of the dataset's columns, see [`load_rows`].
         keep_projector (`bool`, *optional*, defaults to `False`): solve the VM head alone.
         dtype (`str`, *optional*, defaults to `"auto"`): dtype of the weights while they are aligned and saved.
         overwrite (`bool`, *optional*, defaults to `False`): replace the model that `output` contains.
@@ -166,8 +171,9 @@ def align_checkpoint(
             raise ValueError(f"'{checkpoint}' is not a folder, so it cannot be changed. Specify an output folder.")
     else:
         output = check_output(output, [checkpoint], overwrite)
-    rows = load_rows(str(dataset), image_folder=image_folder)
+    rows = cast(Dataset, load_rows(str(dataset), image_folder=image_folder, columns=columns))
     model, processor = load_model(str(checkpoint), dtype=dtype)
+    check_rows(rows, processor, require_marks=False).raise_for_problems(advice=f"Fix these rows of {dataset}.")
     result = align_captions(model, processor, rows, keep_projector=keep_projector)
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output)
@@ -175,7 +181,8 @@ def align_checkpoint(
     return result
 
 
-def _check_model(model, keep_projector: bool) -> None:
+def _check_settings(model, keep_projector: bool, **integers: int) -> None:
+    require_integers(**integers)
     if not isinstance(model.model.vm_head.residual_block, torch.nn.Identity):
         raise ValueError(
             f"Caption alignment needs a linear VM head, but vm_head_type is {model.config.vm_head_type!r}. Compose "

@@ -1,6 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints that are complete or invisible, and resuming from the newest complete one."""
 
+import errno
 import hashlib
 import json
 import os
@@ -16,14 +17,15 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from vtlmm.data.json_files import read_json
+
 from .fingerprint import differences, run_fingerprint
 from .interrupts import stop_at_step_end
-from .output_folder import lock_output
+from .output_folder import TRAINER_STATE, lock_output
 
 
 MANIFEST = "vtlmm_checkpoint.json"
 STAGING = ".saving"  # a checkpoint is written in this folder of the output, and renamed when it is complete
-TRAINER_STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST, entries={"files": dict, "fingerprint": dict, "num_processes": int})
         files, fingerprint, ranks = manifest["files"], manifest["fingerprint"], manifest["num_processes"]
+        sizes = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{MANIFEST} is missing or damaged") from error
     rng_files = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
@@ -71,11 +74,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise ValueError(f"it was saved without {name} (`save_only_model`?)")
     if not any(re.search(r"^optimizer|zero_pp_rank|optim_states", name) for name in files):
         raise ValueError("it was saved without the state of the optimizer (`save_only_model`?)")
-    for name, expected in files.items():
+    for name, (size, digest) in sizes.items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{name} is missing")
-        if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
+        if path.stat().st_size != size or _sha256(path) != digest:
             raise ValueError(f"{name} is damaged")
     return Checkpoint(folder, fingerprint)
 
@@ -255,9 +258,12 @@ class SafeCheckpoints(Trainer):
             shutil.rmtree(output_dir / STAGING, ignore_errors=True)
             if not _is_write_error(error):
                 raise
+            advice = "Free some disk space"
+            if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+                advice = "Allow writing to this folder"
             raise OSError(
-                f"Could not write {final}: {str(error).splitlines()[0]}. Earlier checkpoints are intact. Free some "
-                "disk space, then run the same command with `--resume_from_checkpoint true`."
+                f"Could not write {final}: {str(error).splitlines()[0]}. Earlier checkpoints are intact. {advice}, "
+                "then run the same command with `--resume_from_checkpoint true`."
             ) from error
         finally:
             self._staging = False

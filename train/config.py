@@ -9,11 +9,22 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from vtlmm.data.setting_values import require_integers, require_numbers
+
 from .setting_checks import validate_arguments
 from .stages import Stage, resolve_stage
 from .vm_head_search import check_candidates
 
 
+# Smallest value: integer settings
+INTEGERS = {
+    1: ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length"),
+    0: ("dataloader_num_workers", "seed", "data_seed"),
+}
+NOT_NEGATIVE = (
+    *("learning_rate", "projector_learning_rate", "adapter_learning_rate", "num_train_epochs"),
+    *("warmup_steps", "weight_decay", "max_grad_norm"),
+)
 NO_LOGITS = "Evaluation computes losses only and never builds logits."
 ANSWERS_ONLY = "The language loss covers the assistant's answers, or the completion."
 # Settings of SFTConfig and TrainingArguments that would have no effect or another meaning:
@@ -140,6 +151,7 @@ class VTLMMTrainingConfig(SFTConfig):
 
     def __post_init__(self):
         self._check_limited_settings()
+        self._check_numbers()
         if self.vm_head_init not in (None, "lm_head", "input_embeddings", "random", "keep"):
             raise ValueError(
                 f"`vm_head_init` is {self.vm_head_init!r}; it must be lm_head, input_embeddings, random or keep."
@@ -175,6 +187,11 @@ class VTLMMTrainingConfig(SFTConfig):
             if value not in supported:
                 values = " or ".join(repr(one) for one in supported)
                 raise ValueError(f"`{name}={value!r}` is not supported; it must be {values}. {reason}")
+
+    def _check_numbers(self) -> None:
+        for minimum, names in INTEGERS.items():
+            require_integers(minimum, **{name: getattr(self, name) for name in names})
+        require_numbers(**{name: getattr(self, name) for name in NOT_NEGATIVE})
 
     def resolved_stage(self) -> Stage:
         """Return the stage's row of `STAGES` with the overrides of this run."""

@@ -16,7 +16,7 @@ from vtlmm.data.output_files import write_json
 from vtlmm.hub.paths import check_output, clear_output
 from vtlmm.hub.quantize import quantization_config
 from vtlmm.hub.repository import RUN_RECORD, adapter_record
-from vtlmm.inference.loading import require_fit
+from vtlmm.inference.loading import read_adapter_settings, require_fit
 
 from .stage_runner import change_model
 from .stages import module_of
@@ -71,7 +71,10 @@ def merge_adapter(
         raise FileNotFoundError(
             f"The base {base} of {adapter} does not exist. Set its place with `--base`."
         ) from error
-    change_model(model, settings.get("use_pseudo_image_features"), settings.get("vm_head_type"), seed=0)
+    changed = read_adapter_settings(adapter)
+    if changed.get("vm_head_type") == model.config.vm_head_type:
+        changed["vm_head_type"] = None  # the base has this VM head already
+    change_model(model, changed.get("use_pseudo_image_features"), changed.get("vm_head_type"), seed=0)
     if dequantize:
         round_weights(model, base, revision, quantization, settings.get("dtype", "float32"))
     merged = merge_into(model, adapter)
@@ -94,12 +97,6 @@ def _recorded_settings(adapter: Path, dequantize: bool) -> tuple[dict[str, Any],
         )
     if quantization != "none" and not dequantize:
         logger.info("The adapter was trained on a %s base. Without --dequantize outputs shift slightly.", quantization)
-    if not history:
-        logger.warning(
-            "%s is missing in %s. The type of the VM head and `use_pseudo_image_features` are those of the base.",
-            RUN_RECORD,
-            adapter,
-        )
     return settings, quantization
 
 

@@ -15,6 +15,7 @@ from vtlmm.hub.paths import clear_output as remove_model_files
 
 
 LOCK_FILE = ".vtlmm.lock"
+TRAINER_STATE = "trainer_state.json"
 
 
 @contextmanager
@@ -70,11 +71,24 @@ def holds_model(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in (*MODEL_FILES, "checkpoint-*"))
 
 
+def is_replaced(path: Path) -> bool:
+    """Return whether a run deletes or replaces a path, which is relative to its output folder."""
+    top = path.parts[0]
+    if len(path.parts) == 1 and any(path.match(pattern) for pattern in (*MODEL_FILES, TRAINER_STATE)):
+        return True
+    return top in ("merged", "results", ".eval_results") or top.startswith("checkpoint-")
+
+
 def clear_output(folder: Path) -> None:
     """Delete the model, the checkpoints, the scores and the record of an earlier run. Other files stay."""
     remove_model_files(folder)
-    (folder / "trainer_state.json").unlink(missing_ok=True)
-    for path in [*folder.glob("results/*.json"), *folder.glob(".eval_results/*.yaml")]:  # scores of the old weights
-        path.unlink()
+    (folder / TRAINER_STATE).unlink(missing_ok=True)
+    remove_scores(folder)
     for path in [*folder.glob("checkpoint-*"), folder / "merged"]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_scores(folder: Path) -> None:
+    """Delete the scores that a push of earlier weights left in a folder. The next model card would show them."""
+    for path in [*folder.glob("results/*.json"), *folder.glob(".eval_results/*.yaml")]:
+        path.unlink()

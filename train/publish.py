@@ -2,6 +2,7 @@
 """What a trainer publishes: the model card of its run so far, and uploads of complete repositories without pickles."""
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
+from vtlmm.data.output_files import write_json
 from vtlmm.hub.model_card import write_card
 from vtlmm.hub.push import stage_files, upload_published_files
-from vtlmm.hub.repository import ADAPTER, RUN_RECORD, VTLMM, read_run_record
+from vtlmm.hub.repository import ADAPTER, ADAPTER_SETTINGS, RUN_RECORD, VTLMM, read_run_record
 
 from .run_record import run_entry
 
@@ -46,7 +48,6 @@ def write_run_card(
         kind, config = ADAPTER, {**model.active_peft_config.to_dict(), "base_model_name_or_path": base_name(model)}
     else:
         kind, config = VTLMM, model.config.to_dict()
-    earlier = read_run_record(model.name_or_path or "")
     finished = (folder / RUN_RECORD).is_file()
     write_card(
         folder,
@@ -54,9 +55,26 @@ def write_run_card(
         license=license,
         datasets=[dataset_name] if dataset_name else [],
         tags=[tags] if isinstance(tags, str) else tags or [],
-        runs=None if finished else [*earlier, run_so_far(trainer)],
+        runs=None if finished else [*_earlier_runs(model.name_or_path), run_so_far(trainer)],
         kind_and_config=(kind, config),
     )
+
+
+def _earlier_runs(name: str | None) -> list[dict[str, Any]]:
+    """Return the record of the model that a run started from. A damaged record must not stop a save."""
+    try:
+        return read_run_record(name) if name else []
+    except ValueError as error:
+        warnings.warn(f"The model card leaves out the earlier stages: {error}", stacklevel=2)
+        return []
+
+
+def write_adapter_files(trainer: Any, folder: Path, name: str) -> None:
+    """Write next to an adapter what PEFT does not save: its changes of the base's config, and a card of the run."""
+    config = trainer.model.config
+    settings = {key: getattr(config, key) for key in ("use_pseudo_image_features", "vm_head_type")}
+    write_json(folder / ADAPTER_SETTINGS, settings)
+    write_run_card(trainer, folder, name)
 
 
 def base_name(model: PeftModel) -> str | None:

@@ -11,6 +11,8 @@ import torch
 
 from vtlmm.hub.quantize import quantization_config
 
+from .output_folder import is_replaced
+
 
 if TYPE_CHECKING:  # these modules import this one
     from .config import VTLMMTrainingConfig
@@ -165,6 +167,8 @@ def _check_folders(run: RunSettings) -> None:
         if value is None or not os.path.exists(value):
             continue
         path = Path(os.path.realpath(value))
-        in_checkpoint = path.parent == Path(output) and path.name.startswith("checkpoint-")
-        if str(path) == output or in_checkpoint:
-            raise ValueError(f"`output_dir` {run.args.output_dir} is also the input `{name}`. Choose another folder.")
+        if str(path) == output or (path.is_relative_to(output) and is_replaced(path.relative_to(output))):
+            raise ValueError(
+                f"`output_dir` {run.args.output_dir} is or contains the input `{name}` ({value}), which the run would "
+                "replace. Choose another folder."
+            )

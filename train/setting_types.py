@@ -12,6 +12,8 @@ from datetime import date
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from vtlmm.data.columns import parse_columns
+
 
 # Names that people write for a setting, where the closest spelling would not find it.
 OTHER_NAMES = {
@@ -84,6 +86,8 @@ def convert_setting(name: str, value: Any, hint: Any) -> Any:
         if type(None) in options:
             return None
         raise ValueError(f"`{name}` must be {_describe(options)}, not null. Leave it out to use its default.")
+    if name == "columns" and isinstance(value, str):
+        return parse_columns(value)
     if value is True and name in TRUE_OR_PATH:
         return True
     if isinstance(value, str) and str in options and any(get_origin(option) is list for option in options):

@@ -20,7 +20,7 @@ from .adapters import keep_differentiable_on_cpu, peft_config
 from .checkpoints import checkpoint_folders
 from .cost import format_costs
 from .fingerprint import is_harmless
-from .output_folder import check_output, clear_output, lock_output
+from .output_folder import check_output, clear_output, lock_output, remove_scores
 from .recipe import RunSettings, merged_folder, parse_settings, split_stages
 from .run_data import load_processor, prepare_datasets, prepare_stages, print_once
 from .run_record import recorded, write_record
@@ -82,7 +82,7 @@ def build_trainer(settings: dict[str, Any], datasets: list | None = None, **kwar
 
 
 def change_model(model, use_pseudo_image_features: bool | None, vm_head_type: str | None, seed: int) -> None:
-    """Apply the settings that change the model itself. An adapter's folder does not hold them; its run record does."""
+    """Apply the settings that change the model itself. An adapter's folder has them in `vtlmm_adapter.json`."""
     if use_pseudo_image_features is not None:
         model.config.use_pseudo_image_features = use_pseudo_image_features
     if vm_head_type is not None:
@@ -113,6 +113,7 @@ def run_training(settings: dict[str, Any], **kwargs) -> VTLMMTrainer:
             (output_dir / RUN_RECORD).unlink(missing_ok=True)  # a record means that the stage is finished
             (output_dir / CHECK_FILE).unlink(missing_ok=True)  # its logits are of the weights before this run
             shutil.rmtree(output_dir / "merged", ignore_errors=True)  # it holds the weights of an earlier run
+            remove_scores(output_dir)
         trainer.accelerator.wait_for_everyone()
         try:
             trainer.train(resume_from_checkpoint=resume)

@@ -1,15 +1,16 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Check the model that a run starts from, and tell which stage to begin with."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from transformers.utils import find_adapter_config_file
 
+from vtlmm.data.json_files import read_json
 from vtlmm.hub.paths import check_checkpoint
 from vtlmm.hub.repository import read_run_record
+from vtlmm.hub.repository_checks import require_json
 
 from .recipe import ModelConfig
 from .stages import STAGES, next_stage
@@ -38,10 +39,9 @@ def check_start(model: ModelConfig) -> None:
         inside = [stage for stage in STAGES if stage in inside] or inside
         hint = f" It is the folder of a training. Choose one of its models, e.g. {folder / inside[-1]}." * bool(inside)
         raise ValueError(f"{name} does not hold a model: config.json is missing.{hint}")
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
+    require_json(folder)
+    read_run_record(folder)  # the record of this run is appended to it
+    kind = read_json(folder / "config.json").get("model_type")
     if kind != "vtlmm":
         raise ValueError(
             f"{name} is a {kind!r} model, not a VT-LMM. Make one with `vtlmm compose` or `vtlmm convert`."

@@ -38,7 +38,7 @@ from .learning_rates import set_learning_rates
 from .metrics import LossSums, blank_words
 from .packing import prepare_batching
 from .parallelism import check_parallelism, keep_exact_when_sharded
-from .publish import push_checkpoint, push_trained_model, write_run_card
+from .publish import push_checkpoint, push_trained_model, write_adapter_files, write_run_card
 from .stages import describe, set_trainable
 from .trainer_inputs import (
     build_collator,
@@ -185,7 +185,8 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
             return None
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("`eval_task_data` is not supported with FSDP or DeepSpeed. Remove it.")
-        return task_scores(eval_task_data, processor, eval_task_images, self.args.per_device_eval_batch_size)
+        batch_size = self.args.per_device_eval_batch_size
+        return task_scores(eval_task_data, processor, eval_task_images, batch_size, config=self.model.config)
 
     def _prepare_model(self, model, base_model, args, peft_config, eval_dataset) -> PreTrainedModel | PeftModel:
         """Set the stage, the trainable parameters and the initial VM heads; return the model, with its adapter."""
@@ -382,7 +383,7 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
         folder = Path(output_dir or run_folder)
         (folder / "training_args.bin").unlink(missing_ok=True)
         if isinstance(self.model, PeftModel):
-            write_run_card(self, folder, run_folder.name)
+            write_adapter_files(self, folder, run_folder.name)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, license=None):
         """Write the model card of the run so far, which `vtlmm push` replaces."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from vtlmm.data.rows import load_rows
+from vtlmm.data.setting_values import require_integers
 from vtlmm.inference.resumable import digest
 from vtlmm.train.recipe import change_settings, check_settings, parse_settings, read_yaml, split_stages
 from vtlmm.train.setting_checks import validate
@@ -38,7 +39,8 @@ class EvaluateConfig:
 
     Parameters:
         dataset (`str`): held-out questions with answers, in any format of the training data.
-        dataset_split, image_folder, max_rows: see [`load_rows`]. With `max_rows`, the table says that it is a subset.
+        dataset_split, image_folder, columns, max_rows: see [`load_rows`]. With `max_rows`, the table says that it is
+            a subset.
         metrics (`list[str]`):
             `"accuracy"`; `"accuracy_shuffled_images"`, each question with the image of another question;
             `"accuracy_pseudo_image_features"`, the decoder reads pseudo image features; `"caption_matching"`, how
@@ -62,6 +64,7 @@ class EvaluateConfig:
     dataset: str | None = None
     dataset_split: str = "train"
     image_folder: str | None = None
+    columns: dict | None = None
     max_rows: int | None = None
     metrics: list[str] = field(default_factory=lambda: ["accuracy", "accuracy_shuffled_images"])
     kind: str | None = None
@@ -83,6 +86,7 @@ class EvaluateConfig:
             raise ValueError("The metric ood and the setting `ood_datasets` need each other.")
         if self.text_file is not None and not Path(self.text_file).is_file():
             raise ValueError(f"`text_file`: the file {self.text_file} does not exist.")
+        require_integers(max_rows=self.max_rows, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
         if self.dataset is None:
             raise ValueError("`dataset` is not set. Name the held-out questions: evaluate.dataset=FILE.")
 
@@ -109,6 +113,7 @@ class EvaluateConfig:
             str(self.dataset),
             split=self.dataset_split,
             image_folder=self.image_folder,
+            columns=self.columns,
             max_rows=self.max_rows,
             keep_columns=keep_columns,
         )
@@ -169,6 +174,8 @@ class Grid:
         """Return a hash of everything that the metrics of one run depend on."""
         evaluation = dict(vars(self.evaluation(arm)))
         evaluation.pop("batch_size")
+        if evaluation["columns"] is None:  # runs from before this setting have the same key
+            evaluation.pop("columns")
         evaluation["ood_datasets"] = {name: _content(data) for name, data in evaluation["ood_datasets"].items()}
         for name in ("dataset", "text_file"):
             evaluation[name] = evaluation[name] and _content(evaluation[name])

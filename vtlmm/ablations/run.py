@@ -21,7 +21,8 @@ from filelock import FileLock
 from transformers import AutoProcessor
 
 from vtlmm.data.environment import commit_of_code, machine, package_versions
-from vtlmm.data.output_files import write_json, write_text
+from vtlmm.data.json_files import read_json, require_type
+from vtlmm.data.output_files import json_text, write_json, write_text
 from vtlmm.evaluation.report import image_cluster
 from vtlmm.train.stage_runner import run_training
 
@@ -189,7 +190,7 @@ def read_rows(folder: Path, grid: Grid) -> list[dict[str, Any]]:
     """
     path = folder / ROWS_FILE
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []  # a truncated last line is ignored
-    rows = [row for row in map(json.loads, lines) if row["arm"] in grid.arms]
+    rows = [row for row in (_read_row(path, *numbered) for numbered in enumerate(lines, 1)) if row["arm"] in grid.arms]
     for row in rows:
         if row["key"] != grid.run_key(row["arm"], row["seed"]):
             raise ValueError(
@@ -199,9 +200,17 @@ def read_rows(folder: Path, grid: Grid) -> list[dict[str, Any]]:
     return rows
 
 
+def _read_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number} is not JSON: {error}. Remove the line to repeat its run.") from error
+    return require_type(row, dict, f"{path}, line {number}", {"arm": str, "seed": int, "key": str})
+
+
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append a line, after removing a truncated last line of a killed process."""
-    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    line = f"{json_text(row)}\n".encode()
     with FileLock(f"{path}.lock"), open(path, "ab") as file:
         file.truncate(path.read_bytes().rfind(b"\n") + 1)
         file.write(line)
@@ -213,7 +222,7 @@ def write_results(folder: Path, grid: Grid) -> str:
     rows.sort(key=lambda row: (arms.index(row["arm"]), row["seed"]))
     scores, clusters = {}, []
     for row in rows:
-        saved = json.loads((folder / "answers" / f"{row['key']}.json").read_text(encoding="utf-8"))
+        saved = read_json(folder / "answers" / f"{row['key']}.json", entries={"metrics": dict, "clusters": list})
         scores[row["arm"], row["seed"]] = {metric: saved["metrics"][metric]["scores"] for metric in saved["metrics"]}
         clusters = saved["clusters"]
     comparisons = compare_arms(rows, arms, grid.reference, scores, clusters)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vtlmm.data.images import open_image
+from vtlmm.data.setting_values import require_integers
 from vtlmm.inference.batch_inputs import limit_new_tokens
 from vtlmm.inference.generation import build_prompt, conversation
 from vtlmm.inference.prompt_encoding import encode_prompt
@@ -83,6 +84,7 @@ def generation_request(scheduler: Scheduler, messages: list[dict], max_new_token
 
 def build_page(model, processor, name: str, max_new_tokens: int = 512):
     """Return the page as `gradio.Blocks`. A new image or another kind of features starts a new conversation."""
+    require_integers(max_new_tokens=max_new_tokens)
     import gradio
 
     scheduler = Scheduler(model, processor)

@@ -1,10 +1,10 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Analyze the visual tokens of a model over the images of a dataset."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,13 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from vtlmm.data.environment import package_versions
+from vtlmm.data.output_files import require_other_place
 from vtlmm.data.rows import load_rows
+from vtlmm.data.setting_values import require_integers
+from vtlmm.data.validation import check_rows, position_limit
 from vtlmm.evaluation.questions import image_loader, read_questions
 from vtlmm.evaluation.statistics import DIFFERENCE_BOUNDS, SCORE_BOUNDS, Estimate, auroc, mean_estimate
-from vtlmm.inference.loading import LoadedModel
+from vtlmm.inference.loading import LoadedModel, require_visual_tokens
 
 from .accumulators import (
     TOP_KS,
@@ -259,6 +262,7 @@ def analyze(
     *,
     image_folder: str | None = None,
     split: str = "train",
+    columns: Mapping[str, Any] | None = None,
     labels: str | None = None,
     limit: int | None = None,
     num_questions: int = 200,
@@ -276,8 +280,7 @@ def analyze(
         model ([`VTLMMForConditionalGeneration`]), processor ([`VTLMMProcessor`])
         dataset (`str`, `Path` or [`~datasets.Dataset`]): A .json, .jsonl or .parquet file, a folder, a Hub id, or rows
             from [`~vtlmm.data.rows.load_rows`].
-        image_folder (`str`, *optional*): Folder that the image paths of the rows are relative to.
-        split (`str`, *optional*, defaults to `"train"`): Split of the dataset. A file has one split, `train`.
+        image_folder, split, columns (*optional*): See [`~vtlmm.data.rows.load_rows`].
         labels (`str`, *optional*): Column with what is in the image: a text, a list of texts, or a list of
             `{"label", "bbox"}`. The answers are used if it is not specified.
         limit (`int`, *optional*): Use the first `limit` rows only. The report marks such a subset.
@@ -292,12 +295,14 @@ def analyze(
 
     Raises:
         FileExistsError: If `output` contains an analysis and `overwrite` is not set.
-        ValueError: If the model has no VM head, if no row has an image, or if a setting is out of range.
+        ValueError: If the model has no VM head, if a row or a setting is invalid, or if no row has an image.
     """
     if output is not None:
         check_analysis_output(output, overwrite)
-    _check_settings(model, batch_size, num_questions, limit)
-    rows, about = _read_rows(dataset, image_folder, split, labels, limit)
+    require_other_place(output, dataset=dataset, image_folder=image_folder)
+    _check_numbers(batch_size, limit, num_questions, seed)
+    rows, about = _read_rows(dataset, image_folder, split, columns, labels, limit)
+    _check_rows(model, processor, rows, about["data"] or "the dataset")
     questions, image_positions = read_questions(rows, row_id=labels)
     if not image_positions:
         raise ValueError(f"{about['data'] or 'The dataset'} contains no image.")
@@ -313,27 +318,32 @@ def analyze(
     return result
 
 
-def _check_settings(model, batch_size: int, num_questions: int, limit: int | None) -> None:
-    if model.config.model_type != "vtlmm":
-        raise ValueError(
-            f"The model is a {model.config.model_type} model. Visual tokens need a VT-LMM with a VM head."
-        )
-    if batch_size < 1 or num_questions < 0 or (limit is not None and limit < 1):
-        raise ValueError("`batch_size` and `limit` must be at least 1, and `num_questions` at least 0.")
+def _check_numbers(batch_size: int, limit: int | None, num_questions: int, seed: int) -> None:
+    require_integers(batch_size=batch_size, limit=limit)
+    require_integers(0, num_questions=num_questions, seed=seed)
+
+
+def _check_rows(model, processor, rows: Dataset, name: str) -> None:
+    require_visual_tokens(model.config, model.name_or_path or "The model")
+    report = check_rows(rows, processor, require_marks=False, max_positions=position_limit(model.config))
+    report.raise_for_problems(advice=f"Fix these rows of {name}.")
 
 
 def _read_rows(
-    dataset: str | Path | Dataset, image_folder: str | None, split: str, labels: str | None, limit: int | None
+    dataset: str | Path | Dataset,
+    image_folder: str | None,
+    split: str,
+    columns: Mapping[str, Any] | None,
+    labels: str | None,
+    limit: int | None,
 ) -> tuple[Dataset, dict[str, str | None]]:
     """Return the rows to analyze, and which rows they are for the report."""
     if isinstance(dataset, Dataset):
         name, rows = None, dataset
     else:
         name = str(dataset)
-        rows = cast(
-            Dataset,
-            load_rows(dataset, image_folder=image_folder, split=split, keep_columns=(labels,) if labels else ()),
-        )
+        options: dict[str, Any] = {"image_folder": image_folder, "split": split, "columns": columns}
+        rows = cast(Dataset, load_rows(dataset, keep_columns=(labels,) if labels else (), **options))
     subset = None
     if limit is not None and limit < len(rows):
         subset = f"the first {limit} of {len(rows)} rows"

@@ -1,16 +1,19 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Save the visual tokens of images: a PNG per image, one HTML page and JSON."""
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
 from vtlmm.data.images import open_image
+from vtlmm.data.output_files import require_other_place, write_json
 from vtlmm.data.rows import load_rows
+from vtlmm.data.setting_values import require_integers
 from vtlmm.evaluation.questions import image_loader, read_questions
 
 from .patch_features import shown_image
@@ -32,6 +35,7 @@ def save_visual_tokens(
     dataset: str | Path | Dataset | None = None,
     image_folder: str | None = None,
     split: str = "train",
+    columns: Mapping[str, Any] | None = None,
     limit: int = 32,
     top_k: int = 5,
     overwrite: bool = False,
@@ -45,8 +49,7 @@ def save_visual_tokens(
         images (`list`, *optional*): Paths of images, or images from PIL.
         names (`list[str]`, *optional*): Titles of the images. Paths are their own titles.
         dataset (`str`, `Path` or [`~datasets.Dataset`], *optional*): Dataset whose images are used instead.
-        image_folder (`str`, *optional*): Folder that the image paths of the rows are relative to.
-        split (`str`, *optional*, defaults to `"train"`): Split of the dataset.
+        image_folder, split, columns (*optional*): See [`~vtlmm.data.rows.load_rows`].
         limit (`int`, *optional*, defaults to 32): Number of rows of the dataset to use.
         top_k (`int`, *optional*, defaults to 5): Number of words per patch.
         overwrite (`bool`, *optional*, defaults to `False`): Whether to replace existing results.
@@ -58,15 +61,14 @@ def save_visual_tokens(
         ValueError: Unless exactly one of `images` and `dataset` is specified, or if the dataset has no image.
         FileExistsError: If the folder contains visual tokens and `overwrite` is not set.
     """
-    folder = Path(output)
-    if (folder / TOKENS_FILE).exists() and not overwrite:
-        raise FileExistsError(f"{folder / TOKENS_FILE} exists. Choose another output folder, or set `overwrite=True`.")
+    require_integers(limit=limit, top_k=top_k)
+    folder = _check_folder(output, overwrite, dataset=dataset, image_folder=image_folder)
     if (images is None) == (dataset is None):
         raise ValueError("Specify either images or a dataset.")
-    if dataset is not None:
-        titles, opened = images_of_rows(dataset, image_folder, split, limit)
-    else:
+    if dataset is None:
         titles, opened = open_images(images or [])
+    else:
+        titles, opened = images_of_rows(dataset, image_folder, split, limit, columns)
     names = names or titles
     progress = tqdm(opened, desc="reading images", disable=len(opened) < 4)
     tokens = [read_visual_tokens(model, processor, [image], top_k)[0] for image in progress]
@@ -80,8 +82,16 @@ def save_visual_tokens(
         "top_k": top_k,
         "images": [{"image": name, **asdict(found)} for name, found in zip(names, tokens, strict=True)],
     }
-    (folder / TOKENS_FILE).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / TOKENS_FILE, content, indent=None)
     return folder
+
+
+def _check_folder(output: str | Path, overwrite: bool, **inputs: Any) -> Path:
+    require_other_place(output, **inputs)
+    if Path(output, TOKENS_FILE).exists() and not overwrite:
+        name = Path(output, TOKENS_FILE)
+        raise FileExistsError(f"{name} exists. Choose another output folder, or set `overwrite=True`.")
+    return Path(output)
 
 
 def open_images(images: list) -> tuple[list[str], list[Image.Image]]:
@@ -96,15 +106,18 @@ def open_images(images: list) -> tuple[list[str], list[Image.Image]]:
 
 
 def images_of_rows(
-    dataset: str | Path | Dataset, image_folder: str | None = None, split: str = "train", limit: int = 32
+    dataset: str | Path | Dataset,
+    image_folder: str | None = None,
+    split: str = "train",
+    limit: int = 32,
+    columns: Mapping[str, Any] | None = None,
 ) -> tuple[list[str], list[Image.Image]]:
     """Return the names and the different images of the first `limit` rows of a dataset."""
-    if limit < 1:
-        raise ValueError(f"`limit` is {limit}. It must be at least 1.")
+    require_integers(limit=limit)
     if isinstance(dataset, Dataset):
         rows = dataset
     else:
-        rows = load_rows(dataset, image_folder=image_folder, split=split)
+        rows = load_rows(dataset, image_folder=image_folder, split=split, columns=columns)
     rows = rows.select(range(min(limit, len(rows))))
     _, image_positions = read_questions(rows)
     if not image_positions:

@@ -22,7 +22,7 @@ def ablate(
     settings: Annotated[
         list[str] | None, Argument(metavar="KEY=VALUE", help="Settings that replace the grid's in all arms.")
     ] = None,
-    seed: Annotated[list[int] | None, Option(help="Seed of a run; repeat it. Default: the grid's seeds.")] = None,
+    seed: Annotated[list[int] | None, Option(min=0, help="Seed of a run; repeat it. Default: the grid's.")] = None,
     only: Annotated[list[str] | None, Option(metavar="ARM", help="Run this arm only; repeat it for several.")] = None,
 ) -> None:
     """Train the arms of a grid with several seeds and compare them, seed by seed."""

@@ -20,6 +20,7 @@ def align(
     dataset: options.RequiredDataset,
     output: Annotated[Path | None, Option(help="Folder for the result. Default: change the model's folder.")] = None,
     image_folder: options.ImageFolder = None,
+    columns: options.Columns = None,
     keep_projector: Annotated[
         bool, Option("--keep-projector", help="Solve the VM head alone, for a model with a trained projector.")
     ] = False,
@@ -27,6 +28,7 @@ def align(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Solve the projector and the VM head from captions, without training."""
+    from vtlmm.data.columns import parse_columns
     from vtlmm.train.caption_alignment import align_checkpoint
 
     result = align_checkpoint(
@@ -34,6 +36,7 @@ def align(
         dataset,
         output,
         image_folder=image_folder,
+        columns=parse_columns(columns),
         keep_projector=keep_projector,
         dtype=dtype,
         overwrite=overwrite,

@@ -22,6 +22,7 @@ def analyze(
     dataset: options.RequiredDataset,
     split: options.Split = "train",
     image_folder: options.ImageFolder = None,
+    columns: options.Columns = None,
     labels: Annotated[
         str | None,
         Option(
@@ -45,7 +46,9 @@ def analyze(
 ) -> None:
     """Measure what the visual tokens of a dataset mean."""
     from vtlmm.analysis.dataset_analysis import analyze as analyze_dataset
+    from vtlmm.data.columns import parse_columns
 
+    mapping = parse_columns(columns)
     loading.require_visual_tokens(model)
     loading_previous = replace(loading, revision=None)  # the revision is of `model`
     if previous:
@@ -58,6 +61,7 @@ def analyze(
         dataset,
         image_folder=None if image_folder is None else str(image_folder),
         split=split,
+        columns=mapping,
         labels=labels,
         limit=limit,
         num_questions=questions,

@@ -27,6 +27,7 @@ def ask(
         Path | None, Option(help="With --dataset: a .jsonl file for the answers. An interrupted run resumes.")
     ] = None,
     image_folder: options.ImageFolder = None,
+    columns: options.Columns = None,
     batch_size: options.BatchSize = 8,
     max_new_tokens: options.MaxNewTokens = 512,
     *,
@@ -38,15 +39,18 @@ def ask(
         raise ValueError(f"With --dataset the questions come from its rows. Remove {prompt[-1]!r}.")
     if dataset is not None and output is None:
         raise ValueError("--dataset needs --output, the file for the answers.")
-    if dataset is None and (output or image_folder):
-        raise ValueError(f"{'--output' if output else '--image-folder'} has no effect without --dataset. Remove it.")
+    for option, value in {"--output": output, "--image-folder": image_folder, "--columns": columns}.items():
+        if dataset is None and value is not None:
+            raise ValueError(f"{option} has no effect without --dataset. Remove it.")
     if dataset is None and (not prompt or (len(prompt) == 1 and isfile(prompt[0]))):
         raise ValueError("The question is missing. Pass images, if any, and then the question.")
 
+    from vtlmm.data.columns import parse_columns
     from vtlmm.data.images import open_image
     from vtlmm.inference.batch_file import answer_file
     from vtlmm.inference.generation import answer_batch
 
+    mapping = parse_columns(columns)
     if dataset is None:
         *paths, question = prompt
         images = [open_image(path) for path in paths]
@@ -62,6 +66,7 @@ def ask(
         dataset,
         output,
         image_folder=image_folder,
+        columns=mapping,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         name=model,

@@ -34,14 +34,21 @@ def compose(
         str | None, Option(help="Captioned images that solve the projector and the VM head, as `vtlmm align` does.")
     ] = None,
     image_folder: options.ImageFolder = None,
+    columns: options.Columns = None,
     dtype: Annotated[options.DtypeName, Option(help="dtype of the model. auto: the decoder's dtype.")] = "auto",
     seed: options.Seed = 0,
     trust_remote_code: options.TrustRemoteCode = False,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Make an untrained VT-LMM from a vision tower and a decoder."""
+    for option, value in {"--image-folder": image_folder, "--columns": columns}.items():
+        if align_captions is None and value is not None:
+            raise ValueError(f"{option} has no effect without --align-captions. Remove it.")
+
+    from vtlmm.data.columns import parse_columns
     from vtlmm.hub.compose import compose_model
 
+    mapping = parse_columns(columns)
     compose_model(
         vision,
         text,
@@ -60,4 +67,4 @@ def compose(
     if align_captions is not None:
         from vtlmm.train.caption_alignment import align_checkpoint
 
-        align_checkpoint(output, align_captions, image_folder=image_folder)
+        align_checkpoint(output, align_captions, image_folder=image_folder, columns=mapping)

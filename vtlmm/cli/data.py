@@ -20,10 +20,12 @@ def check(
     dataset: options.Dataset = None,
     model: Annotated[str | None, Option(help="VT-LMM whose processor and chat template are used.")] = None,
     image_folder: options.ImageFolder = None,
+    columns: options.Columns = None,
     max_length: Annotated[int | None, Option(min=1, help="Longest row in tokens.")] = None,
 ) -> None:
     """Check every row and image of the training data. The exit code is 1 if a row has a problem."""
     import modeling_vtlmm  # noqa: F401 - registers the processor
+    from vtlmm.data.columns import parse_columns
     from vtlmm.train.recipe import read_recipe
     from vtlmm.train.run_data import check_data
 
@@ -32,6 +34,7 @@ def check(
         "dataset_name": dataset,
         "model_name_or_path": model,
         "image_folder": None if image_folder is None else str(image_folder),
+        "columns": parse_columns(columns),
         "max_length": max_length,
     }
     settings.update({key: value for key, value in given.items() if value is not None})

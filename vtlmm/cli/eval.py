@@ -47,6 +47,7 @@ def eval(
     dataset: options.Dataset = None,
     split: options.Split = "train",
     image_folder: options.ImageFolder = None,
+    columns: options.Columns = None,
     kind: Kind = None,
     references: References = None,
     id: Id = None,
@@ -73,18 +74,19 @@ def eval(
         run_tasks(model, tasks.split(","), harness, output, dataset, include_path, limit, batch_size, loading)
         return
 
+    from vtlmm.data.columns import parse_columns
     from vtlmm.evaluation.runner import evaluate
 
     assert dataset is not None  # checked above
+    mapping = parse_columns(columns)
     output = output or Path("outputs", "eval", "_".join(filter(None, (Path(model).name, Path(dataset).stem, prompt))))
-    loaded, processor = loading.load(model)
     result = evaluate(
-        loaded,
-        processor,
+        *loading.load(model),
         dataset,
         output=output,
         image_folder=image_folder,
         split=split,
+        columns=mapping,
         kind=kind,
         references=references,
         row_id=id,

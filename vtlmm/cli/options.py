@@ -14,13 +14,17 @@ from typer import Argument, Option
 Model = Annotated[str, Argument(help="VT-LMM, exported LLaVA or adapter: a folder or a Hub id.")]
 Output = Annotated[Path, Option(help="Folder for the result.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing result.")]
-Seed = Annotated[int, Option(help="Random seed.")]
+Seed = Annotated[int, Option(min=0, help="Random seed.")]
 
 DATASET_HELP = "File (.json, .jsonl, .csv, .parquet), folder or Hub id of a dataset."
 Dataset = Annotated[str | None, Option(help=DATASET_HELP)]
 RequiredDataset = Annotated[str, Option(help=DATASET_HELP)]
 Split = Annotated[str, Option(help="Split of the dataset. A file has one split, train.")]
 ImageFolder = Annotated[Path | None, Option(help="Folder of the image paths. Default: the folder of the dataset.")]
+Columns = Annotated[
+    str | None,
+    Option(metavar="NAME=COLUMN,…", help="Names of your columns: image=photo,question=ask. photo= ignores a column."),
+]
 Limit = Annotated[int | None, Option(min=1, help="Use the first rows only. The result is marked as a subset.")]
 BatchSize = Annotated[int, Option(min=1, help="Questions or images per forward pass.")]
 MaxNewTokens = Annotated[int, Option(min=1, help="Longest answer in tokens.")]

@@ -22,6 +22,7 @@ def tokens(
     dataset: options.Dataset = None,
     split: options.Split = "train",
     image_folder: options.ImageFolder = None,
+    columns: options.Columns = None,
     limit: Annotated[int, Option(min=1, help="Use the images of the first rows of the dataset.")] = 32,
     output: Annotated[Path | None, Option(help="Folder for the results. Default: one in outputs/tokens.")] = None,
     top_k: Annotated[int, Option(min=1, help="Words per patch.")] = 5,
@@ -34,10 +35,12 @@ def tokens(
         raise ValueError("Specify either images or a dataset with --dataset.")
 
     from vtlmm.analysis.visual_token_files import TOKENS_PAGE, images_of_rows, open_images, save_visual_tokens
+    from vtlmm.data.columns import parse_columns
 
     # The images come first, so that a wrong path is found before the model is loaded.
     if dataset:
-        names, opened = images_of_rows(dataset, None if image_folder is None else str(image_folder), split, limit)
+        folder_of_images = None if image_folder is None else str(image_folder)
+        names, opened = images_of_rows(dataset, folder_of_images, split, limit, parse_columns(columns))
     else:
         names, opened = open_images(images or [])
     loading.require_visual_tokens(model)

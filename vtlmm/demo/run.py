@@ -3,7 +3,6 @@
 
 import contextlib
 import io
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -18,7 +17,9 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from vtlmm.analysis.plots import save_curves
+from vtlmm.data.output_files import write_json
 from vtlmm.data.questions import split_questions
+from vtlmm.data.setting_values import require_integers
 from vtlmm.hub.compose import compose_model
 from vtlmm.train.config import VTLMMTrainingConfig
 from vtlmm.train.trainer import VTLMMTrainer
@@ -153,6 +154,7 @@ def run_demo(output: str | Path, seed: int = 0) -> dict:
     Returns:
         `dict`: The content of `results.json`.
     """
+    require_integers(0, seed=seed)
     started = time.time()
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -186,6 +188,6 @@ def run_demo(output: str | Path, seed: int = 0) -> dict:
         "seconds": round(time.time() - started, 1),
         "pipeline": {"question": asked[0]["question"], "answer": text},
     }
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(output / "results.json", results)
     print(f"{results['seconds']:.0f} s. See patches.png, curves.png, results.json and model/ in {output}.")
     return results

@@ -1,13 +1,13 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Compare two evaluations of the same questions: the difference, its interval, and the answers that changed."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vtlmm.data.json_files import read_json
 from vtlmm.data.markdown import markdown_table
 from vtlmm.data.output_files import write_json
 from vtlmm.inference.resumable import finished_answers
@@ -160,11 +160,11 @@ def _compare_kind(kind: str, first: Sequence[float], second: Sequence[float], cl
 def _read_run(folder: Path) -> _Run:
     if not (folder / RUN_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds no evaluation ({RUN_FILE}). Give an output folder of `vtlmm eval`.")
-    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    run = read_json(folder / RUN_FILE, entries={"key": dict, "num_questions": int})
     records = [record for record, _ in finished_answers(folder / ANSWERS_FILE)]
     if len(records) < run["num_questions"] or not (folder / RESULTS_FILE).is_file():
         raise ValueError(
             f"{folder} is not finished ({len(records)} of {run['num_questions']} answers). Run its command again."
         )
-    results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    results = read_json(folder / RESULTS_FILE, entries={"scorer": str})
     return _Run(run, results, sorted(records, key=lambda record: record["index"]))

@@ -16,6 +16,7 @@ from datasets import Dataset, Features, Image, List, Value
 from vtlmm.data.environment import package_versions
 from vtlmm.data.images import open_image
 from vtlmm.data.output_files import finite, write_json, write_text
+from vtlmm.data.setting_values import require_integers
 from vtlmm.inference.loading import best_device
 
 from .scorers import exact_match
@@ -126,6 +127,7 @@ def run_harness(
         `ValueError`: if the harness is not installed, does not have a task, or returns no results.
         Errors of the harness pass through. The command of lmms-eval would end with exit code 0.
     """
+    require_integers(limit=limit, batch_size=batch_size)
     output = Path(output)
     try:
         importlib.import_module(PACKAGES[harness])

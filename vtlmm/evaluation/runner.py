@@ -3,7 +3,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,18 +12,20 @@ from typing import Any, Literal
 from accelerate.state import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from transformers import PreTrainedConfig
 
 from vtlmm.data.data_report import Problem
 from vtlmm.data.environment import package_versions
-from vtlmm.data.output_files import one_writer
+from vtlmm.data.output_files import one_writer, require_other_place
 from vtlmm.data.rows import load_rows
-from vtlmm.data.validation import check_rows
+from vtlmm.data.setting_values import require_integers
+from vtlmm.data.validation import check_rows, position_limit
 from vtlmm.inference.batch_inputs import VisionFeatures
 from vtlmm.inference.generation import conversation, generate_answers
 from vtlmm.inference.prompt_encoding import Prompt
 from vtlmm.inference.resumable import answer_all, open_run, run_key
 
-from .prompts import MAX_NEW_TOKENS, check_prompt
+from .prompts import MAX_NEW_TOKENS, build_prompt, check_prompt
 from .questions import ImagePositions, image_loader, read_questions, with_prompt
 from .report import format_table, write_report
 from .scorers import accuracy_by_kind, score_answers, summarize
@@ -84,6 +86,7 @@ def evaluate(
     output: str | os.PathLike | None = None,
     image_folder: str | os.PathLike | None = None,
     split: str = "train",
+    columns: Mapping[str, Any] | None = None,
     kind: str | None = None,
     references: str | None = None,
     row_id: str | None = None,
@@ -104,25 +107,26 @@ def evaluate(
 
     Args:
         model, processor: see [`load_model`].
-        dataset, image_folder, split: file, folder or Hub id, as for training, or rows in memory; see [`load_rows`].
+        dataset, image_folder, split, columns: as for training, or rows in memory; see [`load_rows`].
         output: folder for answers, tables and a page of samples. An interrupted run resumes there.
         kind, references, row_id: columns with the kind of a question, its accepted answers and its id.
         scorer: a name in [`SCORERS`].
         prompt: benchmark whose prompt ending is added, as in LLaVA.
         submission: `vqav2`, `vizwiz` or `mmbench`; its submission file is written to `output`. It needs `row_id`.
-        bad_rows: `"skip"` leaves out invalid rows and reports them.
-        limit: use the first rows only. The result is marked as a subset.
-        batch_size: questions per forward pass.
-        max_new_tokens: longest answer in tokens; by default LLaVA's for `prompt`, otherwise 128.
-        seed: seed of the shuffled images.
-        name: name of the model in the results.
+        bad_rows, limit: `"skip"` leaves out invalid rows; use the first rows only. The result reports both.
+        batch_size, max_new_tokens: questions per forward pass; longest answer, by default LLaVA's for `prompt` or 128.
+        seed, name: seed of the shuffled images; name of the model in the results.
 
     Raises:
         `ValueError`: for invalid rows or images, a scorer that does not fit the rows, an `output` of another run, or
             another process that writes to `output`.
     """
-    _check_settings(prompt, submission, row_id, output, bad_rows, limit)
-    data = _read_data(dataset, processor, image_folder, split, (kind, references, row_id), bad_rows, limit)
+    _check_settings(prompt, submission, row_id, output, bad_rows)
+    require_other_place(output, dataset=dataset, image_folder=image_folder)
+    _check_numbers(limit, batch_size, max_new_tokens, seed)
+    load = {"image_folder": image_folder, "split": split, "columns": columns}
+    room = _room_for_question(model, processor, prompt)
+    data = _read_data(dataset, load, processor, (kind, references, row_id), bad_rows, limit, room)
     data.check_scoring(scorer, submission)
     prompts = with_prompt(data.questions, prompt)
     key = run_key(model, processor, prompts, prompt, max_new_tokens or MAX_NEW_TOKENS.get(prompt or "", 128), seed)
@@ -163,20 +167,20 @@ class _EvaluationData:
 
 def _read_data(
     dataset,
+    load: dict[str, Any],
     processor,
-    image_folder: str | os.PathLike | None,
-    split: str,
     columns: tuple[str | None, str | None, str | None],
     bad_rows: str,
     limit: int | None,
+    max_positions: int | None,
 ) -> _EvaluationData:
     """Read the questions and check their rows; `columns` are those of kind, references and id."""
-    rows = load_rows(dataset, image_folder=image_folder, split=split, keep_columns=[c for c in columns if c])
+    rows = load_rows(dataset, keep_columns=[c for c in columns if c], **load)
     num_rows, subset = len(rows), None
     if limit is not None and limit < num_rows:
         rows, subset = rows.select(range(limit)), f"the first {limit} of {num_rows} rows"
         num_rows = limit
-    report = check_rows(rows, processor, require_marks=False)
+    report = check_rows(rows, processor, require_marks=False, max_positions=max_positions)
     if bad_rows == "raise" or not report.good_rows:
         report.raise_for_problems(advice="Fix them, or set `bad_rows` to 'skip' to evaluate the other rows.")
     rows = rows.select(report.good_rows)
@@ -213,9 +217,7 @@ def _report(
     )
 
 
-def _check_settings(
-    prompt: str | None, submission: str | None, row_id: str | None, output, bad_rows: str, limit: int | None
-) -> None:
+def _check_settings(prompt: str | None, submission: str | None, row_id: str | None, output, bad_rows: str) -> None:
     check_prompt(prompt)
     if submission is not None and submission not in SUBMISSION_IDS:
         raise ValueError(f"Unknown submission {submission!r}. Choose one of {', '.join(SUBMISSION_IDS)}.")
@@ -226,8 +228,18 @@ def _check_settings(
         raise ValueError("A submission needs `output`, the folder for its file.")
     if bad_rows not in ("raise", "skip"):
         raise ValueError(f"`bad_rows` is {bad_rows!r}. It must be 'raise' or 'skip'.")
-    if limit is not None and limit < 1:
-        raise ValueError(f"`limit` is {limit}. It must be at least 1.")
+
+
+def _check_numbers(limit: int | None, batch_size: int, max_new_tokens: int | None, seed: int) -> None:
+    require_integers(limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    require_integers(0, seed=seed)
+
+
+def _room_for_question(model, processor, prompt: str | None) -> int | None:
+    """Return the number of positions of the decoder without the ending of a benchmark's prompt."""
+    ending = processor.tokenizer(build_prompt(prompt, ""), add_special_tokens=False)["input_ids"]
+    limit = position_limit(model.config)
+    return None if limit is None else max(1, limit - len(ending))
 
 
 def run_questions(
@@ -273,7 +285,12 @@ def run_questions(
 
 
 def task_scores(
-    rows: Dataset, processor, num_images: int, batch_size: int = 8, seed: int = 0
+    rows: Dataset,
+    processor,
+    num_images: int,
+    batch_size: int = 8,
+    seed: int = 0,
+    config: PreTrainedConfig | None = None,
 ) -> Callable[[Any], dict[str, float]]:
     r"""
     Return a function that answers the questions about the first images of `rows` and scores them by exact match.
@@ -286,6 +303,7 @@ def task_scores(
         num_images (`int`): number of different images; they are kept in memory.
         batch_size (`int`, *optional*, defaults to 8), seed (`int`, *optional*, defaults to 0): the seed is of the
             shuffled images.
+        config (`PreTrainedConfig`, *optional*): config of the model, whose positions limit the rows.
 
     Returns:
         `Callable`: model to `dict` with `accuracy` and, with at least two images, `accuracy_shuffled_images`, 0 to 1.
@@ -293,7 +311,10 @@ def task_scores(
     Raises:
         `ValueError`: for invalid rows or images, and if no question has an image.
     """
-    check_rows(rows, processor, require_marks=False).raise_for_problems(advice="Fix these rows of `eval_task_data`.")
+    require_integers(num_images=num_images, batch_size=batch_size)
+    limit = None if config is None else position_limit(config)
+    report = check_rows(rows, processor, require_marks=False, max_positions=limit)
+    report.raise_for_problems(advice="Fix these rows of `eval_task_data`.")
     questions, image_positions = read_questions(rows)
     load = image_loader(rows, image_positions)
     images = {key: load(key) for key in list(image_positions)[:num_images]}

@@ -3,7 +3,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from datasets import Dataset
 from PIL import Image
 
 from vtlmm.data.images import image_key, open_image
-from vtlmm.data.output_files import one_writer
+from vtlmm.data.output_files import one_writer, require_other_place
 from vtlmm.data.questions import split_questions
 from vtlmm.data.rows import load_rows, undecoded_images
-from vtlmm.data.validation import check_rows
+from vtlmm.data.setting_values import require_integers
+from vtlmm.data.validation import check_rows, position_limit
 
 from .resumable import answer_all, digest, open_run, run_key
 
@@ -26,6 +27,7 @@ def answer_file(
     output: str | os.PathLike,
     *,
     image_folder: str | os.PathLike | None = None,
+    columns: Mapping[str, Any] | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 512,
     name: str | None = None,
@@ -35,16 +37,17 @@ def answer_file(
 
     Each line has the `index` of its question, the question, its images and the `answer`. Questions of similar length
     are answered together, so the lines are not in order. All rows and images are checked before the first answer. The
-    same call resumes an interrupted run. The file `.run.json` next to the output identifies the run.
+    same call resumes an interrupted run. The file `OUTPUT.run.json` next to the output identifies the run.
 
     Args:
         model, processor: see [`load_model`].
         dataset (`str`): file, folder or Hub id, with or without answers, see [`load_rows`].
         output (`str`): the file of answers.
         image_folder (`str`, *optional*): folder of the image paths; by default the folder of the dataset.
+        columns (`dict`, *optional*): names of the dataset's columns, see [`load_rows`].
         batch_size (`int`, *optional*, defaults to 8): questions per forward pass.
         max_new_tokens (`int`, *optional*, defaults to 512): longest answer in tokens.
-        name (`str`, *optional*): name of the model in `.run.json`.
+        name (`str`, *optional*): name of the model in `OUTPUT.run.json`.
 
     Returns:
         `list[str]`: the answers, in the order of the questions.
@@ -54,18 +57,22 @@ def answer_file(
             settings, or another process that writes to `output`.
         `FileNotFoundError`: for a dataset or image file that does not exist.
     """
+    require_other_place(output, dataset=dataset)
+    require_integers(batch_size=batch_size, max_new_tokens=max_new_tokens)
     output = Path(output)
-    rows = undecoded_images(load_rows(dataset, image_folder=image_folder, require_answers=False, keep_columns=["id"]))
-    check_rows(rows, processor, require_answers=False, require_marks=False).raise_for_problems(
-        advice=f"Fix these rows of {dataset}. No question was answered."
+    rows = undecoded_images(
+        load_rows(dataset, image_folder=image_folder, columns=columns, require_answers=False, keep_columns=["id"])
     )
+    limit = position_limit(model.config)
+    report = check_rows(rows, processor, require_answers=False, require_marks=False, max_positions=limit)
+    report.raise_for_problems(advice=f"Fix these rows of {dataset}. No question was answered.")
     questions, load_image = read_file_questions(rows, dataset, image_folder)
     names = dict.fromkeys(name for question in questions for name in question["images"])
     images = [image_key(load_image(name)) for name in names]
     key = run_key(model, processor, questions, max_new_tokens=max_new_tokens) | {"images": digest(images)}
     about = {"model": name or model.name_or_path, "num_questions": len(questions)}
     with one_writer(output.with_name(f".{output.name}.lock"), output):
-        open_run(output.with_suffix(".run.json"), [output], key, about)
+        open_run(output.with_name(f"{output.name}.run.json"), [output], key, about)
         return answer_all(output, model, processor, questions, load_image, batch_size, max_new_tokens)
 
 

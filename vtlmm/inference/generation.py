@@ -12,6 +12,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 
 from vtlmm.data.images import image_key, open_image
 from vtlmm.data.questions import question_parts
+from vtlmm.data.setting_values import require_integers
 
 from .batch_inputs import IMAGES_IN_MEMORY, VisionFeatures, limit_new_tokens, model_inputs
 from .prompt_encoding import Prompt
@@ -44,12 +45,11 @@ def generate(
 
     Args:
         model, processor: see [`load_model`].
-        questions (`str` or `list`): a question, a conversation (a list of messages), or a list of either. Control
-            tokens in a text, e.g. `<image>`, are plain text.
+        questions (`str` or `list`): a question, a conversation (a list of messages), or a list of either. In a
+            question, `<image>` is the place of an image, as in a row. Other control tokens in a text are plain text.
         images (*optional*): for one question an image or a list of images; for a list of questions a list with one
-            entry per question. An image is a path, a PIL image or the bytes of a file. Images come before the text of
-            a question, or in the place of a conversation's `{"type": "image"}` parts, which may also hold their image
-            (`"image"`).
+            entry per question. An image is a path, a PIL image or the bytes of a file. Images come before a question
+            without `<image>`, or in the place of a conversation's `{"type": "image"}` parts, which may hold an image.
         max_new_tokens (`int`, *optional*, defaults to 512): longest answer in tokens.
         batch_size (`int`, *optional*, defaults to 8): questions per forward pass.
         vision_features (`MutableMapping[str, torch.Tensor]`, *optional*): vision tower outputs by image key, see
@@ -62,6 +62,7 @@ def generate(
         `FileNotFoundError`, `ValueError`: for an image that cannot be read, for a number of images that does not fit
             the questions, and for a question that is longer than the decoder's position limit.
     """
+    require_integers(max_new_tokens=max_new_tokens, batch_size=batch_size)
     is_one = isinstance(questions, str) or bool(questions and isinstance(questions[0], dict))
     if is_one:
         questions, images = [questions], [images]
@@ -99,8 +100,7 @@ def build_prompt(question: str | list[dict], images: Any, sources: dict) -> Prom
     """
     given = images if isinstance(images, list | tuple) else [] if images is None else [images]
     if isinstance(question, str):
-        content = [*({"type": "image"} for _ in given), {"type": "text", "text": question}]
-        question = [{"role": "user", "content": content}]
+        question, given = conversation({"images": list(given), "question": question}), []
     given, used, messages = list(given), [], []
     for message in question:
         content = message["content"]
@@ -237,6 +237,7 @@ def stream_answer(
     Args:
         messages (`list[dict]`): a conversation whose last message is the user's, see [`generate`].
     """
+    require_integers(max_new_tokens=max_new_tokens)
     sources: dict = {}
     prompt = build_prompt(messages, None, sources)
     features = VisionFeatures() if vision_features is None else vision_features

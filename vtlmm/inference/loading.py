@@ -1,7 +1,6 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Load a model and its processor for inference: from a folder, a Hub repository, or an adapter."""
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 import modeling_vtlmm  # noqa: F401 - registers the model
+from vtlmm.data.json_files import read_json
 from vtlmm.hub.paths import check_checkpoint
-from vtlmm.hub.repository import RUN_RECORD, adapter_record
+from vtlmm.hub.repository import ADAPTER_SETTINGS
+from vtlmm.hub.repository_checks import require_json
 
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,8 @@ def load_model(
     r"""
     Load a VT-LMM, a LLaVA exported from it, or an adapter of `vtlmm train` with its base model.
 
-    An adapter is merged into its base, unless the base is quantized. The base comes from `adapter_config.json`. The
-    run record of the training says whether the model has another VM head or reads pseudo image features.
+    An adapter is merged into its base, unless the base is quantized. The base comes from `adapter_config.json`, the
+    type of the VM head and the use of pseudo image features from `vtlmm_adapter.json`.
 
     Args:
         name (`str`): model folder, adapter folder or Hub id.
@@ -142,7 +143,7 @@ def _find_source(name: str | os.PathLike, revision: str | None, trust_remote_cod
     if adapter_config is None:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         return _Source(config, name, revision, None)
-    settings = json.loads(Path(adapter_config).read_text(encoding="utf-8"))
+    settings = read_json(adapter_config)
     base, base_revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not base:
         raise ValueError(f"{name}/adapter_config.json does not name its base model (`base_model_name_or_path`).")
@@ -154,7 +155,8 @@ def _find_source(name: str | os.PathLike, revision: str | None, trust_remote_cod
             f"{name} is an adapter, and its base model {base!r} was not found. Name its base: "
             f"vtlmm merge {name} --base BASE --output FOLDER."
         ) from error
-    _apply_run_record(config, Path(adapter_config).parent)
+    for key, value in read_adapter_settings(name, revision).items():
+        setattr(config, key, value)
     return _Source(config, base, base_revision, name)
 
 
@@ -172,6 +174,7 @@ def _check_name(name: str | os.PathLike) -> str:
         inside = sorted(str(file.parent) for file in path.glob("*/config.json"))
         advice = f"Did you mean {' or '.join(inside[:5])}?" if inside else "Give the folder of a model."
         raise ValueError(f"{text} has no config.json and no adapter_config.json. {advice}")
+    require_json(path)
     return text
 
 
@@ -189,20 +192,31 @@ def _quantization_config(config: PreTrainedConfig, dtype: str | torch.dtype, in_
 # ---- Adapters ----
 
 
-def _apply_run_record(config: PreTrainedConfig, folder: Path) -> None:
-    """Set what the training changed in the model. The run record says it; the adapter's own config does not."""
-    history = adapter_record(folder)
-    if not history:
+def read_adapter_settings(name: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
+    """
+    Return `use_pseudo_image_features` and `vm_head_type` of the model that an adapter was trained in.
+
+    PEFT's own config has no place for them. The result is empty for an adapter that [`VTLMMTrainer`] did not save.
+
+    Raises:
+        `ValueError`: if the file is damaged.
+    """
+    path = cached_file(
+        os.fspath(name),
+        ADAPTER_SETTINGS,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
         logger.warning(
             "%s has no %s. The type of the VM head and the use of pseudo image features come from the base model.",
-            folder,
-            RUN_RECORD,
+            name,
+            ADAPTER_SETTINGS,
         )
-        return
-    settings = history[-1]["settings"]
-    for name in ("use_pseudo_image_features", "vm_head_type"):
-        if settings.get(name) is not None:
-            setattr(config, name, settings[name])
+        return {}
+    settings = read_json(path, entries={"use_pseudo_image_features": bool, "vm_head_type": str})
+    return {key: settings[key] for key in ("use_pseudo_image_features", "vm_head_type")}
 
 
 def _apply_adapter(model: PreTrainedModel, folder: str, revision: str | None) -> tuple[Any, set[str]]:

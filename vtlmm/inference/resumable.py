@@ -9,7 +9,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from vtlmm.data.output_files import write_json
+from vtlmm.data.json_files import read_json, require_type
+from vtlmm.data.output_files import json_text, write_json
 from vtlmm.data.validation import image_tokens_per_image, position_limit
 from vtlmm.hub.weights_digest import weights_digest
 
@@ -106,7 +107,7 @@ def open_run(path: Path, answers: list[Path], key: dict[str, Any], about: dict[s
         `ValueError`: if the answers are of another run. It lists what differs.
     """
     if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))["key"]
+        saved = read_json(path, entries={"key": dict})["key"]
         differing = [name for name in key if saved.get(name) != key[name]]
         if differing:
             raise ValueError(
@@ -126,11 +127,21 @@ def open_run(path: Path, answers: list[Path], key: dict[str, Any], about: dict[s
 
 
 def finished_answers(path: Path) -> list[tuple[dict[str, Any], int]]:
-    """Return the records of a file of answers, each with the byte offset of its end. A cut last line is ignored."""
+    """
+    Return the records of a file of answers, each with the byte offset of its end. A cut last line is ignored.
+
+    Raises:
+        `ValueError`: for another line that is not a record.
+    """
     records, end = [], 0
-    for line in (path.read_bytes() if path.is_file() else b"").split(b"\n")[:-1]:
+    for number, line in enumerate((path.read_bytes() if path.is_file() else b"").split(b"\n")[:-1], 1):
         end += len(line) + 1
-        records.append((json.loads(line), end))
+        name = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{name} is not JSON: {error}. Delete the file to answer its questions again.") from error
+        records.append((require_type(record, dict, name, {"index": int, "answer": str}), end))
     return records
 
 
@@ -185,7 +196,7 @@ def answer_all(
             lines = []
             for i, answer in zip(batch, generated, strict=True):
                 answers[i] = answer.text
-                lines.append(json.dumps(_record(i, questions[i], answer.text), ensure_ascii=False) + "\n")
+                lines.append(json_text(_record(i, questions[i], answer.text)) + "\n")
             file.write("".join(lines).encode())
             file.flush()
             progress.update(len(batch))
