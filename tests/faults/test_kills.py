@@ -9,9 +9,11 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers.forked import arguments, fork, wait
 from helpers.training import write_start
 
 from vtlmm.cli.main import main
@@ -32,24 +34,6 @@ KINDS = {
 STEPS = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "learning_rate": 1e-2}
 
 
-def arguments(settings: dict) -> list[str]:
-    return ["train", *(word for name, value in settings.items() for word in (f"--{name}", str(value)))]
-
-
-def start(settings: dict) -> int:
-    """Run the command in a fork, which does not import torch again."""
-    process = os.fork()
-    if process == 0:
-        log = os.open(os.environ["FAULT_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2)
-        code = 99
-        try:
-            code = main(arguments(settings))
-        finally:
-            os._exit(code)
-    return process
-
-
 def kill(process: int, moment: float, staging: Path | None) -> int:
     """Send SIGKILL after `moment` seconds, counted from the next save if there is a `staging` folder to wait for."""
     while staging is not None and not staging.is_dir():
@@ -61,22 +45,21 @@ def kill(process: int, moment: float, staging: Path | None) -> int:
         os.kill(process, signal.SIGKILL)
     except ProcessLookupError:
         pass
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return wait(process)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_runs_resume_to_the_same_weights(tmp_path, monkeypatch, kind):
+def test_killed_runs_resume_to_the_same_weights(tmp_path, kind):
     log = tmp_path / "log.txt"
-    monkeypatch.setenv("FAULT_LOG", str(log))
     rng = random.Random(f"{SEED} {kind}")
     settings = {**write_start(tmp_path), **STEPS, **KINDS[kind]}
     settings["output_dir"] = str(tmp_path / "whole")
     begin = time.monotonic()
-    assert os.waitstatus_to_exitcode(os.waitpid(start(settings), 0)[1]) == 0, log.read_text()
+    assert wait(fork(partial(main, arguments(settings)), log)) == 0, log.read_text()
     seconds = time.monotonic() - begin
     settings |= {"output_dir": str(tmp_path / "killed"), "resume_from_checkpoint": True}
     for number in range(max(2, NUM_KILLS // len(KINDS))):
-        process = start(settings)
+        process = fork(partial(main, arguments(settings)), log)
         if number % 2:
             code = kill(process, rng.uniform(0, 0.05), tmp_path / "killed" / STAGING)
         else:
@@ -85,6 +68,6 @@ def test_killed_runs_resume_to_the_same_weights(tmp_path, monkeypatch, kind):
         if code == 0:  # finished before the signal: begin again
             for path in (tmp_path / "killed").glob("*.json"):
                 path.unlink()
-    assert os.waitstatus_to_exitcode(os.waitpid(start(settings), 0)[1]) == 0, log.read_text()[-3000:]
+    assert wait(fork(partial(main, arguments(settings)), log)) == 0, log.read_text()[-3000:]
     name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
