@@ -11,6 +11,7 @@ from vtlmm.cli.main import main
 from vtlmm.inference.batch_file import answer_file
 from vtlmm.inference.batch_inputs import VisionFeatures
 from vtlmm.inference.generation import generate, stream_answer
+from vtlmm.inference.loading import load_model
 from vtlmm.inference.prompt_encoding import encode_prompt
 
 
@@ -78,6 +79,19 @@ def test_an_image_mark_means_the_same_in_generate_and_ask(work, model_and_proces
             generate(model, processor, question, (images * 2)[:number])
     parts = [image, {"type": "text", "text": "what is <image> ?"}]
     assert encode_prompt(processor, [{"role": "user", "content": parts}]).count(processor.image_token_id) == 1
+
+
+def test_positions_of_the_decoder_limit_the_answer(work):
+    """The answers of this model never end early."""
+    model, processor = load_model(work / "model")
+    model.config.text_config.max_position_embeddings = 30
+    length = len(encode_prompt(processor, [{"role": "user", "content": [{"type": "text", "text": "what is it ?"}]}]))
+    [answer] = generate(model, processor, "what is it ?", max_new_tokens=512)
+    assert len(answer.split()) == 30 - length
+    messages = [{"role": "user", "content": "what is it ?"}]
+    assert "".join(stream_answer(model, processor, messages, 512)).strip() == answer
+    with pytest.raises(ValueError, match="tokens with its images, but the decoder has 30 positions"):
+        generate(model, processor, "what " * 40)
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "batch_size"])
