@@ -199,6 +199,14 @@ def test_host_names(serve):
         assert client.get("/health", headers={"Host": host}).status_code == 403
 
 
+def test_other_host_names_of_a_public_server(serve):
+    client = serve(host="0.0.0.0")
+    for host in ("example.com", "[", "a b", "\x7f", ""):
+        assert client.get("/health", headers={"Host": host}).status_code in (200, 400)
+        assert client.get("/nothing/", headers={"Host": host}).status_code in (404, 400)
+        assert client.get("/health/", headers={"Host": host}).status_code in (404, 400)
+
+
 def test_content_type(serve):
     client = serve()
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):  # what a web page may send without a question

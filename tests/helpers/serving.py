@@ -33,13 +33,13 @@ def build_serving_model(**config) -> VTLMMForConditionalGeneration:
 
 
 @contextlib.contextmanager
-def running_server(model, **settings):
-    """Yield an `httpx.Client` for a server in a thread. `client.app` is its app."""
+def running_server(model, host: str = "127.0.0.1", **settings):
+    """Yield an `httpx.Client` for a server in a thread, as if it listened at `host`. `client.app` is its app."""
     uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
     from vtlmm.inference.server.app import build_app
     from vtlmm.inference.server.settings import ServerSettings
 
-    app = build_app(NAME, model, build_processor(), ServerSettings(**settings))
+    app = build_app(NAME, model, build_processor(), ServerSettings(**settings), host)
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -42,7 +43,8 @@ def build_app(name: str, model, processor, settings: ServerSettings | None = Non
         yield
         completions.close()
 
-    app = FastAPI(title="vtlmm", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    no_pages: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None, "redirect_slashes": False}
+    app = FastAPI(title="vtlmm", lifespan=lifespan, **no_pages)
     app.state.completions = completions
 
     @app.post("/v1/chat/completions")
@@ -93,7 +95,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)  # an unknown path or method
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         return RequestError(
-            f"{request.method} {request.url.path[:100]}: {error.detail}.", error.status_code
+            f"{request.method} {request.scope['path'][:100]}: {error.detail}.", error.status_code
         ).response()
 
     @app.exception_handler(Exception)
@@ -111,7 +113,8 @@ def run_server(app: FastAPI, host: str, port: int, shutdown_seconds: int = 30) -
     completions = app.state.completions
     if not is_loopback(host) and completions.settings.api_key is None:
         logger.warning("Everyone who can reach %s can use the model. Set an API key with `--api-key`.", host)
-    print(f"{completions.name} answers at http://{host}:{port}/v1", flush=True)
+    address = f"[{host}]" if ":" in host else host
+    print(f"{completions.name} answers at http://{address}:{port}/v1", flush=True)
     # Access logs are off: they would hold the addresses of clients.
     uvicorn.run(
         app,
