@@ -1,6 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Commands and Python snippets of the documentation, and a working directory in which they run at toy size."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -48,6 +49,13 @@ def write_demo_outputs(folder: Path) -> None:
     for number, color in enumerate(("red", "blue"), 1):
         for place in (folder, folder / "images"):
             PILImage.new("RGB", (28, 28), color).save(place / f"{number}.jpg")
+    captions = []
+    for number in range(3, 43):
+        color = ("red", "blue", "green", "white")[number % 4]
+        PILImage.new("RGB", (28, 28), color).save(folder / "images" / f"{number}.jpg")
+        captions.append({"image": f"{number}.jpg", "caption": f"a {color} boat"})
+    (folder / "captions.json").write_text(json.dumps(captions))
+    (folder / "held_out.json").write_text(json.dumps(captions[:4]))
     (folder / "rows.csv").write_text(
         "image,question,answer\n1.jpg,what is it ?,a red boat\n2.jpg,what is it ?,a blue boat\n"
     )
