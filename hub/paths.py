@@ -15,7 +15,7 @@ MODEL_FILES = (
     *("config.json", "generation_config.json", "adapter_config.json", "processor_config.json"),
     *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"),
     *("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
-    *("*_vtlmm.py", "*.gguf", "Modelfile", ADAPTER_SETTINGS, CHECK_FILE, RUN_RECORD),
+    *("*_vtlmm.py", "*.gguf", "Modelfile", "visual_tokens.onnx*", ADAPTER_SETTINGS, CHECK_FILE, RUN_RECORD),
 )
 FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".yaml", ".yml", ".safetensors", ".bin", ".gguf", ".csv", ".tsv")
 

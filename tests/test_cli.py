@@ -114,7 +114,7 @@ def test_an_error_that_the_user_can_fix_is_one_line(argv, text):
         (["eval", "model", "--dataset", "rows.json", "--max-new-tokens", "0"], "'--max-new-tokens'"),
         (["tokenize"], "No such command 'tokenize'"),
         (["compose", "--vision", "x"], "Missing option '--text'"),
-        (["export", "model", "--to", "onnx", "--output", "x"], "'onnx' is not"),
+        (["export", "model", "--to", "tflite", "--output", "x"], "'tflite' is not"),
     ],
 )
 def test_a_wrong_option_is_named_with_exit_code_2(argv, text):

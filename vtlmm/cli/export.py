@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""`vtlmm export MODEL --to llava|gguf --output …`"""
+"""`vtlmm export MODEL --to llava|gguf|onnx --output …`"""
 
 from typing import Annotated, Literal
 
@@ -17,9 +17,10 @@ EXAMPLES = (
 def export(
     model: options.Model,
     to: Annotated[
-        Literal["llava", "gguf"],
+        Literal["llava", "gguf", "onnx"],
         Option(
-            help="llava: a LlavaForConditionalGeneration with the same logits. gguf: files for llama.cpp and Ollama."
+            help="llava: a LlavaForConditionalGeneration with the same logits. gguf: files for llama.cpp and Ollama. "
+            "onnx: tower, projector and VM head, for visual tokens without torch."
         ),
     ],
     output: options.Output,
@@ -28,7 +29,7 @@ def export(
     ] = None,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Write a VT-LMM as a stock LLaVA or as GGUF files, for engines that run no remote code."""
+    """Write a VT-LMM as a stock LLaVA, as GGUF files or to ONNX, for engines that run no remote code."""
     if to == "gguf":
         from vtlmm.hub.export_gguf import export_gguf
 
@@ -36,6 +37,11 @@ def export(
         return
     if type is not None:
         raise ValueError("--type is for --to gguf. Leave it out.")
+    if to == "onnx":
+        from vtlmm.hub.export_onnx import export_onnx
+
+        export_onnx(model, output, overwrite=overwrite)
+        return
     from vtlmm.hub.export_llava import export_to_llava
 
     export_to_llava(model, output, overwrite=overwrite)
