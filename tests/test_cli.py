@@ -127,7 +127,20 @@ def test_ctrl_c_has_its_own_exit_code(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(importlib.import_module("vtlmm.hub.verify"), "verify_checkpoint", stop)
-    assert run("verify", "model")[0] in (1, 130)
+    assert run("verify", "model")[0] == 130
+
+
+def test_the_text_of_an_interrupt_is_printed(monkeypatch):
+    """A training says how to resume it, and ends with 128 plus the number of the signal."""
+    stopped = KeyboardInterrupt("Stopped at step 3 of 8.")
+    stopped.exit_code = 143
+
+    def stop(*_, **__):
+        raise stopped
+
+    monkeypatch.setattr(importlib.import_module("vtlmm.hub.verify"), "verify_checkpoint", stop)
+    code, _, error = run("verify", "model")
+    assert (code, error) == (143, "vtlmm verify: Stopped at step 3 of 8.\n")
 
 
 def test_commands_hold_no_library_code():

@@ -73,7 +73,7 @@ def checked(file, processor=None):
     return rows, check_rows(rows, processor or build_processor()).problems
 
 
-def text_of(messages) -> list[str]:
+def message_texts(messages) -> list[str]:
     return [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
 
 
@@ -146,7 +146,11 @@ def test_an_empty_column_images_does_not_hide_the_image(work):
 def test_a_column_system_is_the_system_message(work):
     turns = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "yes"}]
     rows = load_rows(write(work, "system.json", [{"system": "say no", "conversations": turns}]))
-    assert rows[0]["messages"][0]["role"] == "system" and text_of(rows[0]["messages"]) == ["say no", "hello", "yes"]
+    assert rows[0]["messages"][0]["role"] == "system" and message_texts(rows[0]["messages"]) == [
+        "say no",
+        "hello",
+        "yes",
+    ]
 
 
 TURN = {
@@ -309,7 +313,7 @@ def test_a_file_that_exists_is_not_looked_up_on_the_hub(work, name):
         text = '[{"image": "red.png", "question": "what ?", "answer": "red"}]'
     (work / name).write_text(text)
     rows, problems = checked(work / name)
-    assert text_of(rows[0]["messages"]) == ["what ?", "red"] and len(rows[0]["images"]) == 1 and problems == []
+    assert message_texts(rows[0]["messages"]) == ["what ?", "red"] and len(rows[0]["images"]) == 1 and problems == []
 
 
 @pytest.mark.parametrize("name", ["mark.json", "mark.jsonl"])

@@ -123,9 +123,11 @@ def main(argv: list[str] | None = None) -> int:
         code = typer.main.get_command(build_app()).main(argv, prog_name="vtlmm", standalone_mode=True)
     except SystemExit as stopped:
         code = stopped.code
-    except KeyboardInterrupt as stopped:
-        print(f"{command}: {stopped or 'stopped'}", file=sys.stderr)
-        return getattr(stopped, "exit_code", INTERRUPTED)
+        # typer raises an exit with code 130 from a KeyboardInterrupt, whose text says how to resume a training
+        interrupt = getattr(stopped.__context__, "__cause__", None)
+        if isinstance(interrupt, KeyboardInterrupt):
+            print(f"{command}: {interrupt or 'stopped'}", file=sys.stderr)
+            return getattr(interrupt, "exit_code", INTERRUPTED)
     except (ValueError, OSError) as error:
         # The first line of an OSError of the Hub's client says what is wrong; the others are general advice.
         text = str(error) if isinstance(error, ValueError) else (str(error).splitlines() or [type(error).__name__])[0]
