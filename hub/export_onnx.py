@@ -65,7 +65,7 @@ def export_onnx(model_path: str | Path, output_dir: str | Path, *, overwrite: bo
         part.float()
     example = zero_image(model.config.vision_config, "cpu")
     with torch.no_grad():
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             exported,
             (example,),
             dynamo=True,
