@@ -17,7 +17,10 @@ from datasets import concatenate_datasets
 from vtlmm import align_captions, compose_model, load_model, load_rows
 from vtlmm.analysis.caption_matching import measure_caption_matching
 from vtlmm.analysis.caption_words import measure_caption_words
+from vtlmm.analysis.plots import save_patch_words
+from vtlmm.analysis.visual_tokens import read_visual_tokens
 from vtlmm.data.environment import commit_of_code, machine
+from vtlmm.data.images import open_image
 from vtlmm.data.markdown import markdown_table
 from vtlmm.data.output_files import write_json, write_text
 from vtlmm.train.recipe import read_recipe
@@ -59,6 +62,17 @@ def write_start(vision: str, decoder: str, output: Path) -> None:
     print(align_captions(model, processor, load_rows(str(output / "train.parquet"))))
     model.save_pretrained(output / "start")
     processor.save_pretrained(output / "start")
+
+
+def write_photos(photos: list[Path], output: Path) -> None:
+    """Draw photos with the words of their patches, by the aligned model, into `photos.png`."""
+    model, processor = load_model(output / "start", dtype="float32")
+    images = [open_image(str(photo)) for photo in photos]
+    tokens = read_visual_tokens(model, processor, images)
+    titles = []
+    for photo, one in zip(photos, tokens, strict=True):
+        titles.append(f"{photo.stem}: " + ", ".join(word for word, _ in one.summary[:3]))
+    save_patch_words(output / "photos.png", processor, images, tokens, titles)
 
 
 def measure(folder: Path, output: Path) -> dict:
@@ -112,10 +126,13 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="split of the photos")
     parser.add_argument("--max-steps", type=int, default=30, help="steps of each stage; 0 stops after the alignment")
+    parser.add_argument("--photos", type=Path, nargs="+", help="draw the words of these photos")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     write_data(args.parts, args.output, args.seed)
     write_start(str(args.parts / "weights/mobilenet_v2"), args.decoder, args.output)
+    if args.photos:
+        write_photos(args.photos, args.output)
     rows = [table_row("aligned, not trained", measure(args.output / "start", args.output))]
     write_results(args.output, rows)
     for order, recipe in ORDERS.items() if args.max_steps else ():
