@@ -80,8 +80,10 @@ def eval(
     assert dataset is not None  # checked above
     mapping = parse_columns(columns)
     output = output or Path("outputs", "eval", "_".join(filter(None, (Path(model).name, Path(dataset).stem, prompt))))
+    loaded, processor = loading.load(model)
     result = evaluate(
-        *loading.load(model),
+        loaded,
+        processor,
         dataset,
         output=output,
         image_folder=image_folder,
