@@ -20,6 +20,7 @@ from .chat_templates import (
 )
 from .gguf_file import import_gguf
 from .paths import check_checkpoint, check_output, clear_output, split_gguf_file
+from .repository_checks import require_json
 from .special_tokens import Vocabulary, add_special_tokens, fit_embeddings, set_generation_config
 from .vision_tower import (
     TowerGeometry,
@@ -132,6 +133,8 @@ def _load_parts(
     """Load and check the parts, and add the special tokens to the tokenizer."""
     text, gguf_file = split_gguf_file(text)
     vision, text = check_checkpoint(vision), check_checkpoint(text)
+    require_json(vision)
+    require_json(text)
     tower = load_vision_tower(vision, trust_remote_code)
     image_processor = load_image_processor(vision, tower.config, trust_remote_code=trust_remote_code)
     geometry = probe_tower(tower, image_processor, vision_feature_layer)
