@@ -5,7 +5,7 @@
     python benchmarks/serving.py --demo outputs/demo --old 0859aa8 --json serving.json
 
 The requests are the held-out questions of the demo, about 5 for each image, greedy, with at most 8 tokens. Both
-servers get the same bodies, and both run as processes of their own; the older code is never imported here. `--old` is
+servers get the same bodies, and both run as separate processes; the older code is never imported here. `--old` is
 a commit of this repository, or a folder with a checkout. In each round, both servers are measured one after the other
 with each number of clients. The client is a single asyncio process with one connection for each client.
 """

@@ -54,7 +54,7 @@ def wait_until(condition, seconds: float = 10) -> float:
 
 
 def open_connection(client, fields: dict) -> socket.socket:
-    """Send a request over a socket of its own, and do not read the answer."""
+    """Send a request over a separate socket, and do not read the answer."""
     connection = socket.create_connection(("127.0.0.1", client.base_url.port))
     content = json.dumps(body(**fields)).encode()
     connection.sendall(REQUEST_HEAD + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
@@ -121,7 +121,7 @@ def test_slow_and_idle_connections_do_not_block_others(serve):
     idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(50)]
     for connection in idle[:25]:  # half of the connections send the start of a request
         connection.sendall(REQUEST_HEAD + b"Content-Length: 1000\r\n\r\n{")
-    streams = [open_connection(client, {**LONG, "stream": True}) for _ in range(2)]  # nobody reads them
+    streams = [open_connection(client, {**LONG, "stream": True}) for _ in range(2)]  # the answers are not read
     started = time.monotonic()
     for _ in range(5):
         complete(client)
@@ -183,7 +183,7 @@ def test_short_request_finishes_during_a_long_one(serve):
     started = time.monotonic()
     complete(client)
     assert time.monotonic() - started < 2
-    wait_until(lambda: scheduler.num_running == 1)  # the long request goes on
+    wait_until(lambda: scheduler.num_running == 1)  # the long request continues
     connection.close()
     wait_until(lambda: scheduler.num_running == 0)
 

@@ -45,7 +45,7 @@ def answers_so_far(
     Yield `turns`, pairs of question and answer, with the growing answer to `question`. Closing the iterator stops it.
 
     Args:
-        scheduler ([`Scheduler`]): of the model. Several conversations can go on at the same time.
+        scheduler ([`Scheduler`]): of the model. It answers several conversations at the same time.
         image: the image of the first turn, or `None`.
         features (`str`): `IMAGE_FEATURES` or `PSEUDO_IMAGE_FEATURES`.
     """

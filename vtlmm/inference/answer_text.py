@@ -47,7 +47,7 @@ class AnswerText:
         return self._take(len(self._text[:end].rstrip()))
 
     def finish(self) -> str:
-        """Return the rest of the text."""
+        """Return the text that was not returned before."""
         if not self.is_stopped:
             self.decode(is_last=True)
         return self._take(len(self._text.rstrip()))
@@ -76,7 +76,7 @@ class AnswerText:
 
 
 class TokenTexts:
-    """The text of single tokens, as it is inside an answer: with the space before a word."""
+    """The text of single tokens inside an answer: with the space before a word."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer

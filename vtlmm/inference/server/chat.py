@@ -67,7 +67,7 @@ class ChatCompletions:
         try:
             return await self._answer(request)
         except (_DisconnectedError, ClientDisconnect):
-            return Response(status_code=499)  # nobody receives it; the number is for the metrics
+            return Response(status_code=499)  # the client is gone; the number is for the metrics
 
     async def _answer(self, request: Request) -> Response:
         started = time.monotonic()
@@ -80,7 +80,7 @@ class ChatCompletions:
         pieces = self._pieces(generation, events, watcher, started)
         try:
             self.scheduler.submit(generation)
-            # The status of a stream is sent with its first text, so an error before it has a status of its own
+            # The status of a stream is sent with its first text, so an earlier error can have its own status
             first = await anext(pieces)
             include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
             completion = Completion(self.name, generation, self.token_texts, include_usage)
