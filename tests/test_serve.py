@@ -274,7 +274,7 @@ INVALID = {
     "no content of the data": ({"messages": user("", "data:image/png;base64,")}, 400, None, "no content"),
     "no image": ({"messages": user("", "data:image/png;base64,AAAA")}, 400, "messages", "not an image"),
     "truncated image": ({"messages": user("", data_uri()[:-60])}, 400, "messages", "image"),
-    "many pixels": ({"messages": user("", large_png(4097))}, 400, "messages", "more than the maximum of 16,777,216"),
+    "many pixels": ({"messages": user("", large_png(4097))}, 400, "messages", "more than the maximum of 12,582,912"),
     "many images": ({"messages": user("", *[data_uri()] * 9)}, 400, "messages", "9 images"),
     "long prompt": ({"messages": user("hello " * 3000)}, 400, "messages", "At most 2047 tokens"),
     "very long prompt": ({"messages": user("hello " * 10**6)}, 400, "messages", "characters"),

@@ -18,7 +18,7 @@ from .visual_token_page import visual_token_page
 from .visual_tokens import read_visual_tokens
 
 
-MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS = 20_000_000, 4096 * 4096
+MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS = 20_000_000, 4096 * 3072
 IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES = "image features", "pseudo image features"
 # The browser loads nothing from other servers, even if a library adds links to the page
 CONTENT_SECURITY_POLICY = (

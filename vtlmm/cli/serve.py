@@ -26,7 +26,7 @@ def serve(
     ] = False,
     max_body_bytes: Annotated[int, Option(min=1, help="Size of a request.")] = 20_000_000,
     max_images: Annotated[int, Option(min=0, help="Images in a request.")] = 8,
-    max_image_pixels: Annotated[int, Option(min=1, help="Width times height of an image.")] = 4096 * 4096,
+    max_image_pixels: Annotated[int, Option(min=1, help="Width times height of an image.")] = 4096 * 3072,
     max_prompt_tokens: Annotated[int, Option(min=1, help="Tokens of a prompt with its images.")] = 8192,
     max_answer_tokens: Annotated[int, Option(min=1, help="Tokens of an answer.")] = 1024,
     max_batch_size: Annotated[int, Option(min=1, help="Answers that are generated at the same time.")] = 32,

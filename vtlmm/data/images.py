@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from datasets.utils.file_utils import is_local_path, xopen
-from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 
 
 # About 11,000 x 11,000 pixels, 384 MB as RGB. The largest phone cameras take images of 108 million pixels.
@@ -186,6 +186,8 @@ def _load_complete(image: Image.Image) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation. Invalid EXIF data is ignored, as image viewers do."""
     try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return image  # `exif_transpose` would copy it
         return ImageOps.exif_transpose(image)
     except Exception:
         return image
@@ -201,11 +203,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode in ("La", "RGBa"):  # premultiplied alpha
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        background = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(background, rgba).convert("RGB")
+        image = _on_white(image)
     # `convert` returns a copy, so closing or changing the source does not change the result
     return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
 
 
 def _to_8_bit(image: Image.Image) -> np.ndarray:
@@ -219,19 +224,21 @@ def _to_8_bit(image: Image.Image) -> np.ndarray:
     Returns:
         `np.ndarray` of `uint8` and shape `(height, width)`.
     """
-    # In place, because a large image needs 8 bytes for each pixel
-    values = np.array(image, dtype=np.float64)
-    np.nan_to_num(values, copy=False, posinf=0.0, neginf=0.0)
-    low, high = values.min(), values.max()
-    is_any_range = low < 0 or high > 65535 or (image.mode == "F" and high > 255)
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    offset, factor = 0.0, 1.0
     if image.mode.startswith("I;16"):
-        values /= 257
-    elif is_any_range:
-        values -= low
-        values *= 255 / max(high - low, 1e-12)
+        factor = 1 / 257
+    elif low < 0 or high > 65535 or (image.mode == "F" and high > 255):
+        offset, factor = low, 255 / max(high - low, 1e-12)
     elif image.mode == "F" and high <= 1:
-        values *= 255
+        factor = 255.0
     elif high > 255:
-        values /= 257
-    np.round(values, out=values)
-    return np.clip(values, 0, 255, out=values).astype(np.uint8)
+        factor = 1 / 257
+    result = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), 256):  # float64 needs 8 bytes for each pixel
+        rows = (values[start : start + 256].astype(np.float64) - offset) * factor
+        result[start : start + 256] = np.clip(np.round(rows), 0, 255)
+    return result

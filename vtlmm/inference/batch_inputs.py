@@ -6,7 +6,7 @@ from collections.abc import Callable, MutableMapping
 
 import torch
 
-from vtlmm.data.images import ImageSource, prepare_images
+from vtlmm.data.images import MAX_IMAGE_PIXELS, ImageSource, limit_aspect_ratio, open_image
 from vtlmm.data.validation import position_limit
 
 from .prompt_encoding import Prompt, encode_prompt
@@ -102,10 +102,10 @@ def encoded_inputs(
     return inputs
 
 
-def image_pixels(processor, source: ImageSource) -> torch.Tensor:
-    """Return the `pixel_values` of one image, `(3, height, width)`."""
-    images = prepare_images([source], processor.image_processor)
-    return processor.image_processor(images, return_tensors="pt")["pixel_values"][0]
+def image_pixels(processor, source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> torch.Tensor:
+    """Return the `pixel_values` of one image, `(3, height, width)`. For the arguments, see [`open_image`]."""
+    image = limit_aspect_ratio(open_image(source, max_pixels), processor.image_processor)
+    return processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
 
 
 def image_inputs(model, processor, keys: list[str], load_image: Callable, vision_features) -> dict[str, torch.Tensor]:

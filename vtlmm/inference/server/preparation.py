@@ -9,7 +9,7 @@ import pydantic_core
 from PIL import Image
 from pydantic import ValidationError
 
-from vtlmm.data.images import ImageError, open_image
+from vtlmm.data.images import ImageError
 from vtlmm.data.validation import position_limit
 from vtlmm.inference.batch_inputs import VisionFeatures, image_inputs, image_pixels
 from vtlmm.inference.generation import build_prompt
@@ -25,7 +25,7 @@ from .settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
-# Decoding needs several copies of the pixels, up to 300 MB with the default limit.
+# Decoding needs several copies of the pixels, up to 250 MB with the default limit.
 _one_image_at_a_time = threading.Lock()
 
 
@@ -158,7 +158,7 @@ class RequestPreparation:
             return content
         try:
             with _one_image_at_a_time:
-                return image_pixels(self.processor, open_image(content, self.settings.max_image_pixels))
+                return image_pixels(self.processor, content, self.settings.max_image_pixels)
         except (ImageError, ValueError) as error:
             raise RequestError(f"messages: {error}", param="messages", code="invalid_image") from error
 

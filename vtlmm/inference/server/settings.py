@@ -25,7 +25,7 @@ class ServerSettings:
 
     max_body_bytes: int = 20_000_000
     max_images: int = 8
-    max_image_pixels: int = 4096 * 4096
+    max_image_pixels: int = 4096 * 3072
     max_prompt_tokens: int = 8192
     max_answer_tokens: int = 1024
     max_batch_size: int = 32
