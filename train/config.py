@@ -169,6 +169,8 @@ class VTLMMTrainingConfig(SFTConfig):
             # TRL would enable bf16 everywhere, and fail on a machine without a GPU.
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.use_cpu
         validate_arguments(self, stage)
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # torch would warn at each stage
         with warnings.catch_warnings():
             # SFTConfig sets this by default, so the warning would be about a setting that the user did not choose.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)

@@ -78,7 +78,6 @@ def eval(
     from vtlmm.evaluation.runner import evaluate
 
     assert dataset is not None  # checked above
-    mapping = parse_columns(columns)
     output = output or Path("outputs", "eval", "_".join(filter(None, (Path(model).name, Path(dataset).stem, prompt))))
     loaded, processor = loading.load(model)
     result = evaluate(
@@ -88,7 +87,7 @@ def eval(
         output=output,
         image_folder=image_folder,
         split=split,
-        columns=mapping,
+        columns=parse_columns(columns),
         kind=kind,
         references=references,
         row_id=id,
