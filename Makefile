@@ -83,8 +83,10 @@ harness: .venv-harness/ok ## run the tests of lm-evaluation-harness and lmms-eva
 gguf: .venv-gguf/ok ## run exported GGUF files in llama.cpp (the package xllamacpp) in .venv-gguf
 	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest -q tests/test_export_gguf.py tests/test_gguf_llama_cpp.py
 
-build: $(VENV)/ok ## build the wheel in dist/
-	$(BIN)/python -m build --wheel
+build: $(VENV)/ok ## build the sdist and the wheel in dist/ and check their metadata for PyPI
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 clean: ## delete the environments and all results
 	rm -rf .venv .venv-oldest .venv-harness .venv-gguf outputs dist build docs/reference *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 from helpers.doc_snippets import PAGES, ROOT, blocks, commands, write_demo_outputs
 
 import vtlmm
@@ -154,3 +155,18 @@ def test_the_wheel_has_every_package():
     folders = [path for path in packages if path not in (Path("vtlmm"), Path("modeling_vtlmm"))]
     others = {path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()}
     assert {path for path in others - packed if path.suffix not in (".py", ".pyc")} == set()
+
+
+def test_quickstart_lists_every_extra():
+    tomllib = pytest.importorskip("tomllib", reason="tomllib is part of Python 3.11")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/quickstart.md").read_text(encoding="utf-8"), re.M)
+    assert rows == list(extras)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob(".github/workflows/*.yml")), ids=lambda path: path.name)
+def test_workflow_runs_targets_that_exist(path):
+    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    steps = [step for job in yaml.safe_load(path.read_text())["jobs"].values() for step in job["steps"]]
+    called = {word for step in steps for word in re.findall(r"^make ([\w-]+)", step.get("run", ""), re.M)}
+    assert called and called <= targets
