@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("decoder", help="folder or Hub id of SmolLM2-135M-Instruct")
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="split of the photos")
-    parser.add_argument("--max-steps", type=int, default=30, help="steps of each stage; 0 stops after the alignment")
+    parser.add_argument("--max-steps", type=int, default=20, help="steps of each stage; 0 stops after the alignment")
     parser.add_argument("--photos", type=Path, nargs="+", help="draw the words of these photos")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
