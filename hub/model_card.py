@@ -81,8 +81,8 @@ def write_card(
     r"""
     Write `README.md` into `folder`, with plots, results and license text.
 
-    A card that was written or changed by hand is kept. License, base models, results and images of an earlier
-    generated card are kept where they are not given.
+    A card that was written or changed by hand is kept. License, base models, results and images that are not
+    specified are taken from the earlier generated card.
 
     Args:
         repo_id (`str`): the repository in the card's examples.

@@ -2,7 +2,7 @@
 """The losses of `losses_vtlmm` computed in chunks of rows, without an (N, V) tensor in memory.
 
 For both losses the gradient with respect to the logits is softmax(logits) − target, which is known in the forward. For
-each chunk, the forward computes the logits, the loss, the gradient and both matrix products of the backward. The next
+each chunk, the forward computes the logits, the loss, and the gradients of the features and of the weight. The next
 chunk overwrites the logits. The backward only multiplies the stored gradients by the incoming gradient.
 
 Related implementations: TRL's chunked divergence, flash-linear-attention's FusedKLDivLoss, Liger's fused losses,

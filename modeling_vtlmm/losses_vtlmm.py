@@ -115,7 +115,7 @@ def predicted_positions(
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
-    Return the positions of `token_mask` that the position to their left can predict.
+    Return the tokens of `token_mask` with a left neighbor in the same row, which predicts them.
 
     The visual loss covers the image tokens at these positions. Excluded are the first position of a row, a position
     whose left neighbor is padding, and the first position of a packed row, where `position_ids` restarts at 0.

@@ -160,8 +160,8 @@ class VTLMMModel(VTLMMPreTrainedModel):
             mm_encoder_outputs (`dict`, *optional*): `{"image": output of get_image_features}` instead of
                 `pixel_values`. `generate` encodes the images once and passes this.
             vision_features (*optional*): instead of `pixel_values`, see [`~get_image_features`]. May contain 0 images.
-            always_run_vision (`bool`, *optional*, defaults to `False`): whether a batch without images encodes one
-                image of zeros and multiplies it by 0. With sharding, all processes must run the same modules.
+            always_run_vision (`bool`, *optional*, defaults to `False`): whether a batch without images encodes an
+                image of zeros and adds 0 times its features. With sharding, all processes must run the same modules.
             output_image_token_mask (`bool`, *optional*, defaults to `False`): whether to return `image_token_mask`.
             kwargs: arguments for the decoder, among them the cache (`past_key_values` up to transformers 5.23, `cache`
                 from 5.24 on).

@@ -56,8 +56,8 @@ class Stage:
             raise ValueError(f"`visual_target` is {self.visual_target!r}; it must be {', '.join(VISUAL_TARGETS)}.")
 
 
-# Section 3 of the paper. Learning rates are LLaVA-1.5's, whose stages I and II are the same; the one of stage III is
-# ours. Stage IV keeps the projector frozen because the projector makes the targets of the visual loss.
+# Section 3 of the paper. Stages I, II and IV have LLaVA-1.5's learning rates. The one of stage III is our choice.
+# Stage IV keeps the projector frozen because the projector makes the targets of the visual loss.
 # fmt: off
 STAGES = {
     stage.name: stage

@@ -297,9 +297,9 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
             loss = R · ( a · Σ_micro-batch L_lm / N_lm  +  b · Σ_micro-batch L_vm / N_vm )
 
         a, b are `lm_loss_coef`, `visual_loss_coef`. N_lm, N_vm count the supervised tokens and the predicted image
-        tokens of the *whole optimizer step*: all micro-batches of all R processes. Micro-batches add their gradients,
-        and data parallelism averages them over the R processes, which R cancels. The update is therefore the gradient
-        of a · mean(L_lm) + b · mean(L_vm) over the step, however the rows are split.
+        tokens of the *whole optimizer step*: all micro-batches of all R processes. Micro-batches add their gradients.
+        Data parallelism divides the sum over the processes by R, and the factor R undoes this. The update is therefore
+        the gradient of a · mean(L_lm) + b · mean(L_vm) over the step, however the rows are split.
 
         Args:
             sums (`dict`): `loss_sums` of the model's forward, in nats.

@@ -79,6 +79,7 @@ def eval(
 
     assert dataset is not None  # checked above
     output = output or Path("outputs", "eval", "_".join(filter(None, (Path(model).name, Path(dataset).stem, prompt))))
+    mapping = parse_columns(columns)  # before the model is loaded
     loaded, processor = loading.load(model)
     result = evaluate(
         loaded,
@@ -87,7 +88,7 @@ def eval(
         output=output,
         image_folder=image_folder,
         split=split,
-        columns=parse_columns(columns),
+        columns=mapping,
         kind=kind,
         references=references,
         row_id=id,

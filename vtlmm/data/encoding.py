@@ -146,7 +146,7 @@ def encode_messages(
     supervised = torch.zeros_like(input_ids, dtype=torch.bool)
     for index, (start, end) in zip(answers, spans, strict=True):
         if index >= num_context_messages:
-            # A token may include the space before or after the mark. A token that ends later is of the next turn.
+            # A token may include the space before or after the mark. Later tokens are of the next turn.
             stop = len(text) - len(text[end:].lstrip())
             supervised |= (token_starts < end) & (token_ends > start) & (token_ends <= stop)
     return input_ids, supervised & (input_ids != processor.image_token_id)

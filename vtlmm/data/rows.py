@@ -58,7 +58,7 @@ def load_rows(
         split (`str`): split, or a slice of a split such as `"train[:2000]"`. A file has the split `train` only.
         config_name (`str`): configuration of a Hub dataset.
         streaming (`bool`): return an [`~datasets.IterableDataset`] that reads rows when they are used.
-        columns (`dict`): name of a supported column to name in the dataset, `{"image": "photo", "question": "ask"}`.
+        columns (`dict`): name of a supported column → name of your column, `{"image": "photo", "question": "ask"}`.
             `images` also accepts a list of names. `{"photo": None}` ignores a column.
         keep_columns: columns of the dataset to keep, as JSON texts (`null` if a row does not have the column).
         max_rows (`int`): read at most this number of rows.

@@ -41,7 +41,7 @@ class DecodingBatch:
 
     @property
     def can_join(self) -> bool:
-        """Whether other rows can join. A cache with a sliding window or a recurrent state has no common length."""
+        """Whether other rows can join. Rows of a sliding window or a recurrent state cannot be padded."""
         return isinstance(self.cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     @property
@@ -102,7 +102,7 @@ class DecodingBatch:
         self.processors += other.processors
 
     def _remove_padding(self) -> None:
-        """Remove the positions at the start that are padding in all rows, so that a batch does not only get longer."""
+        """Remove the positions at the start that are padding in all rows, so that a batch can become shorter again."""
         padding = int(self.attention_mask.argmax(-1).min())
         if padding:
             self.attention_mask = self.attention_mask[:, padding:]

@@ -240,7 +240,7 @@ class Scheduler:
                 if new and request.use_pseudo_image_features != new[0].use_pseudo_image_features:
                     break  # the kind of image features is a setting of the model
                 if new and self._needs_history:
-                    break  # `generate` builds logits processors for a batch, which cannot be divided into rows
+                    break  # `generate` builds one set of logits processors per batch, which cannot be split by row
                 new.append(self._waiting.popleft())
             return new
 
