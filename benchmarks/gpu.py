@@ -17,10 +17,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
-from gpu_rows import ROWS, missing
 
 from vtlmm.data.output_files import write_json, write_text
 
@@ -29,6 +28,46 @@ SCRIPT = Path(__file__).with_name("gpu_rows.py")
 ROOT = Path(__file__).parents[1]
 # A record with other values of these arguments belongs to another run.
 COMPARED = ("shape", "device", "threads")
+
+
+@dataclass
+class Row:
+    """A measurement: its title, its time limit in seconds, and what it needs. `gpu_rows.py` has its function."""
+
+    title: str
+    seconds: int
+    needs: tuple[str, ...] = ()
+
+
+ROWS = {
+    "loss_iii": Row("Visual loss, stage III", 120),
+    "loss_iv": Row("Visual loss, stage IV", 120),
+    "loss_iv_with_text": Row("Text + visual loss, stage IV", 120),
+    "pseudo": Row("Pseudo image features", 120),
+    "step_iii": Row("Step of stage III, SGD", 240, ("data",)),
+    "step_iv": Row("Step of stage IV, SGD", 240, ("data",)),
+    "step_lora": Row("Step of stage IV, LoRA in bfloat16", 240, ("data",)),
+    "step_qlora": Row("Step of stage IV, QLoRA (nf4), 4 rows", 300, ("data", "bitsandbytes")),
+    "generation": Row("Generated tokens per second", 240),
+    "server": Row("Requests per second of `vtlmm serve`", 300),
+    "real_qlora": Row("Real QLoRA run of stages III and IV", 240, ("data", "weights", "bitsandbytes")),
+    "batches": Row("Packed, grouped and padded batches, stage IV, SGD", 300, ("data",)),
+    "step_lora_kept": Row("Step of stage IV, LoRA in bfloat16, without gradient checkpointing", 240, ("data",)),
+}
+
+
+def missing(row, arguments):
+    """Return what a row needs and this machine does not have, None if it can run."""
+    if "data" in row.needs and not (arguments.parts / "data/llava_pretrain_2k/chat.json").is_file():
+        return f"{arguments.parts}/data/llava_pretrain_2k/chat.json does not exist; set --parts"
+    if "weights" in row.needs:
+        if not (arguments.parts / "weights/dinov2_small").is_dir():
+            return f"{arguments.parts}/weights/dinov2_small does not exist; set --parts"
+        if not Path(arguments.decoder).is_dir():
+            return f"{arguments.decoder} does not exist; set --decoder, or run `make outputs/real/smollm2`"
+    if "bitsandbytes" in row.needs and find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed: pip install 'vtlmm[qlora]'"
+    return None
 
 
 def read_record(path, arguments):
@@ -128,8 +167,11 @@ def parse_arguments():
     parser.add_argument("--minutes", type=float, default=25, help="time for all rows of this call")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     arguments = parser.parse_args()
-    if not arguments.list and arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no GPU. For a test run, use --shape tiny --device cpu.")
+    if not arguments.list and arguments.device == "cuda":
+        import torch  # slow, and not needed for the other options
+
+        if not torch.cuda.is_available():
+            parser.error("torch finds no GPU. For a test run, use --shape tiny --device cpu.")
     if arguments.shape == "7b" and arguments.device == "cpu":
         parser.error("--shape 7b needs a GPU. Use --shape tiny with --device cpu.")
     return arguments
@@ -142,6 +184,7 @@ def main():
             print(f"{name:18} {row.title} (at most {row.seconds} s)")
         return
     arguments.output = arguments.output.resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the processes of the running row
     records = measure_rows(arguments.only or list(ROWS), arguments)
     write_json(arguments.output / "gpu.json", records, indent=1)
     write_text(arguments.output / "gpu.md", report(records))

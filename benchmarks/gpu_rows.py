@@ -8,9 +8,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -244,61 +241,24 @@ def logged_losses(folder):
 # ---- The list ----
 
 
-@dataclass
-class Row:
-    """A measurement: its function, its time limit in seconds at 7B, and the names of what it needs."""
-
-    title: str
-    run: Callable
-    seconds: int
-    needs: tuple[str, ...] = ()
-
-
 LORA, QLORA = {"use_peft": True}, {"use_peft": True, "load_in_4bit": True}
 CHECKPOINTED = {"gradient_checkpointing": True}
-DATA = ("data",)
 IN_24GB = {**CHECKPOINTED, "per_device_train_batch_size": 4}
-ROWS = {
-    "loss_iii": Row("Visual loss, stage III", losses(visual_loss.compare_visual_loss, "visual_head"), 120),
-    "loss_iv": Row("Visual loss, stage IV", losses(visual_loss.compare_visual_loss, "joint"), 120),
-    "loss_iv_with_text": Row("Text + visual loss, stage IV", losses(visual_loss.compare_stage_iv_loss), 120),
-    "pseudo": Row("Pseudo image features", losses(visual_loss.compare_pseudo_image_features), 120),
-    "step_iii": Row("Step of stage III, SGD", steps("visual_head", optimizer="sgd", **CHECKPOINTED), 240, DATA),
-    "step_iv": Row("Step of stage IV, all weights, SGD", steps("joint", optimizer="sgd", **CHECKPOINTED), 240, DATA),
-    "step_lora": Row("Step of stage IV, LoRA in bfloat16", steps("joint", adapter=LORA, **CHECKPOINTED), 240, DATA),
-    "step_qlora": Row(
-        "Step of stage IV, QLoRA (nf4), 4 rows",
-        steps("joint", adapter=QLORA, optimizer="paged_adamw_8bit", **IN_24GB),
-        300,
-        (*DATA, "bitsandbytes"),
-    ),
-    "generation": Row("Generated tokens per second", generation, 240),
-    "server": Row("Requests per second of `vtlmm serve`", server, 300),
-    "real_qlora": Row(
-        "QLoRA of stages III and IV on real weights", real_qlora, 240, (*DATA, "weights", "bitsandbytes")
-    ),
-    "batches": Row("Packed, grouped and padded batches, stage IV, SGD", batches, 300, DATA),
-    "step_lora_kept": Row(
-        "Step of stage IV, LoRA in bfloat16, without gradient checkpointing",
-        steps("joint", adapter=LORA, gradient_checkpointing=False),
-        240,
-        DATA,
-    ),
+FUNCTIONS = {
+    "loss_iii": losses(visual_loss.compare_visual_loss, "visual_head"),
+    "loss_iv": losses(visual_loss.compare_visual_loss, "joint"),
+    "loss_iv_with_text": losses(visual_loss.compare_stage_iv_loss),
+    "pseudo": losses(visual_loss.compare_pseudo_image_features),
+    "step_iii": steps("visual_head", optimizer="sgd", **CHECKPOINTED),
+    "step_iv": steps("joint", optimizer="sgd", **CHECKPOINTED),
+    "step_lora": steps("joint", adapter=LORA, **CHECKPOINTED),
+    "step_qlora": steps("joint", adapter=QLORA, optimizer="paged_adamw_8bit", **IN_24GB),
+    "generation": generation,
+    "server": server,
+    "real_qlora": real_qlora,
+    "batches": batches,
+    "step_lora_kept": steps("joint", adapter=LORA, gradient_checkpointing=False),
 }
-
-
-def missing(row, arguments):
-    """Return what a row needs and this machine does not have, None if it can run."""
-    if "data" in row.needs and not (arguments.parts / "data/llava_pretrain_2k/chat.json").is_file():
-        return f"{arguments.parts}/data/llava_pretrain_2k/chat.json does not exist; set --parts"
-    if "weights" in row.needs:
-        if not (arguments.parts / "weights/dinov2_small").is_dir():
-            return f"{arguments.parts}/weights/dinov2_small does not exist; set --parts"
-        if not Path(arguments.decoder).is_dir():
-            return f"{arguments.decoder} does not exist; set --decoder, or run `make outputs/real/smollm2`"
-    if "bitsandbytes" in row.needs and find_spec("bitsandbytes") is None:
-        return "bitsandbytes is not installed: pip install 'vtlmm[qlora]'"
-    return None
 
 
 def main():
@@ -308,7 +268,7 @@ def main():
     arguments.parts, arguments.output = Path(arguments.parts), Path(arguments.output)
     torch.set_num_threads(arguments.threads)
     where = machine(arguments.device)
-    values, table = ROWS[name].run(arguments)
+    values, table = FUNCTIONS[name](arguments)
     write_json(record, {"status": "done", "machine": where, **values, "table": table})
 
 

@@ -16,9 +16,19 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(output: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--output", str(output), "--threads", "1", *options]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/gpu.py"),
+        "--output",
+        str(output),
+        "--threads",
+        "1",
+        "--minutes",
+        "60",
+        *options,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=900)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=2400)
 
 
 def records(output: Path) -> dict:
