@@ -1,6 +1,8 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """The example scripts run at toy size."""
 
+import functools
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -8,8 +10,11 @@ from pathlib import Path
 import pytest
 from helpers.doc_snippets import ROOT, write_demo_outputs
 
+import vtlmm
+
 
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
+JOBS = sorted(ROOT.glob("examples/jobs/*.py"))
 MODEL, IMAGE = "outputs/demo/model", "outputs/demo/image.png"
 QUICK = ["--max_steps", "1", "--use_cpu", "true", "--report_to", "none", "--per_device_train_batch_size", "2"]
 ARGUMENTS = {
@@ -22,11 +27,11 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*EXAMPLES, *JOBS], ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_example_is_short_and_names_its_dependencies(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 40
-    assert text.startswith("# /// script\n# dependencies = [") and f"python examples/{path.name} " in text
+    assert text.startswith("# /// script\n# dependencies = [") and f" {path.relative_to(ROOT)} " in text
 
 
 @pytest.mark.slow
@@ -49,3 +54,20 @@ def test_example_runs(name, tmp_path, monkeypatch, request, capsys):
 
 def test_every_example_is_run():
     assert {path.name for path in EXAMPLES} == set(ARGUMENTS)
+
+
+@pytest.mark.slow
+def test_job_trains_and_pushes(tmp_path, monkeypatch, capsys):
+    write_demo_outputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vtlmm, "push_model", functools.partial(vtlmm.push_model, dry_run=True), raising=False)
+    settings = ["max_steps=1", "use_cpu=true", "per_device_train_batch_size=2", "bf16=false"]
+    options = ["--stage", "joint", "--output-repo", "user/joint", "--license", "mit"]
+    options += [word for setting in settings for word in ("--setting", setting)]
+    monkeypatch.setattr(sys, "argv", ["train.py", MODEL, "rows.csv", *options])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "examples/jobs/train.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0 and "Dry run: nothing was pushed to user/joint." in printed
+    assert Path("outputs/job/model.safetensors").is_file() and "model.safetensors" in printed
+    assert json.loads(Path("outputs/job/vtlmm_run.json").read_text())[-1]["stage"] == "joint"
