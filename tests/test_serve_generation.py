@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from vtlmm.hub.export_llava import export_to_llava
 from vtlmm.inference.answer_text import AnswerText, TokenTexts
 from vtlmm.inference.batch_inputs import image_inputs
+from vtlmm.inference.decoding_batch import DecodingBatch
 from vtlmm.inference.generation import build_prompt, generate
 from vtlmm.inference.loading import load_model
 from vtlmm.inference.prompt_encoding import encode_prompt
@@ -188,6 +189,50 @@ def test_failed_step_fails_its_requests_only(schedule, monkeypatch):
     assert submit(scheduler, "hello").get(timeout=60).finish_reason == "length"
 
 
+def test_each_request_ends_if_the_second_one_cannot_join(schedule, monkeypatch):
+    model = build_serving_model()
+    scheduler = schedule(model)
+    first_step, join = scheduler._first_step, DecodingBatch.join
+    sizes, failed_joins = [], []
+
+    def first_step_of_one(requests):
+        sizes.append(len(requests))
+        if len(requests) > 1:
+            raise torch.OutOfMemoryError("no memory for the prompts")
+        return first_step(requests)
+
+    def join_once_broken(batch, other):
+        if not failed_joins:
+            failed_joins.append(other)
+            raise torch.OutOfMemoryError("no memory for the batch")
+        join(batch, other)
+
+    monkeypatch.setattr(scheduler, "_first_step", first_step_of_one)
+    monkeypatch.setattr(DecodingBatch, "join", join_once_broken)
+    # The scheduler's thread waits in this call, so that the requests start together
+    received = scheduler.call(lambda: [submit(scheduler, "hello") for _ in range(3)])
+    answers = [each.get(timeout=20) for each in received]
+    assert sizes == [3, 1, 1, 1]
+    assert [isinstance(answer, torch.OutOfMemoryError) for answer in answers] == [True, True, False]
+    assert [answers[2].text] == generate(model, build_processor(), "hello", max_new_tokens=6)
+    assert scheduler.num_running == scheduler.num_waiting == 0
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_kind_of_image_features_is_that_of_the_config_after_other_requests(schedule, configured):
+    model = build_serving_model()
+    model.config.use_pseudo_image_features = configured
+    scheduler = schedule(model)
+
+    def answer(use_pseudo: bool | None) -> str:
+        received = submit(scheduler, QUESTION, [image("red")], 12, use_pseudo_image_features=use_pseudo)
+        return received.get(timeout=60).text
+
+    default = answer(None)
+    other = answer(not configured)
+    assert answer(None) == default == answer(configured) != other
+
+
 def test_full_queue_and_closed_scheduler(schedule):
     scheduler = schedule(build_serving_model(), max_rows=1, max_waiting=1)
     running = submit(scheduler, "hello", length=20_000, is_streamed=True)
@@ -236,6 +281,26 @@ def test_extreme_temperatures_do_not_fail():
     for temperature in (1e-320, 1e-9, 1e-4, 2.0):
         assert choose_tokens(logits.clone(), [RowSampler(Sampling(temperature, seed=0))])[0] in (0, 2)
     assert choose_tokens(logits.clone(), [RowSampler(Sampling(1e-4, 1e-9, seed=0))]) == [0]
+
+
+class MPSTensor(torch.Tensor):
+    """A CPU tensor that names MPS as its device and has no float64."""
+
+    device = torch.device("mps")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def double(self):
+        raise TypeError("MPS has no float64")
+
+
+def test_samples_on_mps_are_those_of_the_cpu():
+    scores = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
+    settings = [Sampling(1.5, top_p=0.9 if i % 2 else 1.0, seed=i) for i in range(50)]
+    expected = choose_tokens(scores.clone(), [RowSampler(each) for each in settings])
+    tokens = choose_tokens(scores.clone().as_subclass(MPSTensor), [RowSampler(each) for each in settings])
+    assert tokens == expected != scores.argmax(-1).tolist()
 
 
 # ---- Text ----

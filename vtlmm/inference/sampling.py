@@ -77,6 +77,8 @@ def choose_tokens(scores: torch.Tensor, samplers: list[RowSampler]) -> list[int]
 
 def _sample(scores: torch.Tensor, samplers: list[RowSampler]) -> list[int]:
     """Draw a token of each row: the first whose cumulative probability exceeds a random number of the row."""
+    if scores.device.type == "mps":  # MPS has no float64
+        scores = scores.cpu()
     device = scores.device
     temperature = torch.tensor([[sampler.settings.temperature] for sampler in samplers], device=device)
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature

@@ -63,7 +63,8 @@ class GenerationRequest:
         stop (`tuple[str, ...]`): an answer ends before the first of these strings.
         num_logprobs (`int`, *optional*): return log probabilities, with this number of alternatives.
         is_streamed (`bool`): pass on each new text. Otherwise each answer is one piece.
-        use_pseudo_image_features (`bool`, *optional*): what the decoder reads; by default as the config says.
+        use_pseudo_image_features (`bool`, *optional*): what the decoder reads; by default as the model's
+            config says when the scheduler starts.
     """
 
     token_ids: list[int]
@@ -81,7 +82,7 @@ class GenerationRequest:
     is_cancelled: bool = field(default=False, init=False)
 
     def cancel(self) -> None:
-        """Stop the generation at the next step. Nothing is received afterwards."""
+        """Stop the generation before the next step. At most the pieces of the current step are received afterwards."""
         self.is_cancelled = True
 
 
@@ -124,6 +125,8 @@ class Scheduler:
         self.vision_features = VisionFeatures(max_images)
         self.statistics = Statistics()
         ends = model.generation_config.eos_token_id
+        # None for a model without this setting, e.g. LLaVA
+        self._use_pseudo_image_features = getattr(model.config, "use_pseudo_image_features", None)
         self._ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
         self._waiting: deque[GenerationRequest] = deque()
         self._calls: deque[tuple[Future, Callable]] = deque()
@@ -273,18 +276,22 @@ class Scheduler:
             self._batch.join(batch)
 
     def _start_separately(self, requests: list[GenerationRequest]) -> None:
-        for i, request in enumerate(requests):
-            if self._rows and not self._can_join:
-                with self._changed:
-                    self._waiting.extendleft(reversed(requests[i:]))
-                return
-            self._start([request])
+        remaining = deque(requests)
+        try:
+            while remaining and (self._can_join or not self._rows):
+                self._start([remaining.popleft()])
+        finally:  # the running batch fails if a request cannot join it; the remaining requests must not be lost
+            with self._changed:
+                self._waiting.extendleft(reversed(remaining))
 
     def _first_step(self, requests: list[GenerationRequest]) -> DecodingBatch:
         images = {key: image for request in requests for key, image in request.images.items()}
         known = sum(key in self.vision_features for key in images)
-        if requests[0].use_pseudo_image_features is not None:
-            self.model.config.use_pseudo_image_features = requests[0].use_pseudo_image_features
+        use_pseudo = requests[0].use_pseudo_image_features
+        if use_pseudo is None:
+            use_pseudo = self._use_pseudo_image_features
+        if use_pseudo is not None:  # earlier requests may have changed the config
+            self.model.config.use_pseudo_image_features = use_pseudo
         inputs = encoded_inputs(
             self.model,
             self.processor,
