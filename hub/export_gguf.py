@@ -15,7 +15,7 @@ from .gguf_file import FILE_TYPES, import_gguf, write_gguf
 from .gguf_template import llama_cpp_template, ollama_modelfile
 from .gguf_tokenizer import GGUFTokenizer, read_tokenizer
 from .gguf_vision import CLIP, add_vision, reason_without_vision, vision_tensors
-from .paths import check_output, clear_output
+from .paths import check_output, draft_output
 from .source_formats import read_generation_config
 
 
@@ -48,6 +48,7 @@ def export_gguf(
     Write a VT-LMM as `model-TYPE.gguf`, `mmproj-TYPE.gguf` and an Ollama `Modelfile`.
 
     The VM head is used in training only, so GGUF files do not contain it. Tensors are written one after the other.
+    After an error, `output_dir` is unchanged.
 
     Args:
         model_path (`str` or `Path`): folder or Hub id of a VT-LMM.
@@ -80,7 +81,7 @@ def export_gguf(
     stops = _stop_tokens(source, processor)
 
     def add_model(writer: Any) -> None:
-        _add_general(writer, "model", source.folder)
+        _add_general(writer, "model", model_path)
         add_decoder(writer, source.config.text_config, tokenizer)
         _add_special_tokens(writer, processor.tokenizer, stops)
         if processor.chat_template is not None:
@@ -89,16 +90,17 @@ def export_gguf(
             )
 
     def add_mmproj(writer: Any) -> None:
-        _add_general(writer, "mmproj", source.folder)
+        _add_general(writer, "mmproj", model_path)
         add_vision(writer, source.config, processor.image_processor)
 
-    clear_output(output)
     files = GGUFFiles(output / f"model-{file_type}.gguf", output / f"mmproj-{file_type}.gguf", output / MODELFILE)
-    write_gguf(files.model, ARCHITECTURES[source.config.text_config.model_type], file_type, add_model, decoder)
-    write_gguf(files.mmproj, "clip", file_type, add_mmproj, vision)
+    architecture = ARCHITECTURES[source.config.text_config.model_type]
     stop_texts = [str(processor.tokenizer.convert_ids_to_tokens(stop)) for stop in stops]
     modelfile = ollama_modelfile(files.model.name, files.mmproj.name, processor, tokenizer, stop_texts)
-    write_text(files.modelfile, modelfile)
+    with draft_output(output) as draft:
+        write_gguf(draft / files.model.name, architecture, file_type, add_model, decoder)
+        write_gguf(draft / files.mmproj.name, "clip", file_type, add_mmproj, vision)
+        write_text(draft / MODELFILE, modelfile)
     logger.info("Exported %s to %s.", model_path, output)
     return files
 
@@ -136,9 +138,10 @@ def _check_parts(source: ExportSource, processor: Any) -> GGUFTokenizer:
     return tokenizer
 
 
-def _add_general(writer: Any, kind: str, folder: Path) -> None:
+def _add_general(writer: Any, kind: str, model_path: str | Path) -> None:
+    """Add kind and name. The name is that of the folder or the repository, since a snapshot's folder is a commit."""
     writer.add_type(kind)
-    writer.add_name(folder.resolve().name)
+    writer.add_name(Path(model_path).resolve().name)
 
 
 def _stop_tokens(source: ExportSource, processor: Any) -> list[int]:

@@ -11,10 +11,9 @@ from torch import nn
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 from modeling_vtlmm.layers_vtlmm import zero_image
-from vtlmm.data.output_files import atomic_path
 
 from .export_source import open_vtlmm
-from .paths import check_output, clear_output
+from .paths import check_output, draft_output
 
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ def export_onnx(model_path: str | Path, output_dir: str | Path, *, overwrite: bo
 
     The input `pixel_values` is one image `(1, 3, height, width)`, as the image processor prepares it. The outputs are
     `image_features` `(1, num_patches, hidden_size)` and `visual_logits` `(1, num_patches, visual_vocab_size)`, whose
-    softmax is the visual tokens.
+    softmax is the visual tokens. Weights above 1.5 GiB are in a second file, `visual_tokens.onnx.data`.
 
     Args:
         model_path (`str` or `Path`): folder or Hub id of a VT-LMM.
@@ -73,12 +72,11 @@ def export_onnx(model_path: str | Path, output_dir: str | Path, *, overwrite: bo
             output_names=["image_features", "visual_logits"],
             verbose=False,
         )
-    clear_output(output)
-    with atomic_path(output / ONNX_FILE) as draft:
-        program.save(draft)
-    if (folder / "processor_config.json").is_file():
-        processor: Any = VTLMMProcessor.from_pretrained(folder)
-        processor.tokenizer.save_pretrained(output)
-        processor.image_processor.save_pretrained(output)
+    with draft_output(output) as draft:
+        program.save(draft / ONNX_FILE)  # the graph contains the name of the file with the weights
+        if (folder / "processor_config.json").is_file():
+            processor: Any = VTLMMProcessor.from_pretrained(folder)
+            processor.tokenizer.save_pretrained(draft)
+            processor.image_processor.save_pretrained(draft)
     logger.info("Exported tower, projector and VM head of %s to %s.", model_path, output / ONNX_FILE)
     return output / ONNX_FILE

@@ -1,7 +1,6 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Write tensors and metadata to a GGUF file, one tensor in memory at a time."""
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from vtlmm.data.output_files import atomic_path
 
 from .checkpoint_files import StoredTensor, map_file
 
-
-logger = logging.getLogger(__name__)
 
 FILE_TYPES = ("f32", "f16", "bf16", "q8_0")
 
@@ -96,7 +93,6 @@ def write_gguf(
                 writer.write_tensor_data(_values(gguf, tensor, kind, mapped))
         finally:
             writer.close()
-    logger.info("Wrote %s.", path)
 
 
 def _llama_file_type(gguf: Any, file_type: str) -> int:

@@ -1,6 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Describe vision tower and projector in the terms of llama.cpp (its `mmproj` file): metadata and tensors."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,6 +70,19 @@ def reason_without_vision(config: Any, image_processor: Any) -> str | None:
     side = size.get("height", size.get("shortest_edge"))
     if side != tower.image_size or size.get("width", side) != side:
         return f"its image processor gives images of {size}, but llama.cpp uses the tower's {tower.image_size} pixels"
+    return _reason_without_pixels(image_processor)
+
+
+def _reason_without_pixels(image_processor: Any) -> str | None:
+    """Return why pixel values are not `(pixel / 255 - mean) / std`, which llama.cpp computes, or None if they are."""
+    for step in ("do_rescale", "do_normalize"):
+        if not getattr(image_processor, step):
+            return f"its image processor has `{step}: false`, but llama.cpp always rescales and normalizes pixels"
+    if not math.isclose(image_processor.rescale_factor, 1 / 255, rel_tol=1e-4):
+        return (
+            f"its image processor has `rescale_factor: {image_processor.rescale_factor:g}`, but llama.cpp always "
+            "divides pixels by 255"
+        )
     return None
 
 

@@ -2,8 +2,11 @@
 """Check the checkpoints that a function reads and the folder that it writes."""
 
 import fnmatch
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .hub_client import download
 from .repository import ADAPTER_SETTINGS, CHECK_FILE, RUN_RECORD
@@ -122,3 +125,20 @@ def clear_output(output: Path) -> None:
     for file in output.iterdir():
         if any(fnmatch.fnmatch(file.name, pattern) for pattern in MODEL_FILES) and not file.is_dir():
             file.unlink()
+
+
+@contextmanager
+def draft_output(output: Path) -> Iterator[Path]:
+    """
+    Give an empty temporary folder next to `output`, and move its files to `output` at the end of the `with` block.
+
+    The files of an earlier checkpoint in `output` are removed right before the move. After an error, the temporary
+    folder is deleted and `output` is unchanged.
+    """
+    target = output.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as draft:
+        yield Path(draft)
+        clear_output(target)
+        for file in Path(draft).iterdir():
+            shutil.move(file, target / file.name)
