@@ -27,6 +27,7 @@ from .special_tokens import fit_rows
 
 
 logger = logging.getLogger(__name__)
+MAX_NAMES = 20  # tensors that an error names
 
 # Pairs of prefixes of tensor names: in another format and in ours. The first match is used, in either direction.
 Names = tuple[tuple[str, str], ...]
@@ -163,20 +164,24 @@ def check_tensors(
         may_lack (`tuple[str, ...]`): prefixes of our names that may be missing.
 
     Raises:
-        `ValueError`: if tensors are missing, unexpected or of another shape; all are named with their files.
+        `ValueError`: if tensors are missing, unexpected or of another shape; the first are named with their files.
     """
-    # For some towers and decoders, transformers saves other names than the modules have.
-    expected = revert_weight_conversion(model, model.state_dict())
+    # For some towers and decoders, transformers saves other names than the modules have. It loads both.
+    modules = model.state_dict()
+    expected = min(
+        (revert_weight_conversion(model, modules), modules), key=lambda one: len(one.keys() ^ tensors.keys())
+    )
     if model.config.tie_word_embeddings:
         tensors.pop(LM_HEAD, None)
         expected.pop(LM_HEAD, None)
 
     def described(wrong: Iterable[str]) -> str:
-        stored = {name: tensors.get(name) for name in wrong}
-        return ", ".join(
+        stored = sorted((name, tensors.get(name)) for name in wrong)
+        shown = [
             f"{tensor.key} ({tensor.file.name})" if isinstance(tensor, StoredTensor) else their_name(name, names)
-            for name, tensor in sorted(stored.items())
-        )
+            for name, tensor in stored[:MAX_NAMES]
+        ]
+        return ", ".join(shown) + (f" and {len(stored) - MAX_NAMES:,} more" if len(stored) > MAX_NAMES else "")
 
     problems = {
         f"missing from {', '.join(file.name for file in _weight_files(folder))}": [

@@ -289,6 +289,7 @@ def assemble_model(
             output_loading_info=True,
         )
     model, info = loaded
+    model._weight_conversions = None  # save the names of a model that was not loaded, as other commands expect
     wrong_shape = {key for key, *_ in info["mismatched_keys"]}
     problems = {
         "missing": {key for key in info["missing_keys"] if not key.startswith(untrained)} - wrong_shape,

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from helpers.ablation import ALL_BUT_OOD, rows_of, work, write_grid  # noqa: F401 - `work` is a fixture
 from helpers.tiny_models import build_processor
-from transformers import AutoTokenizer
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.ablations import run as runner
@@ -148,12 +147,13 @@ def test_output_with_other_settings_is_rejected(work, finished, capsys):
 
 
 def test_too_long_answers_are_rejected_before_training(work, tmp_path, capsys):
+    rows = json.loads((work / "test.json").read_text())
+    rows = [{**row, "answer": "a red boat", "image": str(work / row["image"])} for row in rows]
+    (tmp_path / "long.json").write_text(json.dumps(rows))
     path = write_grid(work, tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(work / "start")
-    longest = max(len(tokenizer.tokenize(answer)) for answer in ("red", "blue", "yes"))
-    change = f"evaluate.max_new_tokens={longest - 1}"
-    assert main(["ablate", str(path), change, "--output", str(tmp_path / "out")]) == 1
-    assert f"Set evaluate.max_new_tokens={longest + 1}" in capsys.readouterr().err
+    changes = [f"evaluate.dataset={tmp_path / 'long.json'}", "evaluate.max_new_tokens=2"]
+    assert main(["ablate", str(path), *changes, "--output", str(tmp_path / "out")]) == 1
+    assert "Set evaluate.max_new_tokens=4" in capsys.readouterr().err
     assert not (tmp_path / "out/stages").exists()
 
 
@@ -321,6 +321,20 @@ def test_grids_of_the_repository_are_valid(path, base, tmp_path):
     stages = {chain[1]["key"] for chain in chains.values()}
     assert len(stages) == 1  # all arms of all grids share stages I and II
     assert stages == {read_grid(GRIDS / "3_pseudo.yaml", settings[:4]).chain("image features", 4)[1]["key"]}
+
+
+def test_long_captions_are_measured(work, tmp_path):
+    """Caption matching generates nothing, so an answer may be longer than `max_new_tokens`."""
+    rows = json.loads((work / "train.json").read_text())[::2]
+    captions = [{**row, "answer": f"{row['answer']} boat on a square"} for row in rows]
+    (tmp_path / "captions.json").write_text(
+        json.dumps([{**row, "image": str(work / row["image"])} for row in captions])
+    )
+    evaluate = {"dataset": str(tmp_path / "captions.json"), "max_new_tokens": 2, "metrics": ["caption_matching"]}
+    path = write_grid(work, tmp_path, seeds=[0], evaluate=evaluate)
+    assert main(["ablate", str(path), "--only", "off", "--output", str(tmp_path / "out")]) == 0
+    [row] = rows_of(tmp_path / "out")
+    assert 0 <= row["metrics"]["caption matching"] <= 1 and row["num_questions"] == 8
 
 
 def test_the_grid_of_real_photos_is_valid():

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_vtlmm import VTLMMForConditionalGeneration, VTLMMProcessor
 from vtlmm.hub.chat_templates import load_template
+from vtlmm.hub.checkpoint_files import check_tensors, list_tensors, model_without_weights
 from vtlmm.hub.compose import compose_model
 from vtlmm.hub.special_tokens import Vocabulary, add_special_tokens, fit_embeddings
 from vtlmm.hub.vision_tower import load_image_processor, load_vision_tower
@@ -41,6 +42,20 @@ def test_decoder_is_unchanged(tower_folder, decoder_folder, name):
     if num_new:
         mean = model.lm_head.weight[:rows].mean(0)
         torch.testing.assert_close(model.lm_head.weight[rows:], mean.expand(num_new, -1))
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_composed_tensors_pass_the_check_of_verify(tower_folder, decoder_folder, tmp_path, name):
+    """Also after a model was loaded and saved again. transformers names some tensors otherwise than the modules."""
+    model, processor = compose_model(tower_folder(name), decoder_folder("llama"), tmp_path / "composed")
+    model.save_pretrained(tmp_path / "saved")
+    loaded = VTLMMForConditionalGeneration.from_pretrained(tmp_path / "composed")
+    loaded.save_pretrained(tmp_path / "again")
+    for folder in ("composed", "saved", "again"):
+        check_tensors(list_tensors(tmp_path / folder), model_without_weights(loaded.config), tmp_path / folder)
+    damaged = dict(list(list_tensors(tmp_path / "again").items())[30:])
+    with pytest.raises(ValueError, match="missing from .* and 10 more"):
+        check_tensors(damaged, model_without_weights(loaded.config), tmp_path / "again")
 
 
 @pytest.mark.parametrize("name", DECODERS)

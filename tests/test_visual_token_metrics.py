@@ -1,6 +1,8 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """The metrics of visual tokens of the ablations, patch by patch from the logits of the model."""
 
+import math
+
 import pytest
 import torch
 
@@ -11,9 +13,10 @@ from vtlmm.inference.prompt_encoding import encode_prompt
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_losses_and_entropies_are_those_of_the_logits(build_model, processor, batch_size):
+@pytest.mark.parametrize("num_images", [3, 4, 5])
+def test_losses_and_entropies_are_those_of_the_logits(build_model, processor, batch_size, num_images):
     model = build_model()
-    features = torch.randn(4, 4, model.config.vision_feature_size, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(num_images, 4, model.config.vision_feature_size, generator=torch.Generator().manual_seed(0))
     ids = encode_prompt(processor, conversation({"images": [None], "question": ""}))
     ids = torch.tensor([[id_ for id_ in ids for _ in range(4 if id_ == processor.image_token_id else 1)]])
     words, predictions = [], []
@@ -34,7 +37,8 @@ def test_losses_and_entropies_are_those_of_the_logits(build_model, processor, ba
     assert metrics["entropy of visual tokens"] == pytest.approx(-(p.exp() * p).sum(-1).mean().item(), rel=1e-4)
     entropy = -(q.exp() * q).sum(-1).mean().item()
     assert metrics["entropy of the decoder's predictions"] == pytest.approx(entropy, rel=1e-4)
-    if batch_size == 5:  # the next image of the batch
+    assert math.isfinite(metrics["visual loss, other image - own image"])
+    if batch_size == 5:  # one batch: the other image is the next one
         other = divergence(p.roll(-1, 0), q) - divergence(p, q)
         assert metrics["visual loss, other image - own image"] == pytest.approx(other, rel=1e-3, abs=1e-5)
     assert model.visual_loss_function is next_patch_loss

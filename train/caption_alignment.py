@@ -25,7 +25,8 @@ from vtlmm.data.images import prepare_images
 from vtlmm.data.rows import load_rows
 from vtlmm.data.setting_values import require_integers
 from vtlmm.data.validation import check_rows
-from vtlmm.hub.paths import check_output
+from vtlmm.hub.paths import check_output, clear_output
+from vtlmm.hub.repository import CHECK_FILE, RUN_RECORD
 from vtlmm.inference.loading import load_model
 
 from .word_regression import WordRegression
@@ -75,10 +76,10 @@ def align_captions(
     r"""
     Set the projector and the VM head of `model` from captioned images. The vision tower and the decoder do not change.
 
-    The cost is one pass of the vision tower over the images, and P² multiplications per image for P inputs of the
-    regression: the channels of a vision feature, with `keep_projector` those of an image feature. The memory is
-    P · (P + K) float64 numbers for K candidate words, e.g. 390 MB for CLIP-L, a 7B decoder and 10,000 words, and the
-    vision features of 256 images.
+    The cost is one pass of the vision tower over the images. The regression takes P² multiplications per image and
+    the memory of P · (P + K) float64 numbers, for K candidate words and P inputs: the channels of a vision feature,
+    with `keep_projector` those of an image feature. The image features of up to 256 images are kept in float32, and
+    their products with the VM head's rows are computed once.
 
     Args:
         model ([`VTLMMForConditionalGeneration`]): with a linear VM head.
@@ -105,27 +106,27 @@ def align_captions(
     held_out, fitted = _split(len(captions.images))
     regression = WordRegression(encode.num_inputs, len(captions.token_ids), frequency_exponent)
     _add_images(regression, captions, encode, fitted, batch_size)
-    sample = torch.cat([encode([captions.images[index].image]) for index in held_out])
+    sample = [encode([captions.images[index].image])[0] for index in tqdm(held_out, desc="Held-out images")]
     if keep_projector:
         constant = regression.constant_direction()
     else:
         weight, bias = _write_projector(model, sample, *regression.solve(projector_penalty), captions)
-        regression, sample = regression.mapped(weight, bias), (sample.double() @ weight + bias).float()
+        regression = regression.mapped(weight, bias)
+        sample = [patches @ weight.float() + bias.float() for patches in sample]
         constant = captions.center.double() / captions.center.double().norm() ** 2
     weight, bias = regression.solve(head_penalty)
     head = (weight + torch.outer(constant, bias)).T.float()
-    head /= (sample[:: max(1, len(sample) // 32)] @ head.T).std()
+    head /= torch.cat([patches @ head.T for patches in sample[:: max(1, len(sample) // 32)]]).std()
     word_ids = [captions.word_ids[index] for index in held_out]
     values = LOGIT_SPREADS if logit_spread is None else (logit_spread,)
-    likelihood, logit_spread = min((_negative_log_likelihood(sample, x * head, word_ids), x) for x in values)
+    likelihood, logit_spread = min(zip(_negative_log_likelihoods(sample, head, word_ids, values), values, strict=True))
     _write_head(model.model.vm_head, captions.token_ids, logit_spread * head, constant.float())
     return CaptionAlignment(len(captions.images), len(captions.token_ids), logit_spread, likelihood)
 
 
 def _split(num_images: int) -> tuple[Sequence[int], list[int]]:
     """Return the indices of images that choose the logit spread, and of those that the regression is fitted on."""
-    step = max(2, num_images // MAX_HELD_OUT_IMAGES)
-    held_out = range(0, num_images, step)[: min(MAX_HELD_OUT_IMAGES, num_images // 4)]
+    held_out = range(0, num_images, max(4, math.ceil(num_images / MAX_HELD_OUT_IMAGES)))
     return held_out, sorted(set(range(num_images)) - set(held_out))
 
 
@@ -175,7 +176,9 @@ def align_checkpoint(
     model, processor = load_model(str(checkpoint), dtype=dtype)
     check_rows(rows, processor, require_marks=False).raise_for_problems(advice=f"Fix these rows of {dataset}.")
     result = align_captions(model, processor, rows, keep_projector=keep_projector)
-    output.mkdir(parents=True, exist_ok=True)
+    clear_output(output)
+    for name in (CHECK_FILE, RUN_RECORD):  # they describe the weights before
+        (output / name).unlink(missing_ok=True)
     model.save_pretrained(output)
     processor.save_pretrained(output)
     return result
@@ -238,7 +241,7 @@ class _Encoder:
         return (features.image_features if self.keep_projector else features.vision_features).float().cpu()
 
 
-def _write_projector(model, sample: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, captions: _Captions):
+def _write_projector(model, sample: list[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor, captions: _Captions):
     r"""
     Write the projector x → center + s · (x W + b) E, where E holds the directions of the words.
 
@@ -247,14 +250,16 @@ def _write_projector(model, sample: torch.Tensor, weight: torch.Tensor, bias: to
     `linear_2` is (B, −B). The rank is cut by a singular value decomposition.
 
     Args:
-        sample (`torch.Tensor` of shape `(num_images, num_patches, vision_feature_size)`): vision features.
+        sample (`list[torch.Tensor]`): vision features of images, each `(num_patches, vision_feature_size)`.
         weight, bias: of shape `(vision_feature_size, num_words)` and `(num_words,)`, in float64.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: weight `(vision_feature_size, hidden_size)` and bias `(hidden_size,)` of
         the projector as one linear map.
     """
-    projector, features = model.model.multi_modal_projector, sample.flatten(0, 1).double()
+    # 32 images are enough for the spread of the features
+    features = torch.cat(sample[:: max(1, len(sample) // 32)]).double()
+    projector = model.model.multi_modal_projector
     weight, bias = weight @ captions.directions.double(), bias @ captions.directions.double()
     mean, spread = features.mean(0), features.std(0).clamp_min(1e-6)
     bias = bias + mean @ weight  # the mean of the features is subtracted before the activation
@@ -288,16 +293,22 @@ def _write_head(vm_head, token_ids: torch.Tensor, rows: torch.Tensor, constant: 
     vm_head.weight[token_ids.to(vm_head.weight.device)] = rows.to(vm_head.weight)
 
 
-def _negative_log_likelihood(features: torch.Tensor, head: torch.Tensor, word_ids: list[list[int]]) -> float:
+def _negative_log_likelihoods(
+    features: list[torch.Tensor], head: torch.Tensor, word_ids: list[list[int]], spreads: Sequence[float]
+) -> list[float]:
     """
-    Return the mean of -log p over the caption words of each image, in nats, where p is the image's mean visual token.
+    Return the mean of -log p over the caption words of each image, in nats, for each spread of the logits.
+
+    p is the mean visual token of the image.
 
     Args:
-        features (`torch.Tensor` of shape `(num_images, num_patches, hidden_size)`): image features.
-        head (`torch.Tensor` of shape `(num_candidates, hidden_size)`): rows of the VM head.
+        features (`list[torch.Tensor]`): image features, each `(num_patches, hidden_size)`.
+        head (`torch.Tensor` of shape `(num_candidates, hidden_size)`): rows of the VM head for a spread of 1.
     """
-    losses = []
-    for patches, ids in zip(features, word_ids, strict=True):
-        log_probabilities = (patches @ head.T).log_softmax(-1).logsumexp(0) - math.log(len(patches))
-        losses.append(-log_probabilities[ids].mean())
-    return torch.stack(losses).mean().item()
+    losses = torch.zeros(len(spreads))
+    for patches, ids in zip(tqdm(features, desc="Spread of the logits"), word_ids, strict=True):
+        logits = patches @ head.T
+        for i, spread in enumerate(spreads):
+            log_probabilities = (spread * logits).log_softmax(-1).logsumexp(0) - math.log(len(patches))
+            losses[i] -= log_probabilities[ids].mean()
+    return (losses / len(features)).tolist()

@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Compute the metrics of one trained model. The vision tower encodes each image once for all runs of a grid."""
+"""Compute the metrics of one trained model. All metrics but caption matching use cached vision features."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from modeling_vtlmm.fused_losses_vtlmm import next_patch_loss
-from vtlmm.analysis.caption_matching import measure_caption_matching
+from vtlmm.analysis.caption_matching import check_matching_rows, measure_caption_matching
 from vtlmm.analysis.metrics import TILE_ROWS, entropy, word_probabilities
 from vtlmm.data.images import prepare_images
 from vtlmm.data.rows import load_rows
@@ -116,6 +116,10 @@ def read_held_out_data(config: EvaluateConfig, processor) -> HeldOutData:
                 raise ValueError(f"evaluate.kinds: no kind lists the answer {question['answer']!r}. Add it to one.")
             question["kind"] = kinds[question["answer"]]
     score_answers(questions, [""] * len(questions), config.scorer)  # find a scorer that does not fit before training
+    if "caption_matching" in config.metrics:
+        check_matching_rows(rows)
+        if len(questions) != len(rows):
+            raise ValueError("The metric caption_matching needs one answer per row of evaluate.dataset.")
     data = HeldOutData(QuestionSet(rows, questions, image_positions))
     for name, dataset in config.ood_datasets.items():
         rows = load_rows(dataset)
@@ -262,8 +266,8 @@ def visual_token_metrics(model, processor, features: Sequence[torch.Tensor], bat
     ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
     totals: dict[str, torch.Tensor] = {}
     original, model.visual_loss_function = model.visual_loss_function, _all_visual_losses
-    # Batches of nearly equal sizes, so that no batch has a single image
-    for batch in torch.stack(list(features)).tensor_split(math.ceil(len(features) / max(2, batch_size))):
+    # Batches of nearly equal sizes of two images or more
+    for batch in torch.stack(list(features)).tensor_split(max(1, len(features) // max(2, batch_size))):
         sums = model(
             input_ids=ids.expand(len(batch), -1),
             attention_mask=attention_mask.expand(len(batch), -1),
@@ -273,7 +277,7 @@ def visual_token_metrics(model, processor, features: Sequence[torch.Tensor], bat
         ).loss_sums
         values = {"losses": sums["visual_loss"], "number": sums["num_visual_targets"], **sums["visual_tokens"]}
         for name, value in values.items():
-            totals[name] = totals.get(name, torch.zeros((), dtype=torch.float64)) + value.double()
+            totals[name] = totals.get(name, torch.zeros((), dtype=torch.float64)) + value.cpu().double()
     model.visual_loss_function = original
     mean_visual_token = totals["probability"] / totals["num_patches"]
     reverse, forward, other_image, prediction_entropy = (totals["losses"] / totals["number"]).tolist()

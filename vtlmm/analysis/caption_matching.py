@@ -9,7 +9,7 @@ from datasets import Dataset, Image, List
 from tqdm.auto import tqdm
 
 from vtlmm.data.encoding import encode_messages
-from vtlmm.data.images import prepare_images
+from vtlmm.data.images import image_key, prepare_images
 from vtlmm.evaluation.statistics import SCORE_BOUNDS, Estimate, mean_estimate
 
 from .captions import answer_texts
@@ -61,12 +61,11 @@ def measure_caption_matching(
         batch_size (`int`, *optional*, defaults to 8): sequences per forward pass.
 
     Raises:
-        `ValueError`: if a row has another number of images than one, or there are too few rows.
+        `ValueError`: if a row has another number of images than one, two rows have the same image, or there are too
+            few rows.
     """
+    check_matching_rows(rows)
     rows = rows.select_columns(["messages", "images"]).cast_column("images", List(Image(decode=False)))
-    wrong = next((number for number, row in enumerate(rows) if len(row["images"]) != 1), None)
-    if wrong is not None:
-        raise ValueError(f"Row {wrong} has {len(rows[wrong]['images'])} images. Caption matching needs one per row.")
     if not 1 <= num_others < len(rows):
         raise ValueError(f"`num_others` is {num_others}; with {len(rows)} rows it must be 1 to {len(rows) - 1}.")
     was_training = model.training
@@ -91,6 +90,25 @@ def measure_caption_matching(
         loss_lift=mean_estimate((other.mean(1) - own[:, 0]).tolist()),
         scores=scores,
     )
+
+
+def check_matching_rows(rows: Dataset) -> None:
+    """
+    Check that each row has one image, and that no two rows have the same.
+
+    Raises:
+        `ValueError`: names the first row without one image of its own.
+    """
+    row_of_image: dict[str, int] = {}
+    for number, row in enumerate(rows.select_columns("images").cast_column("images", List(Image(decode=False)))):
+        if len(row["images"]) != 1:
+            raise ValueError(f"Row {number} has {len(row['images'])} images. Caption matching needs one per row.")
+        first = row_of_image.setdefault(image_key(row["images"][0]), number)
+        if first != number:
+            raise ValueError(
+                f"Rows {first} and {number} have the same image. Caption matching needs one row per image: keep one "
+                "caption of each image."
+            )
 
 
 def _vision_features(model, processor, images: list[dict], batch_size: int) -> list[torch.Tensor]:
@@ -132,8 +150,8 @@ def _caption_losses(model, processor, encoded: list[tuple], vision_features: tor
         input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), vision_features=vision_features
     ).last_hidden_state
     row, position = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # position n − 1 predicts token n
-    targets = labels[row, position + 1].to(device)
-    logits = model.lm_head(states[row.to(device), position.to(device)])
-    losses = F.cross_entropy(logits.float(), targets, reduction="none").double().cpu()
+    targets = labels[row, position + 1]
+    logits = model.lm_head(states[row.to(states.device), position.to(states.device)])
+    losses = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none").cpu().double()
     sums = torch.zeros(len(encoded), dtype=torch.float64).index_add_(0, row, losses)
     return sums / torch.bincount(row, minlength=len(encoded))

@@ -1,6 +1,7 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Measure whether visual tokens name what captioned images show."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -97,20 +98,21 @@ def measure_caption_words(model, processor, rows: Dataset, *, batch_size: int = 
             patch_words.append([vocabulary[i] for i in probabilities.argmax(-1).tolist()])
             entropies.append(entropy(probabilities).mean().item())
     captions = [one.words for one in images]
-    top_words = [words[:1] for words in image_words]
+    counts = Counter(word for caption in captions for word in caption)  # in how many captions each word is
     estimates = {
-        **_estimates("top_word", [_share_in(captions, i, words) for i, words in enumerate(top_words)]),
+        **_estimates("top_word", [_share_in(captions, counts, i, words[:1]) for i, words in enumerate(image_words)]),
         **_estimates("top_10", [_any_in(captions, i, set(words)) for i, words in enumerate(image_words)]),
-        **_estimates("patch_word", [_share_in(captions, i, words) for i, words in enumerate(patch_words)]),
+        **_estimates("patch_word", [_share_in(captions, counts, i, words) for i, words in enumerate(patch_words)]),
     }
     num_patch_words = len({word for words in patch_words for word in words})
     return CaptionWords(**estimates, num_patch_words=num_patch_words, entropy=mean_estimate(entropies))
 
 
-def _share_in(captions: list[set[str]], index: int, words: list[str]) -> tuple[float, float]:
+def _share_in(captions: list[set[str]], counts: Counter, index: int, words: list[str]) -> tuple[float, float]:
     """Return the share of `words` in the captions of image `index`, and its mean over all other images."""
-    shares = [sum(word in caption for word in words) / len(words) for caption in captions]
-    return shares[index], (sum(shares) - shares[index]) / (len(shares) - 1)
+    own = sum(word in captions[index] for word in words)
+    others = (sum(counts[word] for word in words) - own) / (len(captions) - 1)
+    return own / len(words), others / len(words)
 
 
 def _any_in(captions: list[set[str]], index: int, words: set[str]) -> tuple[float, float]:
