@@ -151,7 +151,7 @@ def test_too_long_answers_are_rejected_before_training(work, tmp_path, capsys):
     rows = [{**row, "answer": "a red boat", "image": str(work / row["image"])} for row in rows]
     (tmp_path / "long.json").write_text(json.dumps(rows))
     path = write_grid(work, tmp_path)
-    changes = [f"evaluate.dataset={tmp_path / 'long.json'}", "evaluate.max_new_tokens=2"]
+    changes = [f"evaluate.dataset={tmp_path / 'long.json'}", "evaluate.max_new_tokens=2", "evaluate.kinds={}"]
     assert main(["ablate", str(path), *changes, "--output", str(tmp_path / "out")]) == 1
     assert "Set evaluate.max_new_tokens=4" in capsys.readouterr().err
     assert not (tmp_path / "out/stages").exists()
