@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""`benchmarks/gpu.py` with tiny models on a CPU: rows of each kind, resuming, and a row that fails."""
+"""`benchmarks/gpu.py` with tiny models on a CPU: two rows, resuming, and a row that fails."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from helpers.photo_parts import parts  # noqa: F401 - a fixture
 
 
 ROOT = Path(__file__).parents[1]
-# One row of each kind: all rows take minutes, most of them to start their processes
-ROWS = ("loss_iv", "batches", "generation", "server")
+# All rows take minutes, most of them to start their processes
+ROWS = ("loss_iv", "generation")
 
 
 def run(output: Path, *options: str) -> subprocess.CompletedProcess:
@@ -39,7 +39,6 @@ def records(output: Path) -> dict:
 
 @pytest.mark.slow
 def test_rows_run_and_resume(parts, tmp_path):  # noqa: F811
-    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
     options = ("--shape", "tiny", "--device", "cpu", "--parts", str(parts), "--decoder", str(parts / "decoder"))
     options += ("--only", *ROWS)
     done = run(tmp_path, *options)
@@ -54,10 +53,7 @@ def test_rows_run_and_resume(parts, tmp_path):  # noqa: F811
     assert {"ours", "masked, plain autograd", "released formulation", "matrix products alone"} <= set(losses)
     assert max(losses["ours"]["errors"].values()) < 1e-5
     assert any("Liger" in note for note in found["loss_iv"]["notes"])
-    packed, padded = (found["batches"]["results"][name]["losses"][0] for name in ("packed", "padded as they come"))
-    assert packed["lm_loss"] == pytest.approx(padded["lm_loss"], rel=1e-4)
     assert set(found["generation"]["results"]) == {"1", "16"}
-    assert found["server"]["results"]["new"]["4"][0]["requests_per_s"] > 0
     tables = (tmp_path / "gpu.md").read_text()
     assert all(record["table"] in tables for record in found.values() if record["status"] == "done")
 
