@@ -7,6 +7,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import CardData, ModelCard, ModelCardData
 
 from modeling_vtlmm import VTLMMConfig
@@ -63,6 +64,26 @@ RELATIONS = {ADAPTER: "adapter", VTLMM: "finetune", "quantized": "quantized"}
 def is_generated(card: str) -> bool:
     """Return whether a model card was generated and has no changes by hand."""
     return CARD_MARK in card or UNFILLED in card
+
+
+def license_of(folder: Path) -> str:
+    """
+    Return the license in the front matter of the card in `folder`.
+
+    Raises:
+        `ValueError`: if the card does not exist, is invalid or names no license.
+    """
+    card = folder / CARD_FILE
+    try:
+        license = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{card}: the front matter is invalid: {error}") from error
+    if not license:
+        raise ValueError(
+            f"The license of the weights is not specified. Pass `license` (`--license apache-2.0`), or write "
+            f"`license:` into the front matter of your own {CARD_FILE}."
+        )
+    return license
 
 
 def write_card(

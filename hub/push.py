@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -25,7 +24,7 @@ from .export_gguf import export_gguf
 from .export_llava import export_to_llava
 from .hub_client import check_account, hub_errors
 from .isolated_load import probe
-from .model_card import CARD_MARK, check_files, is_generated, license_text, write_card
+from .model_card import CARD_MARK, check_files, is_generated, license_of, license_text, write_card
 from .paths import check_checkpoint
 from .quantize import QUANTIZATIONS, write_quantized
 from .repository import (
@@ -34,6 +33,7 @@ from .repository import (
     CARD_FILE,
     CHECK_FILE,
     GGUF,
+    HANDLER_FILE,
     LICENSE_FILE,
     LLAVA,
     RESULTS_FOLDER,
@@ -46,6 +46,7 @@ from .repository import (
     list_published_files,
     matches,
 )
+from .space import push_space
 from .verify import UNKNOWN_CODE, VerificationReport, verify_checkpoint
 
 
@@ -62,13 +63,14 @@ class PushResult:
     The return value of [`push_model`].
 
     repo_id (`str`), report ([`VerificationReport`]), files (`dict[str, int]`: name to size in bytes of each file to
-    publish), url (`str` or `None`: the commit; `None` if nothing was pushed).
+    publish), url (`str` or `None`: the commit; `None` if nothing was pushed), space_url (the same of the Space).
     """
 
     repo_id: str
     report: VerificationReport
     files: dict[str, int]
     url: str | None = None
+    space_url: str | None = None
 
     def format(self) -> str:
         """Return the report, the list of files with their sizes, and what was pushed."""
@@ -77,6 +79,7 @@ class PushResult:
             lines.append("Nothing was pushed: fix the problems first.")
         else:
             lines.append(self.url or f"Dry run: nothing was pushed to {self.repo_id}.")
+            lines += [self.space_url] if self.space_url else []
         return "\n".join(lines)
 
 
@@ -95,6 +98,8 @@ def push_model(
     base_models: Sequence[str] = (),
     results: Sequence[str | Path] = (),
     images: Sequence[str | Path] = (),
+    handler: bool = False,
+    space: str | None = None,
 ) -> PushResult:
     r"""
     Verify the model in `folder` and push it to the Hub in one commit.
@@ -115,6 +120,8 @@ def push_model(
         dry_run (`bool`, *optional*, defaults to `False`): verify and list the files only.
         trust_remote_code (`bool`, *optional*, defaults to `False`): see [`verify_checkpoint`].
         license, base_models, results, images: see [`write_card`].
+        handler (`bool`, *optional*, defaults to `False`): add `handler.py` for Inference Endpoints.
+        space (`str`, *optional*): `user/name` of a Space with the page of `vtlmm app`; see [`push_space`].
 
     Raises:
         `FileNotFoundError`: if `folder` does not exist.
@@ -123,13 +130,16 @@ def push_model(
     check_repo_id(repo_id)
     folder = Path(check_checkpoint(Path(folder)))
     _check_form(folder, form, trust_remote_code)
-    license = license or _license_of(folder)
+    _check_hosting(folder, form, handler, space)
+    license = license or license_of(folder)
     check_files(results, images)
     if not dry_run:
         check_account(repo_id, tag)  # before minutes of verification
     with tempfile.TemporaryDirectory() as place:
         source, stage = _in_form(form, folder, Path(place, "form")), Path(place, "model")
         files = _stage_form(form, folder, source, stage, include)
+        if handler:
+            shutil.copy(Path(__file__).with_name(HANDLER_FILE), stage)
         card: dict[str, Any] = {"license": license, "base_models": base_models, "results": results, "images": images}
         write_card(stage, repo_id, **card, kind_and_config=_kind_on_card(form, folder))
         record_logits(stage, trust_remote_code)
@@ -137,6 +147,7 @@ def push_model(
         if not result.report.problems and not dry_run:
             with hub_errors(repo_id, revision):
                 result.url = _upload(stage, repo_id, list(result.files), private, revision, tag)
+            result.space_url = push_space(space, repo_id, private) if space else None
             if source == folder:
                 _copy_back(stage, folder, list(result.files))
     return result
@@ -179,24 +190,14 @@ def _check_form(folder: Path, form: str | None, trust_remote_code: bool) -> None
         raise ValueError(f"{folder}: its {UNKNOWN_CODE.format('; '.join(unknown))}")
 
 
-def _license_of(folder: Path) -> str:
-    """
-    Return the license in the front matter of the card in `folder`.
-
-    Raises:
-        `ValueError`: if the card does not exist, is invalid or names no license.
-    """
-    card = folder / CARD_FILE
-    try:
-        license = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{card}: the front matter is invalid: {error}") from error
-    if not license:
-        raise ValueError(
-            f"The license of the weights is not specified. Pass `license` (`--license apache-2.0`), or write "
-            f"`license:` into the front matter of your own {CARD_FILE}."
-        )
-    return license
+def _check_hosting(folder: Path, form: str | None, handler: bool, space: str | None) -> None:
+    if space is not None:
+        check_repo_id(space)
+    kind = form if form in (ADAPTER, LLAVA, GGUF) else checkpoint_kind(folder)[0]
+    if handler and kind not in (VTLMM, LLAVA):
+        raise ValueError(f"`handler` needs a whole model for transformers, not {kind}. Merge an adapter first.")
+    if space is not None and kind != VTLMM:
+        raise ValueError(f"`space` shows visual tokens, so it needs a VT-LMM, not {kind}. Leave it out.")
 
 
 def record_logits(folder: Path, trust_remote_code: bool = False) -> None:

@@ -15,6 +15,7 @@ from vtlmm.data.json_files import read_json, require_type
 
 CARD_FILE, CHECK_FILE, RUN_RECORD = "README.md", "vtlmm_check.json", "vtlmm_run.json"
 LICENSE_FILE, RESULTS_FOLDER = "LICENSE", "results"
+HANDLER_FILE = "handler.py"  # of Inference Endpoints; a copy of the module of this name in this folder
 ADAPTER_SETTINGS = "vtlmm_adapter.json"  # what the training of an adapter changed in the config of its base
 VTLMM, LLAVA, ADAPTER, GGUF = "vtlmm", "llava", "adapter", "gguf"
 # The Hub's `library_name` of each kind.
@@ -27,8 +28,8 @@ PUBLISHED = (
     *("config.json", "generation_config.json", "adapter_config.json", ADAPTER_SETTINGS),
     *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "tokenizer.json"),
     *("tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "*_vtlmm.py", CARD_FILE, CHECK_FILE, LICENSE_FILE, "LICENSE.txt", "LICENSE.md", "NOTICE"),
-    *("NOTICE.txt", "NOTICE.md", f"{RESULTS_FOLDER}/*.json", ".eval_results/*.yaml"),
+    *("merges.txt", "*_vtlmm.py", HANDLER_FILE, CARD_FILE, CHECK_FILE, LICENSE_FILE, "LICENSE.txt", "LICENSE.md"),
+    *("NOTICE", "NOTICE.txt", "NOTICE.md", f"{RESULTS_FOLDER}/*.json", ".eval_results/*.yaml"),
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 
@@ -98,6 +99,7 @@ def foreign_code(folder: Path) -> list[str]:
     the installed module of the same name and no `auto_map` names a module elsewhere.
     """
     installed = {file.name: file.read_bytes() for file in Path(modeling_vtlmm.__file__).parent.glob("*_vtlmm.py")}
+    installed[HANDLER_FILE] = Path(__file__).with_name(HANDLER_FILE).read_bytes()
     found = [
         f"{file.name} differs from the installed package" if file.name in installed else f"{file.name} is unknown"
         for file in sorted(folder.glob("*.py"))

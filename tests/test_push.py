@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers.processes import environment
 from huggingface_hub import ModelCard
 
@@ -148,6 +149,21 @@ def test_gguf_files(facts):
     assert 'hf_hub_download("somebody/gguf", "model-f16.gguf")' in card.text and "AutoModel" not in card.text
     assert "issue 25814" in card.text and "Visual tokens are training targets" not in card.text
     assert facts["verify gguf"]["code"] == 0 and "(gguf): 4 files" in facts["verify gguf"]["out"]
+
+
+def test_handler_and_space(facts):
+    """The second push of the same model changes neither repository. LLaVA has no page, GGUF files no handler."""
+    assert facts["hosted"]["code"] == 0 and "/somebody/page/commit/" in facts["hosted"]["out"], facts["hosted"]
+    assert facts["hosted"]["commits"]["somebody/hosted"] == facts["hosted"]["commits"]["somebody/page"] == 1
+    assert not any(facts["second hosted"]["commits"].values()), facts["second hosted"]
+    assert "handler.py" in facts["files of hosted"] and facts["private space"]
+    header = yaml.safe_load(facts["space"]["README.md"].split("---")[1])
+    assert (header["sdk"], header["app_file"], header["models"]) == ("gradio", "app.py", ["somebody/hosted"])
+    assert facts["space"]["requirements.txt"].startswith("vtlmm[app]")
+    assert 'MODEL = "somebody/hosted"' in facts["space"]["app.py"]
+    assert_rejected(facts["space of llava"], "`space` shows visual tokens", "not llava")
+    assert_rejected(facts["handler of gguf"], "`handler` needs a whole model for transformers, not gguf")
+    assert_rejected(facts["invalid space"], "'page' is invalid")
 
 
 def test_llava_export_of_a_merged_adapter(facts):

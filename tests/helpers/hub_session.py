@@ -266,6 +266,20 @@ def push_gguf(source: Path) -> None:
     FACTS["verify gguf"] = vtlmm("verify", name)
 
 
+def push_hosted(folder: Path) -> None:
+    """A model with `handler.py` and a Space, pushed twice, then what cannot have them."""
+    name, space = f"{USER}/hosted", f"{USER}/page"
+    options = {"license": "mit", "handler": True, "space": space, "private": True}
+    FACTS["hosted"] = push(folder, name, **options)
+    FACTS["second hosted"] = push(folder, name, **options)
+    FACTS["files of hosted"] = sorted(files("hosted"))
+    FACTS["space"] = {name: text.decode() for name, text in files("page").items()}
+    FACTS["private space"] = HUB.repositories[space].private
+    FACTS["space of llava"] = push(folder, name, form="llava", license="mit", space=space)
+    FACTS["handler of gguf"] = push(folder, name, form="gguf", license="mit", handler=True)
+    FACTS["invalid space"] = push(folder, name, license="mit", space="page")
+
+
 def refused(folder: Path) -> None:
     """Missing and foreign repositories, invalid tokens, and then no Hub."""
     nothing = f"{USER}/nothing"
@@ -295,6 +309,7 @@ def session() -> None:
         push_a_model(folder)
         push_the_parts(folder)
         push_another_model(write_model(WORK / "other", seed=1))
+        push_hosted(WORK / "other")
         push_from_trainers(settings)
         push_with_all_strategies(settings)
     push_llava(WORK / "merged")

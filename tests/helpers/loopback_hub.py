@@ -119,7 +119,9 @@ class LoopbackHub:
             return {}, {"transfer": "basic", "objects": objects}
         if match := re.fullmatch(rf"/([^/]+/[^/]+)/resolve/{REVISION}/(.+)", path):
             return self.resolve(self.repository(match[1]), match[2], match[3])
-        if match := re.fullmatch(rf"/api/models/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/{REVISION}(?:/(.*))?)?)?", path):
+        if match := re.fullmatch(
+            rf"/api/(?:models|spaces)/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/{REVISION}(?:/(.*))?)?)?", path
+        ):
             repository_id, action, revision, rest = match.groups()
             repository = self.repository(repository_id)
             if request.command == "POST" and action != "paths-info":

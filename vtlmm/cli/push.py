@@ -39,6 +39,10 @@ def push(
         list[Path] | None, Option(metavar="FILE", help="results.json of `vtlmm eval`; repeat it for several.")
     ] = None,
     image: Annotated[list[Path] | None, Option(metavar="PNG", help="Image for the card; repeat it.")] = None,
+    handler: Annotated[bool, Option("--handler", help="Add handler.py for Inference Endpoints.")] = False,
+    space: Annotated[
+        str | None, Option(metavar="USER/NAME", help="Also write a Space with the page of `vtlmm app` for the model.")
+    ] = None,
 ) -> None:
     """Verify a model and push it to the Hub in one commit, with a generated model card."""
     from vtlmm.hub.push import push_model
@@ -57,6 +61,8 @@ def push(
         base_models=base_model or [],
         results=results or [],
         images=image or [],
+        handler=handler,
+        space=space,
     )
     print(result.format())
     raise Exit(1 if result.report.problems else 0)
