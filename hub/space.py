@@ -7,8 +7,6 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-import vtlmm
-
 from .hub_client import hub_errors
 
 
@@ -45,7 +43,7 @@ def space_files(model: str, title: str) -> dict[str, str]:
         gradio = GRADIO
     return {
         "README.md": README.format(title=json.dumps(title), gradio=gradio, model=model),
-        "requirements.txt": f"vtlmm[app]>={vtlmm.__version__}\n",
+        "requirements.txt": f"vtlmm[app]>={version('vtlmm')}\n",
         "app.py": APP.format(model=json.dumps(model)),
     }
 
