@@ -83,7 +83,7 @@ def read_record(path, arguments):
 
 
 def run_row(name, arguments, path, seconds):
-    """Measure one row in a process of its own, and return its record."""
+    """Measure one row in a separate process, and return its record."""
     log = arguments.output / "logs" / f"{name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{name}.draft.json")

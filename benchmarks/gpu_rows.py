@@ -1,5 +1,5 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""The measurements of `gpu.py`. Each row is one function, which runs in a process of its own."""
+"""The measurements of `gpu.py`. Each row is one function, which runs in a separate process."""
 
 import argparse
 import io

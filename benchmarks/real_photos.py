@@ -30,7 +30,7 @@ from vtlmm.train.stage_runner import train_stages
 RECIPES = Path(__file__).parents[1] / "recipes"
 ORDERS = {"aligned": "smollm2_mobilenet_v2.yaml", "paper": "smollm2_paper_order.yaml"}
 CAPTIONS_PER_PHOTO = 5
-HELD_OUT_PHOTOS = 150  # for the words of the patches, and as many others for caption matching
+HELD_OUT_PHOTOS = 150  # for the words of the patches; caption matching uses the same number of other photos
 
 
 def write_data(parts: Path, output: Path, seed: int) -> None:

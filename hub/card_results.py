@@ -52,7 +52,7 @@ def find_results(folder: Path) -> list[Path]:
     """
     Return the `results.json` files of the model, in `folder`, its subfolders and its sibling folders.
 
-    A file that is older than the weights has the scores of earlier weights and is left out.
+    Results older than the weights belong to earlier weights and are left out.
     """
     newest = max((file.stat().st_mtime for file in folder.glob("*.safetensors")), default=0.0)
     candidates = [*folder.glob("results.json"), *folder.glob("*/results.json"), *folder.parent.glob("*/results.json")]

@@ -84,10 +84,8 @@ def export_gguf(
         _add_general(writer, "model", model_path)
         add_decoder(writer, source.config.text_config, tokenizer)
         _add_special_tokens(writer, processor.tokenizer, stops)
-        if processor.chat_template is not None:
-            writer.add_chat_template(
-                llama_cpp_template(processor.chat_template, processor.image_token, tokenizer.leading_space)
-            )
+        if (template := processor.chat_template) is not None:
+            writer.add_chat_template(llama_cpp_template(template, processor.image_token, tokenizer.leading_space))
 
     def add_mmproj(writer: Any) -> None:
         _add_general(writer, "mmproj", model_path)
@@ -139,7 +137,7 @@ def _check_parts(source: ExportSource, processor: Any) -> GGUFTokenizer:
 
 
 def _add_general(writer: Any, kind: str, model_path: str | Path) -> None:
-    """Add kind and name. The name is that of the folder or the repository, since a snapshot's folder is a commit."""
+    """Add the kind, and the name of the folder or repository: a snapshot's folder has the name of a commit."""
     writer.add_type(kind)
     writer.add_name(Path(model_path).resolve().name)
 

@@ -36,7 +36,7 @@ class VisualLogits(nn.Module):
 
 def export_onnx(model_path: str | Path, output_dir: str | Path, *, overwrite: bool = False) -> Path:
     r"""
-    Write `visual_tokens.onnx` in float32, with the processor's files beside it.
+    Write `visual_tokens.onnx` in float32, together with the processor's files.
 
     The input `pixel_values` is one image `(1, 3, height, width)`, as the image processor prepares it. The outputs are
     `image_features` `(1, num_patches, hidden_size)` and `visual_logits` `(1, num_patches, visual_vocab_size)`, whose

@@ -104,9 +104,8 @@ def push_model(
     r"""
     Verify the model in `folder` and push it to the Hub in one commit.
 
-    The card and the recorded logits are written to a temporary folder, and after the push to `folder` too. Only
-    weights, configuration, tokenizer, processor, code, card, results and license are uploaded. A model with problems
-    is not pushed. The commit is atomic; nothing is uploaded if nothing changed.
+    Only weights, configuration, tokenizer, processor, code, card, results and license are uploaded, in an atomic
+    commit, and nothing if there are problems or no changes. `folder` also gets the card and the recorded logits then.
 
     Args:
         folder (`str` or `Path`): a VT-LMM, an exported LLaVA, or an adapter.
@@ -124,33 +123,35 @@ def push_model(
         space (`str`, *optional*): `user/name` of a Space with the page of `vtlmm app`; see [`push_space`].
 
     Raises:
-        `FileNotFoundError`: if `folder` does not exist.
-        `ValueError`: if a setting is invalid, no license is given, or the Hub rejects the push.
+        `FileNotFoundError`, `ValueError`: for a missing folder or license, an invalid setting, or a rejected push.
     """
     check_repo_id(repo_id)
     folder = Path(check_checkpoint(Path(folder)))
-    _check_form(folder, form, trust_remote_code)
-    _check_hosting(folder, form, handler, space)
+    _check_form(folder, form, trust_remote_code, handler, space)
     license = license or license_of(folder)
     check_files(results, images)
     if not dry_run:
         check_account(repo_id, tag)  # before minutes of verification
     with tempfile.TemporaryDirectory() as place:
         source, stage = _in_form(form, folder, Path(place, "form")), Path(place, "model")
-        files = _stage_form(form, folder, source, stage, include)
-        if handler:
-            shutil.copy(Path(__file__).with_name(HANDLER_FILE), stage)
+        files = _stage_form(form, folder, source, stage, include, handler)
         card: dict[str, Any] = {"license": license, "base_models": base_models, "results": results, "images": images}
         write_card(stage, repo_id, **card, kind_and_config=_kind_on_card(form, folder))
         record_logits(stage, trust_remote_code)
         result = _verify_stage(stage, folder, repo_id, files, trust_remote_code)
         if not result.report.problems and not dry_run:
-            with hub_errors(repo_id, revision):
-                result.url = _upload(stage, repo_id, list(result.files), private, revision, tag)
-            result.space_url = push_space(space, repo_id, private) if space else None
+            _publish(result, stage, repo_id, private, revision, tag, space)
             if source == folder:
                 _copy_back(stage, folder, list(result.files))
     return result
+
+
+def _publish(result: PushResult, stage: Path, repo_id: str, private, revision, tag, space: str | None) -> None:
+    """Upload the files of `stage`, and the Space, and write their addresses into `result`."""
+    with hub_errors(repo_id, revision):
+        result.url = _upload(stage, repo_id, list(result.files), private, revision, tag)
+    if space:
+        result.space_url = push_space(space, repo_id, private)
 
 
 def _verify_stage(stage: Path, folder: Path, repo_id: str, files: list[str], trust_remote_code: bool) -> PushResult:
@@ -176,7 +177,7 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"The repository id {repo_id!r} is invalid: it must have the form user/name.")
 
 
-def _check_form(folder: Path, form: str | None, trust_remote_code: bool) -> None:
+def _check_form(folder: Path, form: str | None, trust_remote_code: bool, handler: bool, space: str | None) -> None:
     if form not in (None, *FORMS):
         raise ValueError(f"`form` is {form!r}; it must be {', '.join(FORMS[:-1])} or {FORMS[-1]}.")
     if form is None and checkpoint_kind(folder)[0] == GGUF:
@@ -188,9 +189,6 @@ def _check_form(folder: Path, form: str | None, trust_remote_code: bool) -> None
     unknown = foreign_code(folder) if form not in (None, ADAPTER) and not trust_remote_code else []
     if unknown:  # other pushes verify the model
         raise ValueError(f"{folder}: its {UNKNOWN_CODE.format('; '.join(unknown))}")
-
-
-def _check_hosting(folder: Path, form: str | None, handler: bool, space: str | None) -> None:
     if space is not None:
         check_repo_id(space)
     kind = form if form in (ADAPTER, LLAVA, GGUF) else checkpoint_kind(folder)[0]
@@ -277,9 +275,11 @@ def _kind_on_card(form: str | None, folder: Path) -> tuple[str, dict[str, Any]] 
     return (GGUF, checkpoint_kind(folder)[1]) if form == GGUF else None
 
 
-def _stage_form(form: str | None, folder: Path, source: Path, stage: Path, include: Sequence[str]) -> list[str]:
+def _stage_form(form: str | None, folder: Path, source: Path, stage: Path, include, handler: bool) -> list[str]:
     """Stage the files of `source`, with the results of `folder` if the form gives its answers; return their names."""
     files = stage_files(source, stage, include)
+    if handler:
+        shutil.copy(Path(__file__).with_name(HANDLER_FILE), stage)
     if form not in (GGUF, *QUANTIZATIONS):
         add_results(stage, find_results(folder), strict=False)
     return files

@@ -114,14 +114,19 @@ def align_captions(
         regression = regression.mapped(weight, bias)
         sample = [patches @ weight.float() + bias.float() for patches in sample]
         constant = captions.center.double() / captions.center.double().norm() ** 2
-    weight, bias = regression.solve(head_penalty)
-    head = (weight + torch.outer(constant, bias)).T.float()
-    head /= torch.cat([patches @ head.T for patches in sample[:: max(1, len(sample) // 32)]]).std()
+    head = _solve_head(regression, constant, sample, head_penalty)
     word_ids = [captions.word_ids[index] for index in held_out]
     values = LOGIT_SPREADS if logit_spread is None else (logit_spread,)
     likelihood, logit_spread = min(zip(_negative_log_likelihoods(sample, head, word_ids, values), values, strict=True))
     _write_head(model.model.vm_head, captions.token_ids, logit_spread * head, constant.float())
     return CaptionAlignment(len(captions.images), len(captions.token_ids), logit_spread, likelihood)
+
+
+def _solve_head(regression: WordRegression, constant: torch.Tensor, sample: list, penalty: float) -> torch.Tensor:
+    """Return the rows of the VM head, `(num_words, hidden_size)`. The logits of `sample` have a spread of 1."""
+    weight, bias = regression.solve(penalty)
+    head = (weight + torch.outer(constant, bias)).T.float()
+    return head / torch.cat([patches @ head.T for patches in sample[:: max(1, len(sample) // 32)]]).std()
 
 
 def _split(num_images: int) -> tuple[Sequence[int], list[int]]:

@@ -67,17 +67,16 @@ def eval(
     loading: options.LoadingOptions,
 ) -> None:
     """Answer and score the questions of a dataset, and repeat it with shuffled images."""
-    if not (dataset or tasks):
-        raise ValueError("The questions are missing. Pass --dataset or --tasks.")
     if tasks:
         refuse_unused(ctx)
         run_tasks(model, tasks.split(","), harness, output, dataset, include_path, limit, batch_size, loading)
         return
+    if not dataset:
+        raise ValueError("The questions are missing. Pass --dataset or --tasks.")
 
     from vtlmm.data.columns import parse_columns
     from vtlmm.evaluation.runner import evaluate
 
-    assert dataset is not None  # checked above
     output = output or Path("outputs", "eval", "_".join(filter(None, (Path(model).name, Path(dataset).stem, prompt))))
     mapping = parse_columns(columns)  # before the model is loaded
     loaded, processor = loading.load(model)
@@ -102,8 +101,7 @@ def eval(
         seed=seed,
         name=model,
     )
-    print(result.to_markdown())
-    print(f"Answers, tables and samples: {output}")
+    print(f"{result.to_markdown()}\nAnswers, tables and samples: {output}")
 
 
 def run_tasks(
