@@ -119,6 +119,23 @@ def write_results(output: Path, rows: list[list[str]]) -> None:
     print(f"\n{table}\n\n{about}")
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """
+    Check that an output that resumes has the same seed, decoder and steps. Its measurements are not repeated.
+
+    An output without training steps may get them later.
+
+    Raises:
+        `ValueError`: names the options of the output.
+    """
+    path, options = args.output / "options.json", {"seed": args.seed, "decoder": args.decoder}
+    steps = {"max_steps": args.max_steps} if args.max_steps else {}
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if any(earlier.get(name, value) != value for name, value in {**options, **steps}.items()):
+        raise ValueError(f"{args.output} has the options {earlier}. Choose them, or another output.")
+    write_json(path, {**earlier, **options, **steps})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", type=Path, help="folder with weights/mobilenet_v2 and data")
@@ -129,6 +146,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, nargs="+", help="draw the words of these photos")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
+    check_options(args)
     write_data(args.parts, args.output, args.seed)
     write_start(str(args.parts / "weights/mobilenet_v2"), args.decoder, args.output)
     if args.photos:

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from conftest import build_config
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
@@ -46,6 +47,29 @@ def test_steps_rows_and_time(build_model, tmp_path):
     assert steps.flops / epochs.flops == pytest.approx(80 / 6)
     assert steps.seconds == pytest.approx(steps.flops / 2e9)
     assert "5 steps, 80 rows of 20 tokens" in steps.format("projector")
+
+
+def test_an_adapter_trains_no_weight_of_the_decoder():
+    """torch counts the small matrices of LoRA too."""
+    config = build_config()
+    config.text_config.hidden_size, config.text_config.intermediate_size = 128, 1024
+    model = VTLMMForConditionalGeneration(config)
+    lora = LoraConfig(r=1, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"])
+    peft_model = get_peft_model(model, lora)
+    ids = torch.randint(5, 30, (2, 24))
+    with FlopCounterMode(display=False) as counter:
+        peft_model(input_ids=ids, labels=ids, return_loss_sums=True).loss_sums["lm_loss"].backward()
+    expected = flops_per_token(VTLMMForConditionalGeneration(config), STAGES["decoder"], use_adapter=True)
+    assert expected * ids.numel() == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert flops_per_token(VTLMMForConditionalGeneration(config), STAGES["decoder"]) > 1.3 * expected
+
+
+def test_packed_rows_are_counted_as_packs(build_model, tmp_path):
+    build_model().save_pretrained(tmp_path)
+    settings = {"output_dir": str(tmp_path / "out"), "stage": "decoder", "use_cpu": True, "report_to": "none"}
+    args = VTLMMTrainingConfig(**settings, packing=True, max_length=40, per_device_train_batch_size=1)
+    packed = estimate_cost(str(tmp_path), args, [10, 20, 30, 20], flops_per_second=1e9)
+    assert (packed.num_steps, packed.num_rows, packed.tokens_per_row) == (6, 6, 40)  # two packs, three epochs
 
 
 def test_speed_is_positive():

@@ -48,3 +48,6 @@ def test_the_script_runs_and_resumes(parts, tmp_path, monkeypatch, capsys):
     script.main()
     assert "Every stage is finished" in capsys.readouterr().out
     assert (output / "results.md").read_text() == table
+    monkeypatch.setattr(sys, "argv", [*command, "3"])
+    with pytest.raises(ValueError, match="has the options .*'max_steps': 2"):
+        script.main()

@@ -10,6 +10,7 @@ from accelerate import PartialState, init_empty_weights
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from .config import VTLMMTrainingConfig
+from .packing import pack_lengths
 from .recipe import RunSettings
 from .stages import Stage, module_of
 
@@ -64,7 +65,13 @@ def format_costs(runs: list[RunSettings], datasets: list[list]) -> str:
     for run, (rows, *_) in zip(runs, datasets, strict=True):
         if "length" in (rows.column_names or ()):
             cost = estimate_cost(
-                runs[0].model.model_name_or_path, run.args, rows["length"], speed, state.num_processes, **load
+                runs[0].model.model_name_or_path,
+                run.args,
+                list(rows["length"]),
+                speed,
+                state.num_processes,
+                run.adapter.use_peft,
+                **load,
             )
             lines.append(cost.format(run.args.stage))
     if not lines:
@@ -74,13 +81,19 @@ def format_costs(runs: list[RunSettings], datasets: list[list]) -> str:
 
 
 def estimate_cost(
-    name: str, args: VTLMMTrainingConfig, lengths: list[int], flops_per_second: float, num_processes: int = 1, **load
+    name: str,
+    args: VTLMMTrainingConfig,
+    lengths: list[int],
+    flops_per_second: float,
+    num_processes: int = 1,
+    use_adapter: bool = False,
+    **load,
 ) -> StageCost:
     r"""
     Return the cost of a stage, from the shapes of the model. No weights are loaded.
 
     A token takes 2 FLOPs per weight forward. It takes 2 more per weight that a gradient passes, and 2 more per
-    trainable weight. Gradient checkpointing repeats the forward.
+    trainable weight. Gradient checkpointing repeats the forward. With `packing`, a row is a packed sequence.
 
     Args:
         name (`str`): folder or Hub id of the model.
@@ -88,11 +101,15 @@ def estimate_cost(
         lengths (`list[int]`): tokens of each row, with image tokens.
         flops_per_second (`float`): see [`measure_speed`].
         num_processes (`int`, *optional*, defaults to 1): processes that share the work.
+        use_adapter (`bool`, *optional*, defaults to `False`): whether LoRA trains the decoder, whose own weights are
+            frozen then. The few weights of LoRA are not counted.
         load: further arguments of `from_pretrained`, e.g. `trust_remote_code`.
     """
     config = AutoConfig.from_pretrained(name, **load)
     with init_empty_weights(include_buffers=True):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=load.get("trust_remote_code", False))
+    if args.packing and args.max_length is not None:
+        lengths = [sum(lengths[row] for row in pack) for pack in pack_lengths(lengths, args.max_length)]
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
     steps_per_epoch = math.ceil(len(lengths) / rows_per_step)
     num_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
@@ -100,11 +117,12 @@ def estimate_cost(
     if args.max_steps <= 0:
         num_rows = min(num_rows, round(len(lengths) * args.num_train_epochs))
     tokens_per_row = sum(lengths) / len(lengths)
-    flops = num_rows * tokens_per_row * flops_per_token(model, args.resolved_stage(), args.gradient_checkpointing)
+    stage, checkpointing = args.resolved_stage(), args.gradient_checkpointing
+    flops = num_rows * tokens_per_row * flops_per_token(model, stage, checkpointing, use_adapter)
     return StageCost(num_steps, num_rows, tokens_per_row, flops, flops / num_processes / flops_per_second)
 
 
-def flops_per_token(model, stage: Stage, gradient_checkpointing: bool = False) -> float:
+def flops_per_token(model, stage: Stage, gradient_checkpointing: bool = False, use_adapter: bool = False) -> float:
     """Return the FLOPs per token of one training step: decoder, LM head and, with a visual loss, VM head."""
     embeddings = model.get_input_embeddings().weight
     sizes = {"language_model": 0, "lm_head": 0, "vm_head": 0}
@@ -116,7 +134,7 @@ def flops_per_token(model, stage: Stage, gradient_checkpointing: bool = False) -
     before_decoder = bool({"vision_tower", "multi_modal_projector"} & set(stage.trains))
     trains_decoder = "language_model" in stage.trains
     backward = trains_decoder or (before_decoder and bool(stage.lm_loss_coef or stage.visual_student == "lm_head"))
-    passes = 1 + backward * (1 + gradient_checkpointing) + trains_decoder
+    passes = 1 + backward * (1 + gradient_checkpointing) + (trains_decoder and not use_adapter)
     flops = 2.0 * passes * sizes["language_model"]
     trains_head = bool({"lm_head", "vm_head"} & set(stage.trains))
     flops += 2 * (1 + backward + trains_head) * sizes["lm_head"]  # every token is a target of one of the losses

@@ -53,6 +53,11 @@ def validate_arguments(args: VTLMMTrainingConfig, stage: Stage) -> None:
         )
     if args.vm_head_candidates and stage.trains != ("vm_head",):
         raise ValueError("`vm_head_candidates` needs a stage that trains only the VM head: visual_head (III).")
+    if stage.visual_target == "other_image" and args.per_device_train_batch_size < 2:
+        raise ValueError(
+            "`visual_target: other_image` takes the visual tokens of another image of the batch. Set "
+            "`per_device_train_batch_size` to 2 or more."
+        )
     if args.cache_image_features and "vision_tower" in stage.trains:
         raise ValueError("`cache_image_features` needs a frozen vision tower. Remove one of the two settings.")
 
