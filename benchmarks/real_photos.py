@@ -30,11 +30,18 @@ from vtlmm.train.stage_runner import train_stages
 RECIPES = Path(__file__).parents[1] / "recipes"
 ORDERS = {"aligned": "smollm2_mobilenet_v2.yaml", "paper": "smollm2_paper_order.yaml"}
 CAPTIONS_PER_PHOTO = 5
+NUM_TEXTS = 500  # for the perplexity of text without an image
 HELD_OUT_PHOTOS = 150  # for the words of the patches; caption matching uses the same number of other photos
 
 
 def write_data(parts: Path, output: Path, seed: int) -> None:
-    """Split the photos: rows to train on, held-out photos with five captions, and held-out photos with one caption."""
+    """
+    Write the texts, and split the photos: rows to train on, held-out photos with five captions, and held-out photos
+    with one caption.
+    """
+    piqa = (parts / "data/piqa/validation.jsonl").read_text(encoding="utf-8").splitlines()[:NUM_TEXTS]
+    texts = (f"{row['goal']} {row['sol1' if row['label'] == 0 else 'sol2']}" for row in map(json.loads, piqa))
+    write_text(output / "texts.txt", "".join(" ".join(text.split()) + "\n" for text in texts))
     if (output / "matching.parquet").is_file():
         return
     photos = load_rows(str(parts / "data/flickr8k_700/flickr8k_700.parquet"))

@@ -330,16 +330,20 @@ def test_long_captions_are_measured(work, tmp_path):
     (tmp_path / "captions.json").write_text(
         json.dumps([{**row, "image": str(work / row["image"])} for row in captions])
     )
-    evaluate = {"dataset": str(tmp_path / "captions.json"), "max_new_tokens": 2, "metrics": ["caption_matching"]}
+    evaluate = {"dataset": str(tmp_path / "captions.json"), "max_new_tokens": 2}
+    evaluate["metrics"] = ["caption_matching", "hard_caption_matching"]
     path = write_grid(work, tmp_path, seeds=[0], evaluate=evaluate)
     assert main(["ablate", str(path), "--only", "off", "--output", str(tmp_path / "out")]) == 0
     [row] = rows_of(tmp_path / "out")
-    assert 0 <= row["metrics"]["caption matching"] <= 1 and row["num_questions"] == 8
+    assert 0 <= row["metrics"]["caption matching"] <= 1 and 0 <= row["metrics"]["hard caption matching"] <= 1
+    assert row["num_questions"] == 8
 
 
-def test_the_grid_of_real_photos_is_valid():
-    grid = read_grid(GRIDS / "9_real_photos.yaml")
-    chains = [grid.chain(arm, 4) for arm in grid.arms]
-    assert len(grid.seeds) == 5 and len({chain[0]["key"] for chain in chains}) == 1  # all arms share stage II
-    steps = {run["max_steps"] for chain in chains for run in chain}
-    assert steps == {20} and {chain[-1]["stage"] for chain in chains} == {"joint"}
+def test_the_grid_of_real_photos_is_valid(tmp_path):
+    (tmp_path / "texts.txt").write_text("the sky is blue\n")
+    grid = read_grid(GRIDS / "9_real_photos.yaml", [f"evaluate.text_file={tmp_path / 'texts.txt'}"])
+    chains = {arm: grid.chain(arm, 4) for arm in grid.arms}
+    own_stage_2 = chains.pop("weight 0.1 in stages II and IV")
+    assert len(grid.seeds) == 5 and len({chain[0]["key"] for chain in chains.values()}) == 1  # one stage II
+    steps = {run["max_steps"] for chain in (*chains.values(), own_stage_2) for run in chain}
+    assert steps == {20} and {chain[-1]["stage"] for chain in chains.values()} == {"joint"}

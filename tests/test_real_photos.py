@@ -27,6 +27,7 @@ def test_the_script_runs_and_resumes(parts, tmp_path, monkeypatch, capsys):
     script.main()
     assert (output / "results.md").read_text().count("\n| ") == 2  # the header and the aligned model
 
+    assert (output / "texts.txt").read_text() == "what is it ? a red square\n"
     names = ("train", "words", "matching")
     splits = {name: load_rows(str(output / f"{name}.parquet")) for name in names}
     assert [len(rows) for rows in splits.values()] == [40 + 5 * 36, 5 * 12, 12]

@@ -61,4 +61,7 @@ def parts(tmp_path_factory, tower_folder) -> Path:
         turns = [{"from": "human", "value": "<image>\nwhat is it ?"}, {"from": "gpt", "value": f"a {word} square"}]
         chats.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
     (images.parent / "chat.json").write_text(json.dumps(chats))
+    (folder / "data/piqa").mkdir()
+    text = {"goal": "what is it ?", "sol1": "a red\nsquare", "sol2": "a blue circle", "label": 0}
+    (folder / "data/piqa/validation.jsonl").write_text(json.dumps(text) + "\n")
     return folder

@@ -24,6 +24,7 @@ METRICS = (
     "accuracy_shuffled_images",
     "accuracy_pseudo_image_features",
     "caption_matching",
+    "hard_caption_matching",
     "visual_tokens",
     "text_perplexity",
     "ood",
@@ -45,8 +46,9 @@ class EvaluateConfig:
             `"accuracy"`; `"accuracy_shuffled_images"`, each question with the image of another question;
             `"accuracy_pseudo_image_features"`, the decoder reads pseudo image features; `"caption_matching"`, how
             often an answer is likelier with its own image than with the next row's, see
-            [`~vtlmm.analysis.caption_matching.measure_caption_matching`]; `"visual_tokens"`, the visual losses of
-            stages III and IV, also with the visual tokens of another image, and the entropies of both heads;
+            [`~vtlmm.analysis.caption_matching.measure_caption_matching`]; `"hard_caption_matching"`, the same with
+            the image whose caption has the most words in common; `"visual_tokens"`, the visual losses of stages III
+            and IV, also with the visual tokens of another image, and the entropies of both heads;
             `"text_perplexity"`, on `text_file`; `"ood"`, yes/no questions, calibration and entropies on the images of
             `ood_datasets` and of `dataset`.
         kind (`str`, *optional*): column with the kind of each question.

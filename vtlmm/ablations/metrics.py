@@ -34,7 +34,7 @@ from .ood import IN_DISTRIBUTION, OODEvaluator, is_model_metric
 ACCURACY = "accuracy"
 ACCURACY_SHUFFLED_IMAGES = "accuracy, shuffled images"
 ACCURACY_PSEUDO_IMAGE_FEATURES = "accuracy, pseudo image features"
-CAPTION_MATCHING = "caption matching"
+CAPTION_MATCHING = {"caption_matching": "caption matching", "hard_caption_matching": "hard caption matching"}
 
 
 @dataclass
@@ -116,10 +116,10 @@ def read_held_out_data(config: EvaluateConfig, processor) -> HeldOutData:
                 raise ValueError(f"evaluate.kinds: no kind lists the answer {question['answer']!r}. Add it to one.")
             question["kind"] = kinds[question["answer"]]
     score_answers(questions, [""] * len(questions), config.scorer)  # find a scorer that does not fit before training
-    if "caption_matching" in config.metrics:
+    if any(metric in CAPTION_MATCHING for metric in config.metrics):
         check_matching_rows(rows)
         if len(questions) != len(rows):
-            raise ValueError("The metric caption_matching needs one answer per row of evaluate.dataset.")
+            raise ValueError("Caption matching needs one answer per row of evaluate.dataset.")
     data = HeldOutData(QuestionSet(rows, questions, image_positions))
     for name, dataset in config.ood_datasets.items():
         rows = load_rows(dataset)
@@ -172,14 +172,10 @@ def measure(
         evaluator.add_accuracy(result, ACCURACY, data.held_out, features)
     if "accuracy_shuffled_images" in config.metrics:
         evaluator.add_accuracy(result, ACCURACY_SHUFFLED_IMAGES, data.held_out, features, shuffle_images=True)
-    if "caption_matching" in config.metrics:
-        matching = measure_caption_matching(model, processor, data.held_out.rows, batch_size=config.batch_size)
-        result.metrics |= {
-            CAPTION_MATCHING: matching.accuracy.value,
-            "caption loss": matching.loss.value,
-            "caption loss, other image - own image": matching.loss_lift.value,
-        }
-        result.scored_answers[CAPTION_MATCHING] = ScoredAnswers([""] * len(matching.scores), matching.scores)
+    for metric, name in CAPTION_MATCHING.items():
+        if metric in config.metrics:
+            hard = metric == "hard_caption_matching"
+            evaluator.add_caption_matching(result, name, data.held_out.rows, hard)
     if "visual_tokens" in config.metrics:
         result.metrics |= visual_token_metrics(model, processor, list(features.values()), config.batch_size)
     if "ood" in config.metrics:
@@ -245,6 +241,19 @@ class Evaluator:
             for kind, indices in groups.items():
                 if kind != "all":
                     result.metrics[f"{name}: {kind}"] = sum(scores[i] for i in indices) / len(indices)
+
+    def add_caption_matching(self, result: Measurement, name: str, rows: Dataset, hard: bool) -> None:
+        """Add caption matching and the mean losses of the captions to `result`."""
+        matching = measure_caption_matching(
+            self.model, self.processor, rows, hard=hard, batch_size=self.config.batch_size
+        )
+        other = "similar image" if hard else "other image"
+        result.metrics |= {
+            name: matching.accuracy.value,
+            "caption loss": matching.loss.value,
+            f"caption loss, {other} - own image": matching.loss_lift.value,
+        }
+        result.scored_answers[name] = ScoredAnswers([""] * len(matching.scores), matching.scores)
 
 
 @torch.inference_mode()
