@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers.composition import decoder_folder, tower_folder  # noqa: F401 - fixtures
 from helpers.tiny_models import build_processor
 from PIL import Image
 
@@ -147,3 +148,11 @@ def test_a_folder_is_aligned(build_model, tmp_path, capsys):
     assert "already contains files" in capsys.readouterr().err
     assert main(["align", folders[0], "--dataset", folders[1]]) == 0  # changes the model's folder
     assert measure_caption_words(*load_model(folders[0]), rows).top_word.value > 0.8
+
+
+def test_wrong_options_of_the_alignment_are_found_before_the_model_is_written(tower_folder, decoder_folder, tmp_path):
+    command = ["compose", "--vision", tower_folder("clip"), "--text", decoder_folder("llama"), "--align-captions"]
+    output = ["--output", str(tmp_path / "start")]
+    assert main([*command, str(tmp_path / "missing.json"), *output]) == 1
+    assert main([*command, str(tmp_path / "missing.json"), *output, "--vm-head-type", "mlp"]) == 1
+    assert not (tmp_path / "start").exists()

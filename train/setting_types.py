@@ -34,7 +34,7 @@ OTHER_NAMES = {
     "streaming": "dataset_streaming",
     "torch_dtype": "dtype",
 }
-# `true` stands for a default path in these settings, which are declared as texts.
+# `true` stands for a default path in these settings, which are declared as texts, and `false` for no path.
 TRUE_OR_PATH = ("cache_image_features", "resume_from_checkpoint")
 TRUE_TEXTS, FALSE_TEXTS, NONE_TEXTS = ("true", "yes", "on"), ("false", "no", "off"), ("None", "null", "~", "")
 
@@ -88,8 +88,8 @@ def convert_setting(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"`{name}` must be {_describe(options)}, not null. Leave it out to use its default.")
     if name == "columns" and isinstance(value, str):
         return parse_columns(value)
-    if value is True and name in TRUE_OR_PATH:
-        return True
+    if name in TRUE_OR_PATH and isinstance(switch := _convert(value, bool, name), bool):
+        return switch or None
     if isinstance(value, str) and str in options and any(get_origin(option) is list for option in options):
         return value  # a text, where a list of texts is possible too
     if isinstance(value, str) and value.strip() in ("None", "null", "~") and type(None) in options:

@@ -44,11 +44,16 @@ def compose(
     for option, value in {"--image-folder": image_folder, "--columns": columns}.items():
         if align_captions is None and value is not None:
             raise ValueError(f"{option} has no effect without --align-captions. Remove it.")
+    if align_captions is not None and vm_head_type != "linear":
+        raise ValueError(f"--align-captions needs --vm-head-type linear, not {vm_head_type}.")
 
     from vtlmm.data.columns import parse_columns
+    from vtlmm.data.rows import load_rows
     from vtlmm.hub.compose import compose_model
 
     mapping = parse_columns(columns)
+    if align_captions is not None:  # find a wrong path before the model is written
+        load_rows(align_captions, image_folder=image_folder, columns=mapping)
     compose_model(
         vision,
         text,
