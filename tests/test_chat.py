@@ -9,9 +9,21 @@ import pytest
 from helpers.inference import QUESTION, expected_answer, loaded, model_and_processor, turns, work  # noqa: F401 - fixtures
 from PIL import Image as PILImage
 
-from vtlmm.analysis.app import IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES, answers_so_far, build_page, words_frame
+from vtlmm.analysis.app import (
+    EXAMPLES,
+    IMAGE_FEATURES,
+    OTHER_IMAGE,
+    PSEUDO_IMAGE_FEATURES,
+    answers_so_far,
+    build_page,
+    compare_inputs,
+    comparison_html,
+    examples_of_rows,
+    words_frame,
+)
 from vtlmm.analysis.visual_tokens import format_patch_words
 from vtlmm.cli.main import main
+from vtlmm.data.rows import load_rows
 from vtlmm.inference.generation import stream_answer
 from vtlmm.inference.scheduler import Scheduler
 
@@ -70,8 +82,8 @@ def test_page_shows_words_and_answers(work):
     frames = {kind: words_frame(model, processor, red, kind) for kind in (IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES)}
     assert frames[IMAGE_FEATURES] != frames[PSEUDO_IMAGE_FEATURES]
     page = html.unescape(frames[IMAGE_FEATURES])
-    assert page.count('class="patch') == 8 and "http" not in page.replace("image/svg", "")
-    assert words_frame(model, processor, None, IMAGE_FEATURES) == ""
+    assert page.count("<text ") == 4 and "http" not in page
+    assert "No image: answering from text only" in words_frame(model, processor, None, IMAGE_FEATURES)
     answers, scheduler = {}, Scheduler(model, processor)
     for kind in frames:
         grown = list(answers_so_far(scheduler, red, kind, [], QUESTION, 6))
@@ -107,6 +119,37 @@ def test_conversations_of_the_page_do_not_wait_for_each_other(work):
     scheduler.close()
 
 
+def test_comparison_answers_from_three_inputs(work):
+    model, processor = loaded(work)
+    red, blue = (PILImage.open(work / f"{color}.png") for color in ("red", "blue"))
+    scheduler = Scheduler(model, processor)
+    *_, answers = compare_inputs(scheduler, red, blue, QUESTION, 6)
+    scheduler.close()
+    model, processor = loaded(work)
+    assert answers[IMAGE_FEATURES] == expected_answer(model, processor, QUESTION, "red", folder=work)
+    assert answers[OTHER_IMAGE] == expected_answer(model, processor, QUESTION, "blue", folder=work)
+    model.config.use_pseudo_image_features = True
+    assert answers[PSEUDO_IMAGE_FEATURES] == expected_answer(model, processor, QUESTION, "red", folder=work)
+    assert len(set(answers.values())) == 3
+    text = comparison_html("<b>", {IMAGE_FEATURES: "<script>"})
+    assert "<script>" not in text and "<p>&lt;b&gt;</p>" in text
+
+
+def test_examples_are_different_images_with_a_question(work, tmp_path):
+    questions = {"red": "what ?", "blue": "is it blue ?"}
+    rows = load_rows(
+        [
+            {"image": str(work / f"{color}.png"), "question": questions[color], "answer": "no"}
+            for color in ("red", "red", "blue")
+        ]
+    )
+    found = examples_of_rows(rows, tmp_path)
+    assert [text for _, text in found] == list(questions.values())
+    assert [PILImage.open(path).getpixel((3, 3)) for path, _ in found] == [(255, 0, 0), (0, 0, 255)]
+    with pytest.raises(ValueError, match="no question about one image"):
+        examples_of_rows(load_rows([{"question": "what ?", "answer": "no"}]), tmp_path)
+
+
 @pytest.mark.slow
 def test_page_is_built(model_and_processor):
     pytest.importorskip("gradio", reason="the extra `app` is not installed")
@@ -115,3 +158,5 @@ def test_page_is_built(model_and_processor):
     assert all(event["queue"] and event["batch"] is False for event in settings["dependencies"])
     assert settings["analytics_enabled"] is False
     assert len([event for event in settings["dependencies"] if event["targets"][0][1] == "change"]) == 2
+    buttons = [part["props"]["value"] for part in settings["components"] if part["type"] == "button"]
+    assert buttons[:3] == [text for _, text in EXAMPLES] and len(set(buttons)) == 4

@@ -14,7 +14,15 @@ from transformers import PreTrainedTokenizerFast
 
 from vtlmm.analysis.metrics import cosine_scores
 from vtlmm.analysis.patch_features import heads, shown_image
-from vtlmm.analysis.visual_token_page import color_of, visual_token_page
+from vtlmm.analysis.visual_token_page import (
+    CELL,
+    CHARACTER_WIDTH,
+    LARGEST_FONT,
+    SMALLEST_FONT,
+    color_of,
+    fit_word,
+    visual_token_page,
+)
 from vtlmm.analysis.visual_tokens import (
     SOURCES,
     ImageTokens,
@@ -102,7 +110,7 @@ def test_untrained_head_is_reported(model, processor):  # noqa: F811
     [uniform] = read_visual_tokens(model, processor, [make_image(0)])
     assert uniform.is_near_uniform and uniform.mean_entropy == pytest.approx(uniform.max_entropy, abs=1e-3)
     page = visual_token_page(["a"], [shown_image(processor, make_image(0))], [uniform])
-    assert "This VM head looks untrained" in page
+    assert "This VM head is untrained" in page
     assert "untrained" not in visual_token_page(["a"], [shown_image(processor, make_image(0))], [tokens])
 
 
@@ -125,16 +133,24 @@ class Page(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.open, self.patches, self.sources = [], 0, []
+        self.open, self.words, self.details, self.sources, self.is_json = [], 0, [], [], False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
-        if tag != "meta":
+        if tag not in ("meta", "input"):
             self.open.append(tag)
-        self.patches += "patch" in (attributes.get("class") or "").split()
+        self.words += tag == "text"
+        self.is_json = attributes.get("type") == "application/json"
         self.sources += [value for name, value in attributes.items() if name in ("src", "href")]
-        self.sources += [attributes["style"]] if "url(" in (attributes.get("style") or "") else []
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_data(self, data):
+        if self.is_json and self.open[-1] == "script":
+            self.details.append(json.loads(data))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -153,10 +169,13 @@ def test_tokens_command_writes_page_json_and_plots(work, tmp_path):  # noqa: F81
             assert values == sorted(values, reverse=True) and entropy >= 0
     text = (tmp_path / "tokens.html").read_text()
     page = Page(text)
-    assert not page.open and page.patches == 2 * 2 * 4
-    assert len(page.sources) == 2 and all("url(data:image/jpeg;base64," in source for source in page.sources)
-    for title, _ in SOURCES.values():
-        assert text.count(f"<th>{title}".replace("'", "&#39;")) == 8
+    assert not page.open and page.words == 2 * 4
+    assert len(page.sources) == 2 and all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
+    for details, image in zip(page.details, content["images"], strict=True):
+        assert [patch["entropy"] for patch in details] == image["entropy"]
+        assert [patch["words"] for patch in details] == [
+            [image[source][i] for source in SOURCES] for i in range(len(details))
+        ]
     for name in ("0_0.png", "1_1.png"):
         assert min(Image.open(tmp_path / name).size) > 1000
 
@@ -200,6 +219,22 @@ def test_words_are_drawn_as_plain_text(model, processor, tmp_path):  # noqa: F81
     )
     plots.save_visual_token_plot(tmp_path / "one.png", shown_image(processor, make_image(0)), dollars, "$$ $")
     assert all(Image.open(tmp_path / name).size[0] > 100 for name in ("words.png", "one.png"))
+
+
+@pytest.mark.parametrize("word", ["cat", "-building", "W" * 40, "一二三四五六七八九十一二三四五六"])
+def test_words_fit_into_their_patch(word):
+    text, size = fit_word(word)
+    wide = sum(1.2 if character.isupper() else 1.6 if character > "\u2e80" else 1 for character in text)
+    assert SMALLEST_FONT <= size <= LARGEST_FONT and wide * size * CHARACTER_WIDTH <= CELL
+    assert text == word or (text.endswith("…") and word.startswith(text[:-1]) and len(text) > 4)
+
+
+def test_words_of_a_page_are_escaped(model, processor):  # noqa: F811
+    [tokens] = read_visual_tokens(model, processor, [make_image(0)])
+    attack = [("</script><b>", 0.3)]
+    changed = ImageTokens(**{**vars(tokens), "labels": attack * 4, "summary": attack, "vm_head": [attack] * 4})
+    page = visual_token_page(["<i>"], [shown_image(processor, make_image(0))], [changed])
+    assert "</script><b>" not in page and "<i></h2>" not in page and "&lt;i&gt;</h2>" in page
 
 
 def test_colors_of_the_page_are_those_of_viridis():

@@ -125,7 +125,7 @@ def save_visual_token_plot(path: str | Path, image: np.ndarray, tokens: ImageTok
     bar.set_label(f"nats (uniform: {tokens.max_entropy:.2f})")
     lines = [title, "In this image: " + ", ".join(f"{word} {value:.0%}" for word, value in tokens.summary)]
     if tokens.is_near_uniform:
-        lines.append("This VM head looks untrained: its distributions are nearly uniform, so the words are arbitrary.")
+        lines.append("This VM head is untrained: its distributions are nearly uniform, so the words are arbitrary.")
     figure.text(0.5, 0.965, "\n".join(lines), ha="center", va="center", fontsize=11, parse_math=False)
     figure.text(0.5, 0.02, LEGEND, ha="center", va="center", fontsize=10)
     FigureCanvasAgg(figure).print_png(str(path))
