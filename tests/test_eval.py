@@ -4,6 +4,7 @@
 import csv
 import fcntl
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
 from vtlmm.evaluation.report import SAMPLES_FILE, by_kind
 from vtlmm.evaluation.runner import LOCK_FILE, SHUFFLED_FILE, evaluate
+from vtlmm.evaluation.samples_page import NUM_SAMPLES, SHUFFLED_COLUMNS, samples_page
 from vtlmm.evaluation.scorers import accuracy_by_kind
 from vtlmm.hub.export_llava import export_to_llava
 from vtlmm.inference.generation import answer
@@ -160,7 +162,8 @@ def test_report_agrees_with_the_answers(work, finished):
         assert [line["score"] for line in csv.DictReader(file)] == [str(line["score"]) for line in results["kinds"]]
     assert all(a["images"] != b["images"] for a, b in zip(right, shuffled, strict=True))
     page = (finished / SAMPLES_FILE).read_text()
-    assert page.count('src="data:image/jpeg;base64,') == len(right) == page.count("<b>truth</b>")
+    assert page.count('src="data:image/jpeg;base64,') == len(right) == page.count("<dt>Ground truth</dt>")
+    assert "All 18 questions." in page and page.count("<option>kind ") == 3
     assert "http" not in page and results["subset"] is None
     assert (results["num_rows"], results["num_questions"], results["skipped"]) == (18, 18, [])
 
@@ -179,6 +182,21 @@ def test_subset_is_marked(work, tmp_path, capsys):
     assert f"SUBSET: {text}" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "results.json").read_text())["subset"] == text
     assert all(text in (tmp_path / "out" / name).read_text() for name in (SAMPLES_FILE, "results.csv"))
+
+
+def test_samples_link_to_their_rows_on_the_hub():
+    """A random part of many questions, a fractional score, text that looks like HTML, and shuffled images."""
+    questions = [{"question": f"<b>{i}</b>", "answer": "a", "images": [], "kind": "all", "row": i} for i in range(50)]
+    line = {"kind": "all", "n": 50, "score": 0.5, "low": 0.4, "high": 0.6}
+    results = {"data": "user/set", "split": "test", "kinds": [line | dict.fromkeys(SHUFFLED_COLUMNS)]}
+    page = samples_page(questions, ["no"] * 50, ["with another"] * 50, [0.5] * 50, results, None)
+    links = re.findall(r'href="https://huggingface.co/datasets/user/set/viewer/default/test\?row=(\d+)"', page)
+    assert len(links) == NUM_SAMPLES and f"{NUM_SAMPLES} of 50 questions, chosen at random" in page
+    assert all(f"<dd>&lt;b&gt;{row}&lt;/b&gt;</dd>" in page for row in links) and "<dd><b>" not in page
+    assert page.count("right (0.50)") == page.count("with another</dd>") == NUM_SAMPLES
+    assert "<td>50.0%</td><td>40.0% – 60.0%</td><td>–</td><td>–</td>" in page
+    local = samples_page(questions, ["no"] * 50, None, [0.0] * 50, results | {"data": "rows.jsonl"}, None)
+    assert "huggingface.co" not in local and all(f'href="#question-{row}"' in local for row in links)
 
 
 def test_kinds_that_look_like_formulas_are_harmless(work, tmp_path):

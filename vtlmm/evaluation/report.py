@@ -1,39 +1,19 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """Report an evaluation: a table by kind of question with intervals, as JSON and CSV, and a page of samples."""
 
-import base64
-import html
-import io
-import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vtlmm.data.images import open_image
 from vtlmm.data.markdown import markdown_table
 from vtlmm.data.output_files import write_csv, write_json, write_text
 
-from .scorers import references, score_answers, summarize
+from .samples_page import SCORE_COLUMNS, SCORE_NAMES, SHUFFLED_COLUMNS, Questions, samples_page, score_cells
+from .scorers import score_answers, summarize
 from .statistics import SCORE_BOUNDS, mean_estimate
 
 
 RESULTS_FILE, TABLE_FILE, SAMPLES_FILE = "results.json", "results.csv", "samples.html"
-# Columns of a score and its interval, with the right images and with shuffled images
-SCORE_COLUMNS = ("score", "low", "high")
-SHUFFLED_COLUMNS = ("score_shuffled_images", "low_shuffled_images", "high_shuffled_images")
-NUM_SAMPLES = 32
-SAMPLE_PIXELS = 336  # longest side of an image on the page
-STYLE = """
-body { font: 15px/1.4 sans-serif; margin: 2em; }
-td, th { padding: 0.2em 0.8em; text-align: left; border-bottom: 1px solid #ccc; }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(20em, 1fr)); gap: 1em; margin-top: 2em; }
-.samples > div { border: 1px solid #ccc; border-left: 6px solid #c33; padding: 0.6em; }
-.samples > div.right { border-left-color: #393; }
-.samples img { min-width: 8em; max-width: 100%; display: block; }
-pre { white-space: pre-wrap; font: inherit; }
-"""
-
-Questions = Sequence[Mapping[str, Any]]
 
 
 def image_cluster(question: Mapping[str, Any]) -> str:
@@ -75,14 +55,7 @@ def table_by_kind(
 
 def format_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Return the lines of [`table_by_kind`] as a Markdown table."""
-    rows = []
-    for line in lines:
-        row = [line["kind"], line["n"]]
-        for score, low, high in (SCORE_COLUMNS, SHUFFLED_COLUMNS):
-            known = line[score] is not None
-            row += [f"{line[score]:.1%}", f"{line[low]:.1%} – {line[high]:.1%}"] if known else ["–", "–"]
-        rows.append(row)
-    return markdown_table(["kind", "n", "score", "95 %", "shuffled images", "95 %"], rows)
+    return markdown_table(["kind", "questions", *SCORE_NAMES], [score_cells(line) for line in lines])
 
 
 def write_report(
@@ -122,50 +95,3 @@ def write_report(
     write_text(folder / SAMPLES_FILE, page)
     write_json(folder / RESULTS_FILE, results)  # last: this file marks a finished run
     return results
-
-
-# ---- The page of samples: one file without external resources ----
-
-
-def samples_page(
-    questions: Questions,
-    answers: Sequence[str],
-    answers_shuffled_images: Sequence[str] | None,
-    scores: Sequence[float],
-    results: Mapping[str, Any],
-    load_image: Callable,
-) -> str:
-    """Return HTML with the table and random questions, each with its images, answers and ground truth."""
-    head = ["kind", "n", *SCORE_COLUMNS, *SHUFFLED_COLUMNS]
-    table = [head, *[[_cell(line[name]) for name in head] for line in results["kinds"]]]
-    cells = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table)
-    samples = []
-    for i in sorted(random.Random(0).sample(range(len(questions)), min(NUM_SAMPLES, len(questions)))):
-        question = questions[i]
-        parts = {"question": question["question"], "answer": answers[i], "truth": ", ".join(references(question))}
-        if answers_shuffled_images is not None:
-            parts["with another image"] = answers_shuffled_images[i]
-        images = "".join(f'<img alt="" src="{data_uri(load_image(key))}">' for key in question["images"])
-        text = "".join(f"<pre><b>{name}</b> {html.escape(part)}</pre>" for name, part in parts.items())
-        title = html.escape(f"{i} · {question['kind']} · {scores[i]:.2f}")
-        samples.append(f'<div class="{"right" if scores[i] >= 0.5 else "wrong"}">{title}{images}{text}</div>')
-    title = html.escape(
-        " · ".join(filter(None, (results.get(name) for name in ("model", "data", "scorer", "subset"))))
-    )
-    return (
-        f'<!doctype html><html><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
-        f'<body><h1>{title}</h1><table>{cells}</table><div class="samples">{"".join(samples)}</div></body></html>\n'
-    )
-
-
-def _cell(value: Any) -> str:
-    return "–" if value is None else f"{value:.1%}" if isinstance(value, float) else str(value)
-
-
-def data_uri(image: Any) -> str:
-    """Return an image from PIL as a `data:` URI for an HTML page."""
-    image = open_image(image)
-    image.thumbnail((SAMPLE_PIXELS, SAMPLE_PIXELS))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=90)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
