@@ -7,7 +7,7 @@ CONSTRAINTS := $(if $(wildcard /proc/driver/nvidia),,-c constraints/cpu.txt)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help setup demo real lint docs test test-fast test-oldest harness gguf build clean
+.PHONY: help setup demo real lint docs test test-fast test-oldest harness gguf screenshots build clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -82,6 +82,13 @@ harness: .venv-harness/ok ## run the tests of lm-evaluation-harness and lmms-eva
 
 gguf: .venv-gguf/ok ## run exported GGUF files in llama.cpp (the package xllamacpp) in .venv-gguf
 	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest -q tests/test_export_gguf.py tests/test_gguf_llama_cpp.py
+
+$(VENV)/screenshots: $(VENV)/ok
+	$(BIN)/uv pip install -q --python $(BIN)/python $(CONSTRAINTS) -e '.[screenshots]'
+	touch $@
+
+screenshots: $(VENV)/screenshots ## check the web pages in Chromium and save them in outputs/screenshots
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/test_screenshots.py
 
 build: $(VENV)/ok ## build the sdist and the wheel in dist/ and check their metadata for PyPI
 	rm -rf dist
