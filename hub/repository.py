@@ -15,6 +15,7 @@ from vtlmm.data.json_files import read_json, require_type
 
 CARD_FILE, CHECK_FILE, RUN_RECORD = "README.md", "vtlmm_check.json", "vtlmm_run.json"
 LICENSE_FILE, RESULTS_FOLDER = "LICENSE", "results"
+PATCH_WORDS_FOLDER, PATCH_WORDS_FILE = "patch_words", "patch_words.png"  # of a training, and of the model card
 HANDLER_FILE = "handler.py"  # of Inference Endpoints; a copy of the module of this name in this folder
 ADAPTER_SETTINGS = "vtlmm_adapter.json"  # what the training of an adapter changed in the config of its base
 VTLMM, LLAVA, ADAPTER, GGUF = "vtlmm", "llava", "adapter", "gguf"

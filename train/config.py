@@ -19,7 +19,7 @@ from .vm_head_search import check_candidates
 # Smallest value: integer settings
 INTEGERS = {
     1: ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length"),
-    0: ("dataloader_num_workers", "seed", "data_seed"),
+    0: ("dataloader_num_workers", "seed", "data_seed", "log_patch_words"),
 }
 NOT_NEGATIVE = (
     *("learning_rate", "projector_learning_rate", "adapter_learning_rate", "num_train_epochs"),
@@ -97,6 +97,9 @@ class VTLMMTrainingConfig(SFTConfig):
             next to `output_dir`, which later stages find too. Each image is then decoded and encoded once, for all
             epochs and runs. All machines must see the folder. One image takes num_patches · vision_feature_size
             numbers, which is 1.2 MB with CLIP-L/336 in bfloat16.
+        log_patch_words (`int`, *optional*, defaults to 0):
+            Number of images of `eval_dataset` whose patch words are drawn at every evaluation. The PNG files are in
+            `patch_words` in `output_dir`, and in the trackers of `report_to`: TensorBoard, W&B and Trackio.
 
     > Defaults that differ from TRL's: `learning_rate` (the stage's), `lr_scheduler_type` (cosine), `warmup_steps` (3 %
     > of the steps), `max_length` (2048; longer rows are rejected, not truncated), `bf16` (if the GPU supports it),
@@ -147,6 +150,9 @@ class VTLMMTrainingConfig(SFTConfig):
     )
     cache_image_features: str | None = field(
         default=None, metadata={"help": "Folder for image features; true: next to output_dir."}
+    )
+    log_patch_words: int = field(
+        default=0, metadata={"help": "Images whose patch words go to the trackers at every evaluation; 0: none."}
     )
 
     def __post_init__(self):

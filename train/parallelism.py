@@ -7,8 +7,10 @@ from datasets import IterableDataset
 from transformers import Trainer
 
 
-def check_parallelism(trainer: Trainer, eval_datasets: list) -> None:
+def prepare_parallelism(trainer: Trainer, model, eval_datasets: list) -> None:
     """
+    Check the parallelism of a trainer, and keep the loss sums exact if its model is sharded.
+
     Raises:
         `ValueError`: if several processes would evaluate a stream, or processes would share a sequence.
     """
@@ -21,6 +23,8 @@ def check_parallelism(trainer: Trainer, eval_datasets: list) -> None:
             "Tensor, context and sequence parallelism are not supported: the losses need whole sequences. Use DDP, "
             "FSDP2 or DeepSpeed ZeRO."
         )
+    if trainer.is_fsdp_enabled:
+        keep_exact_when_sharded(trainer, model)
 
 
 def keep_exact_when_sharded(trainer: Trainer, model) -> None:

@@ -58,6 +58,8 @@ def validate_arguments(args: VTLMMTrainingConfig, stage: Stage) -> None:
             "`visual_target: other_image` takes the visual tokens of another image of the batch. Set "
             "`per_device_train_batch_size` to 2 or more."
         )
+    if args.log_patch_words and args.vm_head_candidates:
+        raise ValueError("`log_patch_words` shows one VM head, but `vm_head_candidates` trains several. Remove one.")
     if args.cache_image_features and "vision_tower" in stage.trains:
         raise ValueError("`cache_image_features` needs a frozen vision tower. Remove one of the two settings.")
 

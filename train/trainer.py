@@ -37,7 +37,8 @@ from .exact_metrics import ExactMetrics
 from .learning_rates import set_learning_rates
 from .metrics import LossSums, blank_words
 from .packing import prepare_batching
-from .parallelism import check_parallelism, keep_exact_when_sharded
+from .parallelism import prepare_parallelism
+from .patch_word_images import add_patch_word_images
 from .publish import push_checkpoint, push_trained_model, write_adapter_files, write_run_card
 from .stages import describe, set_trainable
 from .trainer_inputs import (
@@ -160,9 +161,8 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
             )
         for parameter, values in trained_values.items():
             parameter.data = values.to(parameter.device)
-        check_parallelism(self, datasets[1:])
-        if self.is_fsdp_enabled:
-            keep_exact_when_sharded(self, base_model)
+        prepare_parallelism(self, base_model, datasets[1:])
+        add_patch_word_images(self, processor, datasets[1:])
         self.task_scores = self._prepare_task_scores(eval_task_data, processor, eval_task_images)
         if args.cache_image_features:
             cast(VTLMMCollator, self.data_collator).feature_cache = cache_vision_features(self, base_model, datasets)
