@@ -43,6 +43,8 @@ from .repository import (
     LIBRARIES,
     LICENSE_FILE,
     LLAVA,
+    PATCH_WORDS_FILE,
+    PATCH_WORDS_FOLDER,
     RESULTS_FOLDER,
     VTLMM,
     card_images,
@@ -113,7 +115,8 @@ def write_card(
         tags (`list[str]`, *optional*): additional tags.
         results (`list`, *optional*): `results.json` files of `vtlmm eval`; by default this
             model's files in the folder or its siblings.
-        images (`list`, *optional*): PNG files to show first, such as `vtlmm tokens` writes.
+        images (`list`, *optional*): PNG files to show first, such as `vtlmm tokens` writes; by default the last
+            image that `log_patch_words` wrote during the training.
         runs (`list[dict]`, *optional*): entries of the training record; by default those of `vtlmm_run.json`.
         kind_and_config (`tuple`, *optional*): see [`checkpoint_kind`], for a folder without a model yet.
 
@@ -166,8 +169,9 @@ def _fill_template(
         license=metadata.license and escape_cell(metadata.license),
         quantization=quantization_of(config),
         base=bases[0] if kind == ADAPTER and bases else None,
+        patch_words=PATCH_WORDS_FILE,
         no_export=_reason_without_export(config) if kind == VTLMM else None,
-        is_clip=config.get("vision_config", {}).get("model_type") == "clip_vision_model",
+        tower=config.get("vision_config", {}).get("model_type"),
         parts=describe_parts(config, bases, kind),
         image_tokens=config.get("image_seq_length"),
         images=images,
@@ -186,7 +190,7 @@ def _fill_template(
 def card_title(kind: str, config: dict[str, Any], base_models: Sequence[str]) -> str:
     """Return a title from the parts of the model: `VT-LMM: dinov2-small + SmolLM2-135M-Instruct`."""
     if kind == ADAPTER:
-        return f"VT-LMM adapter for {base_models[0].split('/')[-1] if base_models else 'a VT-LMM'}"
+        return f"VT-LMM adapter for {base_models[0].split('/')[-1]}" if base_models else "VT-LMM adapter"
     names = []
     for part in ("vision_config", "text_config"):
         values = config.get(part, {})
@@ -283,6 +287,9 @@ def _add_images(folder: Path, images: Sequence[str | Path], before: str) -> list
         if file.resolve().parent != folder.resolve():
             shutil.copy(file, folder)
     earlier = card_images(before) if CARD_MARK in before else []
+    drawn = sorted(folder.glob(f"{PATCH_WORDS_FOLDER}/*.png"))
+    if drawn and not images and set(earlier) <= {PATCH_WORDS_FILE, CURVES_FILE}:
+        images = [shutil.copy(drawn[-1], folder / PATCH_WORDS_FILE)]
     names = dict.fromkeys([*earlier, *(Path(file).name for file in images)])
     return [name for name in names if name != CURVES_FILE and (folder / name).is_file()]
 
@@ -317,5 +324,5 @@ def describe_parts(config: dict[str, Any], base_models: Sequence[str], kind: str
         parts.append(("decoder weights", f"{quantization_of(config)}; all other weights are bfloat16"))
     for key in ("peft_type", "r", "lora_alpha", "use_dora"):
         if config.get(key):
-            parts.append((f"`{key}`", escape_cell(config[key])))
+            parts.append((f"`{key}`", escape_cell(getattr(config[key], "value", config[key]))))
     return parts

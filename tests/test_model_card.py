@@ -105,6 +105,24 @@ def test_card_describes_training_and_results(folder, tmp_path):
     assert (entry.dataset_id, entry.value) == ("someone/questions", 0.75) and "0.25" in entry.notes
 
 
+def test_card_shows_the_last_patch_words_of_the_training(folder, tmp_path):
+    """Images that the user passes replace them, and a later push finds newer ones."""
+    (folder / "patch_words").mkdir()
+    for step in (100, 200, 300):
+        (folder / f"patch_words/step_{step:06d}.png").write_bytes(str(step).encode())
+        write_card(folder, "me/model", license="mit")
+        text = (folder / "README.md").read_text()
+        assert text.count("![patch_words.png](patch_words.png)") == 1 and "word of each patch of some" in text
+        assert (folder / "patch_words.png").read_bytes() == str(step).encode()
+    (tmp_path / "mine.png").write_bytes(b"")
+    (folder / "README.md").unlink()
+    write_card(folder, "me/model", license="mit", images=[tmp_path / "mine.png"])
+    assert "![mine.png](mine.png)" in (folder / "README.md").read_text()
+    write_card(folder, "me/model", license="mit")
+    text = (folder / "README.md").read_text()
+    assert "![mine.png](mine.png)" in text and "patch_words.png" not in text
+
+
 def test_results_do_not_replace_each_other(folder, tmp_path):
     """A subset and the whole data set are two results. A local file has no split."""
     whole = write_results(tmp_path / "a.json", "/home/me/one/test.parquet")
@@ -174,7 +192,7 @@ def test_license_text_is_written_for_our_license(folder):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "`vtlmm export me/model --to llava"),
+        ({}, "(?s)`vtlmm export me/model --to llava .*`vtlmm export me/model --to gguf"),
         ({"use_pseudo_image_features": True}, "(?s)cannot be exported .* its decoder reads pseudo image features"),
         ({"vision": "convnext"}, "(?s)cannot be exported .* its vision tower is a convnext"),
     ],
