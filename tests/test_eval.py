@@ -194,7 +194,7 @@ def test_samples_link_to_their_rows_on_the_hub():
     assert len(links) == NUM_SAMPLES and f"{NUM_SAMPLES} of 50 questions, chosen at random" in page
     assert all(f"<dd>&lt;b&gt;{row}&lt;/b&gt;</dd>" in page for row in links) and "<dd><b>" not in page
     assert page.count("right (0.50)") == page.count("with another</dd>") == NUM_SAMPLES
-    assert "<td>50.0%</td><td>40.0% – 60.0%</td><td>–</td><td>–</td>" in page
+    assert '<td><b>50.0%</b> <span class="interval">40.0% – 60.0%</span></td>' in page
     local = samples_page(questions, ["no"] * 50, None, [0.0] * 50, results | {"data": "rows.jsonl"}, None)
     assert "huggingface.co" not in local and all(f'href="#question-{row}"' in local for row in links)
 

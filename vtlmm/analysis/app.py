@@ -3,7 +3,7 @@
 
 import html
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def words_frame(model, processor, image, features: str, top_k: int = 5) -> str:
 
 def answers_so_far(
     scheduler: Scheduler, image, features: str, turns: list[tuple[str, str]], question: str, max_new_tokens: int
-) -> Iterator[list[tuple[str, str]]]:
+) -> Generator[list[tuple[str, str]], None, None]:
     r"""
     Yield `turns`, pairs of question and answer, with the growing answer to `question`. Closing the iterator stops it.
 

@@ -72,7 +72,6 @@ def samples_page(
         title=f"Evaluation of {results.get('model') or 'a model'}",
         about=_about(results),
         table=[score_cells(line) for line in results["kinds"]],
-        score_names=SCORE_NAMES,
         num_questions=len(questions),
         kinds=sorted({sample["kind"] for sample in samples}),
         samples=samples,
