@@ -167,6 +167,7 @@ def test_the_table_lists_every_setting():
         ({"eval_strategy": "steps", "eval_steps": 1}, "`eval_strategy: steps` needs evaluation data"),
         ({"eval_on_start": True}, "`eval_on_start` needs evaluation data"),
         ({"eval_task_data": "x"}, "`eval_task_data` needs evaluation data"),
+        ({"eval_caption_data": "x"}, "`eval_caption_data` needs evaluation data"),
         ({"stage": "visual_head", "vm_head_candidates": [{}, {}]}, "`vm_head_candidates` needs evaluation data"),
     ],
 )
@@ -183,7 +184,7 @@ def test_an_output_that_is_an_input_is_refused(tmp_path, name):
         validate(run)
 
 
-@pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name", "eval_dataset", "eval_task_data"])
+@pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name", "eval_dataset", "eval_caption_data"])
 @pytest.mark.parametrize("place", ["checkpoint-2", "merged", "merged/rows.json", "results/rows.json", "vocab.json"])
 def test_an_input_that_the_run_replaces_is_refused(tmp_path, name, place):
     path = tmp_path / place

@@ -13,6 +13,7 @@ from helpers.tiny_models import WORDS, build_config, build_processor
 from helpers.training import build_rows, build_trainer, weights, write_start
 from PIL import Image as PILImage
 
+from vtlmm.analysis.caption_words import measure_caption_words
 from vtlmm.cli.main import main
 from vtlmm.data.rows import load_rows
 from vtlmm.evaluation.runner import task_scores
@@ -169,3 +170,33 @@ def test_a_recipe_scores_its_questions_and_keeps_the_best(tmp_path, capsys):
     assert main(["train", "--config", str(recipe), "--eval_task_images", "0"]) == 1
     assert "eval_task_images" in capsys.readouterr().err
     assert build_trainer_of_run(settings).evaluate()["eval_accuracy"] >= 0
+
+
+@pytest.mark.slow
+def test_caption_words_are_measured_at_evaluations(tmp_path):
+    """The metrics are those of `measure_caption_words`, and the weights are those of a run without the callback."""
+    settings = write_start(tmp_path)
+    for color in COLORS:
+        PILImage.new("RGB", (28, 28), color).save(tmp_path / f"{color}.png")
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps([{"image": f"{color}.png", "caption": f"a {color} boat"} for color in COLORS[:3]]))
+    settings |= {"eval_dataset": settings["dataset_name"], "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    plain = build_trainer_of_run({**settings, "stage": "decoder", "output_dir": str(tmp_path / "plain")})
+    plain.train()
+    settings |= {"eval_caption_data": str(captions), "metric_for_best_model": "eval_patch_word"}
+    measured = build_trainer_of_run({**settings, "stage": "decoder", "output_dir": str(tmp_path / "measured")})
+    measured.train()
+    expected = weights(plain.model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(measured.model).items())
+    words = measure_caption_words(measured.model.eval(), build_processor(), load_rows(captions))
+    logged = [log for log in measured.state.log_history if "eval_image_word" in log]
+    assert len(logged) == 2 and logged[-1]["eval_image_word"] == words.top_word.value
+    assert logged[-1]["eval_patch_word_shuffled"] == words.patch_word_shuffled.value
+
+    lora = {"use_peft": True, "lora_r": 2, "dtype": "bfloat16", "bf16": True, "output_dir": str(tmp_path / "lora")}
+    assert "eval_patch_word" in build_trainer_of_run({**settings, **lora, "stage": "joint"}).evaluate()
+    captions.write_text(json.dumps([{"image": "red.png", "caption": "a red boat"}]))
+    with pytest.raises(ValueError, match="1 captioned images"):
+        build_trainer_of_run(settings)
+    with pytest.raises(FileNotFoundError, match="`eval_caption_data`: the file"):
+        build_trainer_of_run({**settings, "eval_caption_data": "missing.json"})

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -65,6 +65,8 @@ class DatasetConfig:
             exact match, with their images and with shuffled images (`eval_accuracy`,
             `eval_accuracy_shuffled_images`).
         eval_task_images (`int`, *optional*, defaults to 100): number of images, from the first, to ask about.
+        eval_caption_data (`str`, *optional*): file of captioned images that are not in the training data. Each
+            evaluation measures whether visual tokens name what they show, see [`CaptionWordsCallback`].
         image_folder (`str`, *optional*): folder that image paths are relative to. Default: the folder of the file.
         columns (`dict`, *optional*): names of columns in the dataset, `{image: photo, answer: reply}`.
         max_rows (`int`, *optional*): largest number of rows of each split.
@@ -84,6 +86,7 @@ class DatasetConfig:
     eval_config: str | None = field(default=None, metadata={"help": "Configuration of `eval_dataset`."})
     eval_task_data: str | None = field(default=None, metadata={"help": "File of questions to answer at evaluations."})
     eval_task_images: int = field(default=100, metadata={"help": "Number of images to ask about."})
+    eval_caption_data: str | None = field(default=None, metadata={"help": "Captions to compare visual tokens with."})
     image_folder: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
     columns: dict | None = field(default=None, metadata={"help": "Names of columns: {image: photo, answer: reply}."})
     max_rows: int | None = field(default=None, metadata={"help": "Largest number of rows of each split."})
@@ -118,11 +121,14 @@ class DatasetConfig:
             one_question_per_row=self.one_question_per_row,
         )
 
-    def load_task_rows(self):
-        """Return the rows of `eval_task_data`."""
-        if not Path(self.eval_task_data or "").is_file():
-            raise FileNotFoundError(f"`eval_task_data`: the file {self.eval_task_data} does not exist.")
-        return load_rows(str(self.eval_task_data), image_folder=self.image_folder)
+    def load_eval_file(self, setting: Literal["eval_task_data", "eval_caption_data"]):
+        """Return the rows of the file that `setting` names, or None if it is not set."""
+        path = getattr(self, setting)
+        if path is None:
+            return None
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"`{setting}`: the file {path} does not exist.")
+        return load_rows(path, image_folder=self.image_folder)
 
 
 @dataclass

@@ -94,8 +94,8 @@ def prepare_stages(runs: list[RunSettings]) -> list[list]:
     prepared: dict[str, list] = {}
     keys = []
     for run in runs:
-        if run.data.eval_task_data is not None:
-            run.data.load_task_rows()
+        run.data.load_eval_file("eval_task_data")
+        run.data.load_eval_file("eval_caption_data")
         key = repr((run.data, run.args.max_length))
         if key not in prepared:
             prepared[key] = prepare_datasets(run.data, processor, run.args, max_positions)

@@ -136,6 +136,7 @@ def _check_evaluation(run: RunSettings) -> None:
     strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
     needs_evaluation = {
         "eval_task_data": data.eval_task_data is not None,
+        "eval_caption_data": data.eval_caption_data is not None,
         "vm_head_candidates": bool(args.vm_head_candidates),
         "eval_on_start": args.eval_on_start,
         f"eval_strategy: {strategy}": strategy != "no",
@@ -168,6 +169,7 @@ def _check_folders(run: RunSettings) -> None:
         "dataset_name": run.data.dataset_name,
         "eval_dataset": run.data.eval_dataset,
         "eval_task_data": run.data.eval_task_data,
+        "eval_caption_data": run.data.eval_caption_data,
         "image_folder": run.data.image_folder,
     }
     for name, value in inputs.items():

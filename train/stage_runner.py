@@ -17,6 +17,7 @@ from vtlmm.hub.quantize import quantization_config
 from vtlmm.hub.repository import CHECK_FILE, RUN_RECORD, read_run_record
 
 from .adapters import keep_differentiable_on_cpu, peft_config
+from .caption_callback import CaptionWordsCallback
 from .checkpoints import checkpoint_folders
 from .cost import format_costs
 from .fingerprint import is_harmless
@@ -62,15 +63,16 @@ def build_trainer(settings: dict[str, Any], datasets: list | None = None, **kwar
     )
     change_model(model, run.model.use_pseudo_image_features, run.model.vm_head_type, args.seed)
     keep_differentiable_on_cpu(model)
-    if run.data.eval_task_data is not None:
-        kwargs |= {"eval_task_data": run.data.load_task_rows(), "eval_task_images": run.data.eval_task_images}
+    task_rows, captions = map(run.data.load_eval_file, ("eval_task_data", "eval_caption_data"))
+    if task_rows is not None:
+        kwargs |= {"eval_task_data": task_rows, "eval_task_images": run.data.eval_task_images}
     lora = peft_config(run.adapter, args.resolved_stage())
     # PEFT writes the name of the base into the adapter's configuration
     if run.adapter.base_id is not None:
         model.name_or_path = run.adapter.base_id
     elif lora is not None:
         lora.revision = run.model.model_revision
-    return VTLMMTrainer(
+    trainer = VTLMMTrainer(
         model=model,
         args=args,
         train_dataset=train_dataset,
@@ -79,6 +81,9 @@ def build_trainer(settings: dict[str, Any], datasets: list | None = None, **kwar
         peft_config=lora,
         **kwargs,
     )
+    if captions is not None:
+        trainer.add_callback(CaptionWordsCallback(trainer, captions))
+    return trainer
 
 
 def change_model(model, use_pseudo_image_features: bool | None, vm_head_type: str | None, seed: int) -> None:
