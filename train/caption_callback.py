@@ -45,7 +45,7 @@ class CaptionWordsCallback(TrainerCallback):
             raise ValueError(f"`eval_caption_data` has {number} captioned images with content words. Add rows.")
         self.trainer, self.rows = trainer, rows
 
-    def on_evaluate(self, args, state, control, metrics: dict[str, float], **kwargs):
+    def on_evaluate(self, args, state, control, **kwargs):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         was_training = model.training
@@ -62,4 +62,4 @@ class CaptionWordsCallback(TrainerCallback):
             "eval_patch_word_shuffled": words.patch_word_shuffled.value,
         }
         self.trainer.log(scores)
-        metrics.update(scores)  # for `metric_for_best_model` and the run record
+        kwargs["metrics"].update(scores)  # for `metric_for_best_model` and the run record

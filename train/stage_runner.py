@@ -63,8 +63,8 @@ def build_trainer(settings: dict[str, Any], datasets: list | None = None, **kwar
     )
     change_model(model, run.model.use_pseudo_image_features, run.model.vm_head_type, args.seed)
     keep_differentiable_on_cpu(model)
-    task_rows, captions = map(run.data.load_eval_file, ("eval_task_data", "eval_caption_data"))
-    if task_rows is not None:
+    captions = run.data.load_eval_file("eval_caption_data")
+    if (task_rows := run.data.load_eval_file("eval_task_data")) is not None:
         kwargs |= {"eval_task_data": task_rows, "eval_task_images": run.data.eval_task_images}
     lora = peft_config(run.adapter, args.resolved_stage())
     # PEFT writes the name of the base into the adapter's configuration
