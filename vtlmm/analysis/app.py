@@ -114,11 +114,13 @@ def compare_inputs(
     }
     streams = {name: answers_so_far(scheduler, *shown, [], question, max_new_tokens) for name, shown in inputs.items()}
     answers = dict.fromkeys(streams, "")
+    yield dict(answers)  # the page shows the inputs before the first token
     try:
         while streams:
             for name, stream in list(streams.items()):
                 grown = next(stream, None)
                 if grown is None:
+                    answers[name] = answers[name] or "(empty answer)"
                     del streams[name]
                 else:
                     answers[name] = grown[-1][1]
@@ -131,7 +133,7 @@ def compare_inputs(
 def comparison_html(question: str, answers: dict[str, str]) -> str:
     """Return the answers of [`compare_inputs`] side by side."""
     cells = "".join(
-        f'<div style="flex:1 1 8em;min-width:0"><b>{name}</b><br>{html.escape(answer)}</div>'
+        f'<div style="flex:1 1 8em;min-width:0"><b>{name}</b><br>{html.escape(answer or "…")}</div>'
         for name, answer in answers.items()
     )
     style = "display:flex;flex-wrap:wrap;gap:1em;overflow-wrap:anywhere"
