@@ -41,7 +41,8 @@ for (const element of document.body.querySelectorAll("*")) {
 }
 return found;
 """
-OVERFLOW = "return document.documentElement.scrollWidth - window.innerWidth"
+# Not `innerWidth`, which grows with the content on a phone
+OVERFLOW = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
 def chromium() -> str | None:
