@@ -2,6 +2,7 @@
 """Randomly changed rows and images: check, training, evaluation and `ask` read the same, or raise one named error."""
 
 import base64
+import contextlib
 import copy
 import json
 import random
@@ -13,12 +14,14 @@ import pytest
 from helpers.tiny_models import TEMPLATE, build_config, build_processor
 from PIL import Image
 
+from vtlmm.data import sources
 from vtlmm.data.data_report import FIXES
 from vtlmm.data.encoding import encode_messages
+from vtlmm.data.formats import convert_row
 from vtlmm.data.images import image_key, open_image
 from vtlmm.data.questions import iterate_turns
-from vtlmm.data.rows import load_rows
-from vtlmm.data.validation import check_rows
+from vtlmm.data.rows import ROW_FEATURES, load_rows
+from vtlmm.data.validation import RowChecker, check_rows, image_problems
 from vtlmm.evaluation import runner
 from vtlmm.inference import batch_file
 from vtlmm.inference.generation import conversation
@@ -275,3 +278,73 @@ def test_all_readers_agree_on_mutated_rows(folder, processor, monkeypatch, part,
             if not isinstance(result, str) and not isinstance(expected, str):
                 assert result == expected, f"{name}: {text}"
     assert len(kinds) > 3
+
+
+# ---- Many rows at once ----
+
+
+def rows_that_convert(folder):
+    rows = []
+    for seed in range(600):
+        row = mutated_row(seed)
+        with contextlib.suppress(ValueError):
+            rows.append((row, convert_row(row, 0, "rows", str(folder))))
+    return rows
+
+
+def problems_one_by_one(checker, row):
+    """Return the problems of a row, its number of tokens and of supervised tokens, from one row at a time."""
+    problems = list(checker.message_problems(row["messages"], len(row["images"])))
+    length = num_supervised = 0
+    if not problems:
+        try:
+            input_ids, supervised = encode_messages(
+                checker.processor, row["messages"], row["num_context_messages"] or 0
+            )
+        except ValueError as error:
+            problems.append(("chat template", str(error)))
+        else:
+            length = len(input_ids) + 3 * len(row["images"])  # 4 patches
+            num_supervised = int(supervised.sum())
+            problems += [(p["kind"], p["detail"]) for p in checker.encoding_problems(length, num_supervised, 1)]
+    problems += [(kind, detail) for image in row["images"] for kind, detail, _ in image_problems(image)]
+    return problems, length, num_supervised
+
+
+def test_batches_find_what_single_rows_have(folder, processor):
+    rows = [new for _, converted in rows_that_convert(folder) for new in converted]
+    dataset = datasets.Dataset.from_list(rows, features=ROW_FEATURES)
+    rows = list(dataset.cast_column("images", datasets.List(datasets.Image(decode=False))))
+    checker = RowChecker(processor, MAX_LENGTH)
+    expected = [problems_one_by_one(checker, row) for row in rows]
+    report = check_rows(dataset, processor, MAX_LENGTH, num_proc=1)
+    found = [[(p.kind, p.detail) for p in report.problems if p.row == i] for i in range(len(rows))]
+    without_counts = [[(k, "" if k == "too long" else d) for k, d in problems] for problems, _, _ in expected]
+    assert [[(k, "" if k == "too long" else d) for k, d in problems] for problems in found] == without_counts
+    assert report.lengths == [length for _, length, _ in expected]
+    assert report.num_supervised_tokens == sum(number for _, _, number in expected) > 0
+    answers = [
+        "".join(part["text"] for part in message["content"] if part["type"] == "text" and part["text"])
+        for row in rows
+        for message in row["messages"]
+        if message["role"] == "assistant"
+    ]
+    unknown = [text for text in answers if 0 in processor.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert report.num_answers == len(answers) and report.num_unknown_answers == len(unknown) > 0
+    assert report.unknown_answer == unknown[0]
+    assert len({problem.kind for problem in report.problems}) > 8
+    in_stream = check_rows(dataset.to_iterable_dataset(), processor, MAX_LENGTH)
+    assert in_stream == report
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_arrow_files_have_the_rows_of_datasets(folder, tmp_path, monkeypatch, suffix):
+    """The cache is written from whole columns. `datasets` encodes each value."""
+    monkeypatch.setattr(sources, "CHUNK_SIZE", 50)  # rows continue in the next part of the file
+    pairs = rows_that_convert(folder)
+    file = tmp_path / f"rows.{suffix}"
+    rows = [json.dumps(row) for row, _ in pairs]
+    file.write_text("\n".join(rows) if suffix == "jsonl" else f" [ {' , '.join(rows)}\n] \n")
+    expected = datasets.Dataset.from_list([new for _, converted in pairs for new in converted], features=ROW_FEATURES)
+    found = load_rows(str(file), image_folder=str(folder))
+    assert found.data.table.to_pylist() == expected.data.table.to_pylist() and len(found) > 100

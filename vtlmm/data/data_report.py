@@ -4,6 +4,12 @@
 import os
 from dataclasses import dataclass
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .arrow_rows import python_values
+
 
 # Kind of problem: how to fix it
 FIXES = {
@@ -149,3 +155,24 @@ class DataReport:
         """
         if self.problems:
             raise ValueError("\n".join(["The data have invalid rows.", *self._problem_lines(limit), advice]))
+
+
+def make_report(results: pa.Table, max_length: int | None, max_positions: int | None) -> DataReport:
+    """Return the report of all rows from a table with the columns of `RESULT_FEATURES` of the data check."""
+    bad_rows = np.flatnonzero(pc.list_value_length(results["problems"]).to_numpy())
+    problems = python_values(results["problems"].take(pa.array(bad_rows)))
+    unknown = results["unknown_answer"].filter(pc.not_equal(results["unknown_answer"], ""))
+    return DataReport(
+        lengths=results["length"].to_numpy().tolist(),
+        num_supervised_tokens=pc.sum(results["num_supervised_tokens"]).as_py(),
+        num_images=pc.sum(results["num_images"]).as_py(),
+        num_text_only_rows=int(np.count_nonzero(results["num_images"].to_numpy() == 0)),
+        problems=[
+            Problem(i, **problem) for i, found in zip(bad_rows.tolist(), problems, strict=True) for problem in found
+        ],
+        max_length=max_length,
+        max_positions=max_positions,
+        num_answers=pc.sum(results["num_answers"]).as_py(),
+        num_unknown_answers=pc.sum(results["num_unknown_answers"]).as_py(),
+        unknown_answer=unknown[0].as_py() if len(unknown) else "",
+    )

@@ -2,8 +2,9 @@
 """Encode a conversation: apply the chat template, tokenize it, and mark the supervised tokens."""
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -56,6 +57,19 @@ def control_tokens(processor) -> list[str]:
         if token.special or CONTROL_TOKEN.fullmatch(text) or (len(text.strip()) > 2 and text in str(template)):
             texts.add(text)
     return sorted(text for text in texts if text and text.strip())
+
+
+def unknown_only_as_text(tokenizer) -> str | None:
+    """
+    Return the unknown token if only its own text is encoded as this token, None if other texts may be.
+
+    Byte-level BPE has a token for each byte. The unknown token of such a tokenizer is an added token.
+    """
+    backend, token = getattr(tokenizer, "backend_tokenizer", None), tokenizer.unk_token
+    model = getattr(backend, "model", None)
+    added = tokenizer.added_tokens_decoder.get(tokenizer.unk_token_id)
+    is_never_unknown = type(model).__name__ == "BPE" and model.unk_token is None
+    return token if is_never_unknown and added is not None and not added.normalized else None
 
 
 def starts_with_bos(tokenizer, text: str) -> bool:
@@ -112,8 +126,63 @@ def encode_messages(
     Raises:
         `ValueError`: if the template raises an error or leaves an answer unmarked, or a text contains the BOS token.
     """
+    [encoded] = encode_conversations(processor, [messages], [num_context_messages], require_marks)
+    if isinstance(encoded, ValueError):
+        raise encoded
+    input_ids, supervised = encoded
+    return torch.from_numpy(input_ids), torch.from_numpy(supervised)
+
+
+def encode_conversations(
+    processor, conversations: list[list[dict]], num_context_messages: list[int], require_marks: bool = True
+) -> list[tuple[np.ndarray, np.ndarray] | ValueError]:
+    """
+    Return for each conversation what [`encode_messages`] returns, as NumPy arrays, or the error that it would raise.
+
+    The tokenizer encodes all texts in one call.
+    """
     tokenizer = processor.tokenizer
     template = answer_template(processor) if require_marks else _default_template(processor)
+    results: list[Any] = []
+    for messages, number in zip(conversations, num_context_messages, strict=True):
+        try:
+            results.append(_render(tokenizer, template, messages, number, require_marks))
+        except ValueError as error:
+            results.append(error)
+    for add_special_tokens in (True, False):
+        positions = [
+            i
+            for i, result in enumerate(results)
+            if isinstance(result, Rendered) and starts_with_bos(tokenizer, result.text) != add_special_tokens
+        ]
+        if not positions:
+            continue
+        encoding = tokenizer(
+            [results[i].text for i in positions],
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=require_marks,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        for number, i in enumerate(positions):
+            input_ids = np.array(encoding["input_ids"][number], dtype=np.int64)
+            supervised = np.zeros(len(input_ids), dtype=bool)
+            if require_marks:
+                supervised = _supervised(results[i], encoding["offset_mapping"][number])
+                supervised &= input_ids != processor.image_token_id
+            results[i] = input_ids, supervised
+    return results
+
+
+class Rendered(NamedTuple):
+    """The text of a conversation, and the start and end in characters of each supervised answer."""
+
+    text: str
+    answers: list[tuple[int, int]]
+
+
+def _render(tokenizer, template: str | None, messages: list[dict], number: int, require_marks: bool) -> Rendered:
+    """Apply the chat template to a conversation whose first `number` messages are context."""
     # A loaded dataset fills missing keys of a part with None, and templates test whether a key exists
     messages = [{**message, "content": _without_empty_keys(message["content"])} for message in messages]
     try:
@@ -126,30 +195,22 @@ def encode_messages(
     except Exception as error:  # templates raise any type of error
         raise ValueError(f"the chat template raised an error: {error}") from error
     text, spans = rendered[0][0], rendered[1][0]
-    if not require_marks:
-        _check_bos(tokenizer, text, messages)
-        add_special_tokens = not starts_with_bos(tokenizer, text)
-        ids = torch.tensor(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
-        return ids, torch.zeros_like(ids, dtype=torch.bool)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(spans) != len(answers):
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"] if require_marks else []
+    if require_marks and len(spans) != len(answers):
         raise ValueError(f"the chat template marks {len(spans)} answers of {len(answers)}")
     _check_bos(tokenizer, text, messages)
-    encoding = tokenizer(
-        text,
-        add_special_tokens=not starts_with_bos(tokenizer, text),
-        return_offsets_mapping=True,
-        verbose=False,
-    )
-    input_ids = torch.tensor(encoding["input_ids"])
-    token_starts, token_ends = torch.tensor(encoding["offset_mapping"]).unbind(-1)
-    supervised = torch.zeros_like(input_ids, dtype=torch.bool)
-    for index, (start, end) in zip(answers, spans, strict=True):
-        if index >= num_context_messages:
-            # A token may include the space before or after the mark. Later tokens are of the next turn.
-            stop = len(text) - len(text[end:].lstrip())
-            supervised |= (token_starts < end) & (token_ends > start) & (token_ends <= stop)
-    return input_ids, supervised & (input_ids != processor.image_token_id)
+    return Rendered(text, [span for index, span in zip(answers, spans, strict=False) if index >= number])
+
+
+def _supervised(rendered: Rendered, offsets: list[tuple[int, int]]) -> np.ndarray:
+    """Return the mask of the supervised tokens, `(sequence_length,)`, from the characters of each token."""
+    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    supervised = np.zeros(len(offsets), dtype=bool)
+    for start, end in rendered.answers:
+        # A token may include the space before or after the mark. Later tokens are of the next turn.
+        stop = len(rendered.text) - len(rendered.text[end:].lstrip())
+        supervised |= (starts < end) & (ends > start) & (ends <= stop)
+    return supervised
 
 
 def _check_bos(tokenizer, text: str, messages: list[dict]) -> None:

@@ -22,6 +22,7 @@ ROLES = {"human": "user", "gpt": "assistant"}
 # Chat templates need a question. Captions come without one.
 CAPTION_QUESTION = "Describe the image."
 IMAGE_MARK = re.compile(r"\s*<image>\s*")
+SURROGATE = re.compile("[\ud800-\udfff]")
 # Columns with a question, and the columns with its answer in order of preference
 QUESTIONS = {
     "questions": ("answers",),
@@ -162,7 +163,11 @@ def _read_messages(given: dict, where: str) -> Turns | None:
     if name is None:
         return None
     turns = _rows_of(given[name])
-    context = given.get("num_context_messages", 0)
+    try:
+        context = int(given.get("num_context_messages", 0))
+    except (ValueError, TypeError, OverflowError):
+        number = given["num_context_messages"]
+        raise ValueError(f"{where}: `num_context_messages` is {number!r}. It must be a whole number.") from None
     if turns and all(isinstance(turn, dict) and {"human", "assistant"} <= turn.keys() for turn in turns):
         messages = _pairs([turn["human"] for turn in turns], [turn["assistant"] for turn in turns])
     else:
@@ -222,8 +227,10 @@ def _caption_texts(value: Any) -> list:
 def _with_history(turns: Turns, given: dict) -> Turns:
     """Put the earlier turns of ms-swift's and LLaMA-Factory's `history`, pairs of question and answer, first."""
     pairs = given.get("history")
-    if not pairs or "messages" in turns.used or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+    if not isinstance(pairs, list | tuple) or "messages" in turns.used:
         return turns
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        return turns  # `check_unused` reports the column
     history = _pairs([pair[0] for pair in pairs], [pair[1] for pair in pairs])
     context = turns.num_context_messages + len(history) if turns.num_context_messages else 0
     return Turns([history + messages for messages in turns.conversations], turns.used | {"history"}, context)
@@ -271,9 +278,10 @@ def _messages(turns: list, where: str) -> list[dict]:
     messages = []
     for number, turn in enumerate(turns):
         turn = turn if isinstance(turn, dict) else {}
-        for key, harmless in MESSAGE_KEYS.items():
-            if not is_empty(turn.get(key)) and turn[key] not in harmless:
-                raise ValueError(f"{where}: message {number} has `{key}`, which is not supported. Remove it.")
+        if not MESSAGE_KEYS.keys().isdisjoint(turn):
+            for key, harmless in MESSAGE_KEYS.items():
+                if not is_empty(turn.get(key)) and turn[key] not in harmless:
+                    raise ValueError(f"{where}: message {number} has `{key}`, which is not supported. Remove it.")
         messages.append(_message(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))))
     return messages
 
@@ -306,6 +314,8 @@ def _text_parts(text: Any) -> list[dict]:
     text = _string(text)
     if text is None:
         return [{"type": "text", "text": None}]
+    if "<image>" not in text:
+        return [{"type": "text", "text": text}] if text else []
     parts: list[dict] = []
     for i, piece in enumerate(IMAGE_MARK.split(text)):
         if i:
@@ -317,6 +327,6 @@ def _text_parts(text: Any) -> list[dict]:
 
 def _string(value: Any) -> str | None:
     """Return None if `value` is not a string or contains an unpaired surrogate, which Arrow cannot store."""
-    if not isinstance(value, str) or any("\ud800" <= character <= "\udfff" for character in value):
+    if not isinstance(value, str) or not (value.isascii() or SURROGATE.search(value) is None):
         return None
     return value

@@ -15,6 +15,8 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".ppm"),
     *(".avif", ".heic", ".jp2"),
 )
+# A relative path without `.`, `..`, `//` or a trailing `/`, which needs no normalization
+PLAIN_PATH = re.compile(r"(?:[^/\x00.][^/\x00]*/)*[^/\x00.][^/\x00]*")
 MAX_PATH = 4096  # a longer text is no path on any system
 # Base64 of the first bytes of JPEG, PNG, GIF, WebP, BMP and TIFF
 # A text that begins with 60 such characters is base64 too, even if it is damaged later
@@ -39,17 +41,17 @@ def read_image(value: Any, where: str, folder: str | None) -> dict:
     """
     if isinstance(value, dict):
         value = next((value[key] for key in ("bytes", "base64", "path", "url", "image") if value.get(key)), None)
-    if isinstance(value, bytes | bytearray | memoryview):
-        return {"path": None, "bytes": bytes(value)}
-    if isinstance(value, PILImage.Image) or hasattr(value, "__array_interface__"):
-        return Image().encode_example(value)
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
     if not isinstance(value, str):
-        return {"path": str(value)[:60], "bytes": None}
+        if isinstance(value, bytes | bytearray | memoryview):
+            return {"path": None, "bytes": bytes(value)}
+        if isinstance(value, PILImage.Image) or hasattr(value, "__array_interface__"):
+            return Image().encode_example(value)
+        if not isinstance(value, os.PathLike):
+            return {"path": str(value)[:60], "bytes": None}
+        value = os.fspath(value)
     if value.startswith("data:") or BASE64_START.match(value) or len(value) > MAX_PATH:
         return {"path": None, "bytes": _decode_base64(value, where)}
-    if re.match(r"https?://", value):
+    if value.startswith(("http://", "https://")):
         raise ValueError(f"{where}: image {value[:100]!r} is a URL. Download the images and use their paths.")
     if "://" in value and not value.startswith("file://"):  # a streamed Hub dataset
         return {"path": value, "bytes": None}
@@ -58,6 +60,8 @@ def read_image(value: Any, where: str, folder: str | None) -> dict:
         return {"path": os.path.normpath(value), "bytes": None}
     if folder is None:
         raise ValueError(f"{where}: image {value[:100]!r} is a relative path. Set image_folder to its folder.")
+    if os.sep == "/" and PLAIN_PATH.fullmatch(value):
+        return {"path": os.path.join(folder, value), "bytes": None}
     path = os.path.relpath(os.path.join(folder, value), folder)
     return {"path": os.path.join(folder, path), "bytes": None}
 

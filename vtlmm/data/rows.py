@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.exceptions import DatasetGenerationError
+from datasets.features.features import require_decoding
 from datasets.fingerprint import Hasher
 
+from .arrow_rows import ROWS_PER_BATCH, python_rows, rows_table
 from .columns import check_columns, mapped_columns
 from .formats import convert_row
 from .questions import split_row
@@ -186,7 +189,7 @@ def convert_dataset(
     arguments: dict[str, Any] = {
         "with_indices": True,
         "batched": True,
-        "batch_size": 100,
+        "batch_size": ROWS_PER_BATCH,
         "fn_kwargs": {"source": source, "folder": folder, "options": options},
         "remove_columns": names,
     }
@@ -194,21 +197,33 @@ def convert_dataset(
         dataset = dataset if dataset.features is None else dataset.decode(False)
         # A stream decodes images in the first operation that knows its features, which must not be `map`
         return dataset.map(_convert_batch, **arguments).select_columns(list(features)).cast(features)
-    return undecoded_images(dataset).map(
-        _convert_batch,
-        features=features,
-        new_fingerprint=_fingerprint(dataset._fingerprint, source, folder, options),
-        desc=f"Reading {source}",
-        **arguments,
+    fingerprint = _fingerprint(dataset._fingerprint, source, folder, options)
+    dataset = undecoded_images(dataset)
+    if not any(require_decoding(feature) for feature in dataset.features.values()):
+        dataset = dataset.with_format("arrow")
+    rows = dataset.map(
+        _convert_batch, features=features, new_fingerprint=fingerprint, desc=f"Reading {source}", **arguments
+    )
+    return rows.with_format(None)
+
+
+def _convert_batch(batch, indices: list[int], source: str, folder: str | None, options: dict):
+    """Return converted rows as a table for a table, else as a dict of lists."""
+    is_table = isinstance(batch, pa.Table)
+    rows = python_rows(batch) if is_table else _rows(batch)
+    converted = [
+        new
+        for row, index in zip(rows, indices, strict=True)
+        for new in convert_row(row, index, source, folder, **options)
+    ]
+    features = row_features(options["keep_columns"])
+    return (
+        rows_table(converted, features) if is_table else {name: [row[name] for row in converted] for name in features}
     )
 
 
-def _convert_batch(batch: dict, indices: list[int], source: str, folder: str | None, options: dict) -> dict:
-    rows = []
-    for position, index in enumerate(indices):
-        row = {name: values[position] for name, values in batch.items()}
-        rows += convert_row(row, index, source, folder, **options)
-    return {name: [row[name] for row in rows] for name in row_features(options["keep_columns"])}
+def _rows(batch: dict) -> list[dict]:
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
 def undecoded_images(dataset: Dataset) -> Dataset:
@@ -245,6 +260,5 @@ def _one_question_per_row(dataset):
 
 
 def _split_batch(batch: dict) -> dict:
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    rows = [new for row in rows for new in split_row(row)]
+    rows = [new for row in _rows(batch) for new in split_row(row)]
     return {name: [row[name] for row in rows] for name in batch}

@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, loa
 from datasets.exceptions import DatasetNotFoundError
 
 from .annotation_files import annotation_rows, caption_lines, parse_json
+from .arrow_rows import cached_rows
 from .image_values import IMAGE_SUFFIXES
 
 
@@ -23,6 +24,8 @@ COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip
 JSON_LINES = (".jsonl", ".ndjson")
 DATA_SUFFIXES = (".json", *JSON_LINES, ".parquet", ".csv", ".tsv", ".token", ".tar", ".tgz")
 SUPPORTED_FILES = "JSON, JSON lines, parquet, CSV, TSV and WebDataset tar files"
+CHUNK_SIZE = 2**20  # characters of a JSON file that are read at once
+JSON_SPACES = re.compile(r"[ \t\n\r]*")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -78,7 +81,7 @@ def read_file(path: str, folder: str) -> Iterator[Any]:
     if suffix in (".tar", ".tgz"):
         yield from _tar_rows(path)
     elif suffix == ".json":
-        yield from annotation_rows(_load_json(Path(path)), Path(path), folder, _load_json)
+        yield from _json_rows(path, folder)
     elif suffix in JSON_LINES:
         with _open_text(path) as lines:
             for number, line in enumerate(lines, 1):
@@ -98,6 +101,64 @@ def read_file(path: str, folder: str) -> Iterator[Any]:
 def _load_json(path: Path) -> Any:
     with _open_text(str(path)) as file:
         return parse_json(file.read(), path)
+
+
+class _NotOneListError(Exception):
+    """A JSON file is not valid, or is not one list."""
+
+
+def _json_rows(path: str, folder: str) -> Iterator[Any]:
+    """Yield the rows of a JSON file. A list is read in parts, so that memory does not grow with the file."""
+    file, is_empty = Path(path), True
+    try:
+        with _open_text(path) as text:
+            for row in _list_items(text):
+                is_empty = False
+                yield from annotation_rows([row], file, folder, _load_json)
+        return
+    except _NotOneListError:
+        content = _load_json(file)  # raises the error of an invalid file
+    if not is_empty:
+        raise ValueError(f"{path} must hold one list of rows.")
+    yield from annotation_rows(content, file, folder, _load_json)
+
+
+def _list_items(text: "_Text") -> Iterator[Any]:
+    """Yield the items of the JSON list in a file."""
+    decode, spaces = json.JSONDecoder().raw_decode, " \t\n\r"
+    buffer = more = text.read(CHUNK_SIZE)
+    while more and not buffer.strip(spaces):
+        buffer = more = text.read(CHUNK_SIZE)
+    position = _skip_spaces(buffer, 0)
+    is_first, mark = True, buffer[position : position + 1]
+    if mark != "[":
+        raise _NotOneListError
+    while mark != "]":
+        start = _skip_spaces(buffer, position + 1)
+        if is_first and buffer[start : start + 1] == "]":
+            position = start
+            break
+        try:
+            item, end = decode(buffer, start)
+            end = _skip_spaces(buffer, end)
+            is_complete = buffer[end : end + 1] in (",", "]")  # otherwise a number may continue in the next part
+        except ValueError:
+            is_complete = False
+        if is_complete:
+            is_first, mark, position = False, buffer[end], end
+            yield item
+            continue
+        more = text.read(max(CHUNK_SIZE, len(buffer) - position))
+        if not more:
+            raise _NotOneListError
+        buffer, position = buffer[position:] + more, 0
+    if (buffer[position + 1 :] + text.read()).strip(spaces):
+        raise _NotOneListError
+
+
+def _skip_spaces(text: str, position: int) -> int:
+    match = JSON_SPACES.match(text, position)
+    return match.end() if match else position
 
 
 class _Text:
@@ -123,9 +184,9 @@ class _Text:
         except UnicodeDecodeError as error:
             raise self._invalid(error) from error
 
-    def read(self) -> str:
+    def read(self, size: int = -1) -> str:
         try:
-            return self.file.read()
+            return self.file.read(size)
         except UnicodeDecodeError as error:
             raise self._invalid(error) from error
 
@@ -273,10 +334,7 @@ def generator_dataset(generate: Callable, features, arguments: dict, split: str,
         if split != "train":
             raise ValueError(f"{name}: a stream of this file has the split train only, not {split!r}.")
         return IterableDataset.from_generator(generate, features=features, gen_kwargs=arguments)
-    try:
-        rows = Dataset.from_generator(generate, features=features, gen_kwargs=arguments, fingerprint=fingerprint)
-    except ValueError as error:
-        if "corresponds to no data" in str(error):  # the message of `datasets` for a generator without rows
-            raise ValueError(f"{name} has no rows.") from error
-        raise
+    rows = cached_rows(generate, features, arguments, fingerprint)
+    if not len(rows):
+        raise ValueError(f"{name} has no rows.")
     return select_split({"train": rows}, split, name)

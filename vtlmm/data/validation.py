@@ -4,13 +4,23 @@
 import os
 import warnings
 
+import numpy as np
+import pyarrow as pa
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.utils import tqdm
 
-from .data_report import DataReport, Problem
-from .encoding import control_tokens, describe_row, encode_messages, require_end_of_turn
+from .arrow_rows import ROWS_PER_BATCH, batches, python_rows, rows_table
+from .data_report import DataReport, Problem, make_report
+from .encoding import (
+    control_tokens,
+    describe_row,
+    encode_conversations,
+    encode_messages,
+    require_end_of_turn,
+    unknown_only_as_text,
+)
 from .image_values import is_image_text
 from .images import ImageError, open_image, processed_size
 from .rows import ROW_FEATURES
@@ -32,6 +42,8 @@ RESULT_FEATURES = Features(
 )
 # With fewer rows, starting a second process takes longer than it saves
 ROWS_PER_PROCESS = 500
+# Image files whose result is kept, about 20 MB
+MAX_CHECKED_FILES = 2**16
 
 
 # ---- One row ----
@@ -70,47 +82,88 @@ class RowChecker:
         self.require_answers = require_answers
         self.tokens_per_image = image_tokens_per_image(processor)
         self.control_tokens = control_tokens(processor)
+        self.unknown_only_as_text = unknown_only_as_text(processor.tokenizer)
+        self.checked_files: dict[tuple, list[tuple]] = {}
 
     def __call__(self, row: dict) -> dict:
         """Return the values of `RESULT_FEATURES` for one row."""
-        messages, images = row["messages"], row["images"]
-        problems: list[dict] = [
-            {"kind": kind, "detail": detail} for kind, detail in self.message_problems(messages, len(images))
-        ]
-        length = num_supervised_tokens = 0
-        if not problems:
-            try:
-                number = row.get("num_context_messages") or 0
-                input_ids, supervised = encode_messages(self.processor, messages, number, self.require_marks)
-            except ValueError as error:
-                problems.append({"kind": "chat template", "detail": str(error)})
-            else:
-                num_tokens = int((input_ids == self.processor.image_token_id).sum())
-                if num_tokens != len(images):
-                    detail = f"the chat template writes {num_tokens} image tokens for {len(images)} images"
-                    problems.append({"kind": "chat template", "detail": detail})
-                length = len(input_ids) + len(images) * (self.tokens_per_image - 1)
-                num_supervised_tokens = int(supervised.sum())
-                problems += self.encoding_problems(length, num_supervised_tokens, len(images))
-        for image in images if self.images else ():
-            problems += [{"kind": kind, "detail": text, "image": path} for kind, text, path in image_problems(image)]
-        answers = [_text(message["content"]) for message in messages if message["role"] == "assistant"]
-        unknown = [answer for answer in answers if self._has_unknown_token(answer)]
-        return {
-            "length": length,
-            "num_supervised_tokens": num_supervised_tokens,
-            "num_images": len(images),
-            "num_answers": len(answers),
-            "unknown_answer": unknown[0] if unknown else "",
-            "num_unknown_answers": len(unknown),
-            "problems": [{"image": None, "value": None, **problem} for problem in problems],
-        }
+        return self.check([row])[0]
 
-    def _has_unknown_token(self, text: str) -> bool:
-        tokenizer = self.processor.tokenizer
+    def check(self, rows: list[dict]) -> list[dict]:
+        """Return the values of `RESULT_FEATURES` for several rows. Their texts are encoded in one call."""
+        problems = [
+            [{"kind": k, "detail": detail} for k, detail in self.message_problems(row["messages"], len(row["images"]))]
+            for row in rows
+        ]
+        good = [i for i, found in enumerate(problems) if not found]
+        encoded = encode_conversations(
+            self.processor,
+            [rows[i]["messages"] for i in good],
+            [rows[i].get("num_context_messages") or 0 for i in good],
+            self.require_marks,
+        )
+        lengths, num_supervised = [0] * len(rows), [0] * len(rows)
+        for i, result in zip(good, encoded, strict=True):
+            if isinstance(result, ValueError):
+                problems[i].append({"kind": "chat template", "detail": str(result)})
+                continue
+            input_ids, supervised = result
+            num_images = len(rows[i]["images"])
+            num_tokens = int(np.count_nonzero(input_ids == self.processor.image_token_id))
+            if num_tokens != num_images:
+                detail = f"the chat template writes {num_tokens} image tokens for {num_images} images"
+                problems[i].append({"kind": "chat template", "detail": detail})
+            lengths[i] = len(input_ids) + num_images * (self.tokens_per_image - 1)
+            num_supervised[i] = int(np.count_nonzero(supervised))
+            problems[i] += self.encoding_problems(lengths[i], num_supervised[i], num_images)
+        answers = [[_text(m["content"]) for m in row["messages"] if m["role"] == "assistant"] for row in rows]
+        unknown = self._unknown_answers(answers)
+        results = []
+        for i, row in enumerate(rows):
+            for image in row["images"] if self.images else ():
+                problems[i] += [
+                    {"kind": kind, "detail": text, "image": path} for kind, text, path in self._image_problems(image)
+                ]
+            results.append(
+                {
+                    "length": lengths[i],
+                    "num_supervised_tokens": num_supervised[i],
+                    "num_images": len(row["images"]),
+                    "num_answers": len(answers[i]),
+                    "unknown_answer": unknown[i][0] if unknown[i] else "",
+                    "num_unknown_answers": len(unknown[i]),
+                    "problems": [{"image": None, "value": None, **problem} for problem in problems[i]],
+                }
+            )
+        return results
+
+    def _image_problems(self, image: dict) -> list[tuple]:
+        """Return the problems of an image. A file that many rows use is decoded once, unless it changes."""
+        try:
+            if image["bytes"] is not None:
+                raise ValueError
+            state = os.stat(image["path"])
+        except (OSError, TypeError, ValueError):
+            return list(image_problems(image))
+        key = image["path"], state.st_size, state.st_mtime_ns, state.st_ctime_ns
+        if key not in self.checked_files:
+            if len(self.checked_files) >= MAX_CHECKED_FILES:
+                self.checked_files.clear()
+            self.checked_files[key] = list(image_problems(image))
+        return self.checked_files[key]
+
+    def _unknown_answers(self, answers: list[list[str]]) -> list[list[str]]:
+        """Return the answers of each row that have a token which the tokenizer does not know."""
+        tokenizer, token = self.processor.tokenizer, self.unknown_only_as_text
         if tokenizer.unk_token_id is None:
-            return False
-        return tokenizer.unk_token_id in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return [[] for _ in answers]
+        texts = [answer for row in answers for answer in row if token is None or token in answer]
+        unknown: set[str] = set()
+        if texts:
+            encoding = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            ids = encoding["input_ids"]
+            unknown = {text for text, row in zip(texts, ids, strict=True) if tokenizer.unk_token_id in row}
+        return [[answer for answer in row if answer in unknown] for row in answers]
 
     def message_problems(self, messages: list[dict], num_images: int):
         """Yield the kind and the detail of each problem of the messages."""
@@ -236,24 +289,14 @@ def check_rows(
     checker = RowChecker(processor, max_length, images, require_answers, require_marks)
     if isinstance(dataset, IterableDataset):
         dataset = dataset.decode(False)
-        results = [checker(row) for row in tqdm(dataset, desc="Checking rows")]
+        rows = tqdm(dataset, desc="Checking rows")
+        tables = [rows_table(checker.check(batch), RESULT_FEATURES) for batch in batches(rows)]
     else:
         dataset = dataset.cast_column("images", List(Image(decode=False)))
-        results = gather_object(_check_share(dataset, checker, num_proc))
-    if not results:
+        tables = gather_object(_check_share(dataset, checker, num_proc))
+    if not sum(map(len, tables)):
         raise ValueError("There are no rows. Check dataset, dataset_split and max_rows.")
-    report = DataReport(
-        lengths=[result["length"] for result in results],
-        num_supervised_tokens=sum(result["num_supervised_tokens"] for result in results),
-        num_images=sum(result["num_images"] for result in results),
-        num_text_only_rows=sum(not result["num_images"] for result in results),
-        problems=[Problem(i, **problem) for i, result in enumerate(results) for problem in result["problems"]],
-        max_length=max_length,
-        max_positions=max_positions,
-        num_answers=sum(result["num_answers"] for result in results),
-        num_unknown_answers=sum(result["num_unknown_answers"] for result in results),
-        unknown_answer=next((result["unknown_answer"] for result in results if result["unknown_answer"]), ""),
-    )
+    report = make_report(pa.concat_tables(tables), max_length, max_positions)
     good = next(iter(report.good_rows), None)
     if good is not None and require_marks:
         row = next(iter(dataset.skip(good)))
@@ -261,25 +304,34 @@ def check_rows(
     return report
 
 
-def _check_share(dataset: Dataset, checker: RowChecker, num_proc: int | None) -> list[dict]:
+def _check_share(dataset: Dataset, checker: RowChecker, num_proc: int | None) -> list[pa.Table]:
     """Return the results of this process's rows. If one process checked all rows, the others would time out."""
     state = PartialState()
     if state.process_index >= len(dataset) > 0:  # `shard` does not return an empty shard
         return []
     share = dataset.shard(state.num_processes, state.process_index, contiguous=True)
+    share = share.select_columns([name for name in ROW_FEATURES if name in share.column_names])
     if num_proc is None:
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         num_cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         num_proc = min(num_cores, len(share) // ROWS_PER_PROCESS)
-    return share.map(
-        checker,
-        remove_columns=dataset.column_names,
+    results = share.with_format("arrow").map(
+        _check_table,
+        batched=True,
+        batch_size=ROWS_PER_BATCH,
+        fn_kwargs={"checker": checker},
+        remove_columns=share.column_names,
         features=RESULT_FEATURES,
         num_proc=num_proc if num_proc > 1 else None,
         keep_in_memory=True,  # no cache is written or read
         new_fingerprint="unused",  # `datasets` would hash the processor
         desc="Checking rows",
-    ).to_list()
+    )
+    return [results.with_format("arrow")[:]]
+
+
+def _check_table(table: pa.Table, checker: RowChecker) -> pa.Table:
+    return rows_table(checker.check(python_rows(table)), RESULT_FEATURES)
 
 
 def mark_supervised(processor, row: dict) -> str:

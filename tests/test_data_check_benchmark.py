@@ -1,0 +1,29 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""`benchmarks/data_check.py` at toy size."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.tiny_models import build_config, build_processor
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.slow
+def test_each_format_is_checked(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import data_check
+
+    build_config().save_pretrained(tmp_path / "model")
+    build_processor().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(data_check, "ROWS_PER_PART", 8)
+    command = ["data_check.py", "--model", str(tmp_path / "model"), "--rows", "20", "--json", str(tmp_path / "a.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    data_check.main()
+    results = json.loads((tmp_path / "a.json").read_text())["results"]
+    kinds = [f"{suffix}, {cache}" for suffix in ("json", "jsonl", "parquet") for cache in ("empty", "full")]
+    assert list(results) == kinds and capsys.readouterr().out.count("\n| ") == 7
+    assert all(values["cpu_seconds"] > 0 and values["peak_rss_mib"] > 50 for values in results.values())
