@@ -1,13 +1,16 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
-"""Write the reference pages from the code: the Python API, the commands and the training settings."""
+"""Write the reference pages from the code and the tests: Python API, commands, training settings and row formats."""
 
 import contextlib
 import inspect
 import io
+import json
 import os
 import re
+import sys
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import vtlmm
 from vtlmm.cli.main import GROUPS, main
@@ -17,9 +20,10 @@ SECTION = re.compile(r"(Args|Parameters|Returns|Raises|Example|Examples|Source|E
 
 
 def write_pages(folder: Path) -> None:
-    """Write `api.md`, `commands.md` and `settings.md` into `folder`."""
+    """Write `api.md`, `commands.md`, `settings.md` and `formats.md` into `folder`."""
     folder.mkdir(exist_ok=True)
-    for name, text in {"api": api_page(), "commands": commands_page(), "settings": settings_page()}.items():
+    pages = {"api": api_page, "commands": commands_page, "settings": settings_page, "formats": formats_page}
+    for name, text in ((name, page()) for name, page in pages.items()):
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 
@@ -35,6 +39,28 @@ def api_page() -> str:
         code = signature if len(signature) < 1500 else "(...)"  # a configuration has about 200 arguments
         parts += [f"## {name}", f"```python\n{name}{code}\n```", docstring_to_markdown(inspect.getdoc(value) or "")]
     return "\n\n".join(parts) + "\n"
+
+
+def formats_page() -> str:
+    """Return the page of all formats of rows and files, from the examples that `tests/test_row_formats.py` loads."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import test_row_formats as examples
+
+    lines = ["# Formats", "", "The tests load each of these examples with its image.", "", "## Rows", ""]
+    lines += ["| format | row |", "|---|---|"]
+    for name, (row, _) in examples.ROWS.items():
+        text = json.dumps(row, ensure_ascii=False).replace(examples.BASE64, f"{examples.BASE64[:12]}…")
+        lines.append(f"| {name} | `{text.replace('|', chr(92) + '|')}` |")
+    lines += ["", "## Files and folders", "", "| source | files | options |", "|---|---|---|"]
+    for make in examples.SOURCES:
+        with TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            _, options, _ = make(folder)
+            files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+            shown = {key: str(value).replace(f"{folder}/", "") for key, value in options.items()}
+        cells = ["<br>".join(f"`{file}`" for file in files), ", ".join(f"`{k}: {v}`" for k, v in shown.items())]
+        lines.append(f"| {make.__name__.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def docstring_to_markdown(text: str) -> str:

@@ -54,6 +54,17 @@ def test_symbols_files_and_links_of_a_page_exist(page):
     assert [link for link in LINK.findall(text) if not (page.parent / link).exists()] == []
 
 
+def test_the_table_of_formats_has_all_examples(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import generate_reference
+    import test_row_formats as examples
+
+    page = generate_reference.formats_page()
+    names = [*examples.ROWS, *(make.__name__.replace("_", " ") for make in examples.SOURCES)]
+    assert [name for name in names if f"\n| {name} | `" not in page] == []
+    assert page.count("\n| ") == len(names) + 2 and examples.BASE64 not in page
+
+
 def test_a_missing_symbol_is_found():
     assert missing_symbols((ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8"))[0] > 15
     text = "`stages.py:STAGES` `train/trainer.py:VTLMMTrainer.train` `trainer.py:VTLMMTrainer.nothing` `nowhere.py:x`"

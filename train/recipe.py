@@ -3,7 +3,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -15,6 +15,7 @@ from vtlmm.data.rows import load_rows
 
 from .adapters import AdapterConfig
 from .config import VTLMMTrainingConfig
+from .mixture_settings import MIXTURE_KEYS, mixture_entries, part_names
 from .setting_types import Setting, convert_setting, format_hint, setting_hints, suggest
 
 
@@ -52,7 +53,10 @@ class DatasetConfig:
     evaluate.
 
     Parameters:
-        dataset_name (`str`): file, folder or Hub dataset id.
+        dataset_name (`str` or `list`): file, folder or Hub dataset id, or a list of them for a mixture. An entry of
+            the list may be a mapping with `name` and, *optional*, `config`, `split`, `test_split`, `image_folder`,
+            `columns` and `max_rows`, which replace the settings below, and `weight`. See [`mix_datasets`]. Test
+            splits are evaluated one by one: `eval_NAME_loss`, where NAME is the file or dataset.
         dataset_config (`str`, *optional*): configuration of the Hub dataset.
         dataset_train_split (`str`, *optional*, defaults to `"train"`): split, or a slice such as `"train[:2000]"`. A
             file has one split, `"train"`.
@@ -77,7 +81,9 @@ class DatasetConfig:
             an unknown format, or with a column that would be ignored, is an error anyway: usually all rows are alike.
     """
 
-    dataset_name: str | None = field(default=None, metadata={"help": "File, folder or Hub id of the training data."})
+    dataset_name: str | list[Any] | None = field(
+        default=None, metadata={"help": "File, folder or Hub id of the training data, or a list of them."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split, or a slice of one: train[:2000]."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split for evaluation."})
@@ -97,10 +103,25 @@ class DatasetConfig:
     def __post_init__(self):
         if not self.dataset_name:
             raise ValueError("`dataset_name` is not set. Name a file, a folder or a Hub dataset.")
+        if isinstance(self.dataset_name, list):
+            mixture_entries(self.dataset_name)
         if self.eval_task_images < 1:
             raise ValueError(f"`eval_task_images` is {self.eval_task_images}; it must be 1 or more.")
         if self.bad_rows not in ("raise", "skip"):
             raise ValueError(f"`bad_rows` is {self.bad_rows!r}; it must be raise or skip.")
+
+    def parts(self, split: str) -> list[tuple[str, "DatasetConfig", float | None]]:
+        """Return the name, the settings and the weight of each dataset of `"train"` or `"eval"`."""
+        if not isinstance(self.dataset_name, list):
+            return [(str(self.dataset_name), self, None)]
+        if split == "eval" and self.eval_dataset is not None:
+            return [(str(self.eval_dataset), replace(self, dataset_name=self.eval_dataset), None)]
+        entries = mixture_entries(self.dataset_name)
+        parts = []
+        for name, entry in zip(part_names([entry["name"] for entry in entries]), entries, strict=True):
+            weight = entry.pop("weight", None)
+            parts.append((name, replace(self, **{MIXTURE_KEYS[key]: value for key, value in entry.items()}), weight))
+        return parts
 
     def load(self, split: str):
         """Return the rows of `"train"` or `"eval"`, or None without evaluation data. See [`load_rows`]."""
@@ -120,6 +141,11 @@ class DatasetConfig:
             max_rows=self.max_rows,
             one_question_per_row=self.one_question_per_row,
         )
+
+    def has_evaluation_data(self) -> bool:
+        """Return whether there are rows to evaluate on."""
+        tests = [part.dataset_test_split for _, part, _ in self.parts("train")]
+        return self.eval_dataset is not None or any(test is not None for test in tests)
 
     def load_eval_file(self, setting: Literal["eval_task_data", "eval_caption_data"]):
         """Return the rows of the file that `setting` names, or None if it is not set."""

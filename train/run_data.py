@@ -11,6 +11,7 @@ from datasets import IterableDataset
 from transformers import AutoConfig, AutoProcessor
 
 from vtlmm.data.data_report import DataReport
+from vtlmm.data.mixture import mix_datasets
 from vtlmm.data.validation import check_rows, checked_stream, position_limit
 
 from .config import VTLMMTrainingConfig
@@ -50,15 +51,32 @@ def check_data(settings: dict[str, Any]) -> Iterator[tuple[str, DataReport]]:
             continue
         checked.append((data, max_length))
         for split in ("train", "eval"):
-            rows = data.load(split)
-            if rows is not None:
-                yield split, check_rows(rows, processor, max_length, max_positions=max_positions)
+            parts = data.parts(split)
+            for name, part, _ in parts:
+                rows = part.load(split)
+                if rows is not None:
+                    report = check_rows(rows, processor, max_length, max_positions=max_positions)
+                    yield split if len(parts) == 1 else f"{split}, {name}", report
 
 
 def prepare_dataset(
-    data: DatasetConfig, split: str, processor, max_length: int | None, max_positions: int | None = None
+    data: DatasetConfig, split: str, processor, max_length: int | None, max_positions: int | None = None, seed: int = 0
 ):
-    """Return the checked rows of one split, or None without such a split. A stream is checked row by row."""
+    """
+    Return the checked rows of one split, or None without such a split. A stream is checked row by row.
+
+    The training rows of a mixture are mixed with `seed`. Its test splits are a `dict` of datasets by name.
+    """
+    limits = (processor, max_length, max_positions)
+    prepared = [(name, _prepare_part(part, split, *limits), weight) for name, part, weight in data.parts(split)]
+    if len(prepared) == 1:
+        return prepared[0][1]
+    if split == "train":
+        return mix_datasets([rows for _, rows, _ in prepared], [weight for _, _, weight in prepared], seed)
+    return {name: rows for name, rows, _ in prepared if rows is not None} or None
+
+
+def _prepare_part(data: DatasetConfig, split: str, processor, max_length: int | None, max_positions: int | None):
     dataset = data.load(split)
     if dataset is None or not data.check_data:
         return dataset
@@ -82,7 +100,8 @@ def prepare_datasets(
     data: DatasetConfig, processor, args: VTLMMTrainingConfig, max_positions: int | None = None
 ) -> list:
     """Return the rows to train on and to evaluate on, or None. The trainer shuffles them with `shuffle_dataset`."""
-    return [prepare_dataset(data, split, processor, args.max_length, max_positions) for split in ("train", "eval")]
+    arguments = (processor, args.max_length, max_positions, args.seed)
+    return [prepare_dataset(data, split, *arguments) for split in ("train", "eval")]
 
 
 def prepare_stages(runs: list[RunSettings]) -> list[list]:
@@ -96,7 +115,7 @@ def prepare_stages(runs: list[RunSettings]) -> list[list]:
     for run in runs:
         run.data.load_eval_file("eval_task_data")
         run.data.load_eval_file("eval_caption_data")
-        key = repr((run.data, run.args.max_length))
+        key = repr((run.data, run.args.max_length, run.args.seed))
         if key not in prepared:
             prepared[key] = prepare_datasets(run.data, processor, run.args, max_positions)
         keys.append(key)

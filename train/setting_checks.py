@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -142,7 +142,7 @@ def _check_evaluation(run: RunSettings) -> None:
         f"eval_strategy: {strategy}": strategy != "no",
     }
     for name, is_set in needs_evaluation.items():
-        if is_set and data.eval_dataset is None and data.dataset_test_split is None:
+        if is_set and not data.has_evaluation_data():
             raise ValueError(f"`{name}` needs evaluation data. Set `eval_dataset` or `dataset_test_split`.")
 
 
@@ -164,15 +164,15 @@ def _check_streaming(run: RunSettings) -> None:
 def _check_folders(run: RunSettings) -> None:
     """An input of the run must not be its output: training would overwrite it."""
     output = os.path.realpath(run.args.output_dir or "trainer_output")
-    inputs = {
-        "model_name_or_path": run.model.model_name_or_path,
-        "dataset_name": run.data.dataset_name,
-        "eval_dataset": run.data.eval_dataset,
-        "eval_task_data": run.data.eval_task_data,
-        "eval_caption_data": run.data.eval_caption_data,
-        "image_folder": run.data.image_folder,
-    }
-    for name, value in inputs.items():
+    inputs: list[tuple[str, Any]] = [
+        ("model_name_or_path", run.model.model_name_or_path),
+        ("eval_dataset", run.data.eval_dataset),
+        ("eval_task_data", run.data.eval_task_data),
+        ("eval_caption_data", run.data.eval_caption_data),
+    ]
+    for _, part, _ in run.data.parts("train"):
+        inputs += [("dataset_name", part.dataset_name), ("image_folder", part.image_folder)]
+    for name, value in inputs:
         if value is None or not os.path.exists(value):
             continue
         path = Path(os.path.realpath(value))

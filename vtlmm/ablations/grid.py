@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 from vtlmm.data.rows import load_rows
 from vtlmm.data.setting_values import require_integers
 from vtlmm.inference.resumable import digest
+from vtlmm.train.mixture_settings import mixture_entries
 from vtlmm.train.recipe import change_settings, check_settings, parse_settings, read_yaml, split_stages
 from vtlmm.train.setting_checks import validate
 from vtlmm.train.setting_types import convert_setting, suggest
@@ -162,7 +163,11 @@ class Grid:
             hashed = {name: value for name, value in run.items() if name not in ("model_name_or_path", "output_dir")}
             for name in ("dataset_name", "eval_dataset"):
                 if hashed.get(name):
-                    hashed[name] = _content(hashed[name])
+                    hashed[name] = (
+                        [{**entry, "name": _content(entry["name"])} for entry in mixture_entries(hashed[name])]
+                        if isinstance(hashed[name], list)
+                        else _content(hashed[name])
+                    )
             if hashed.get("cache_image_features"):
                 hashed["cache_image_features"] = True  # the folder does not change the features
             run["key"] = key = digest([key, hashed])

@@ -17,6 +17,7 @@ ROWS_PER_BATCH = 1000
 
 def python_values(array: pa.Array | pa.ChunkedArray) -> list:
     """Return `array.to_pylist()`. Lists and structs are built from whole columns, which is faster."""
+    values: list[Any]
     if isinstance(array, pa.ChunkedArray):
         return [value for chunk in array.chunks for value in python_values(chunk)]
     if pa.types.is_list(array.type):
@@ -52,10 +53,10 @@ def rows_table(rows: list[dict], features: datasets.Features) -> pa.Table:
     return pa.table([pa.array([row[c.name] for row in rows], type=c.type) for c in schema], schema=schema)
 
 
-def batches(rows: Iterable[dict]) -> Iterator[list[dict]]:
-    """Yield lists of `ROWS_PER_BATCH` rows."""
+def batches(rows: Iterable[dict], size: int = ROWS_PER_BATCH) -> Iterator[list[dict]]:
+    """Yield lists of `size` rows."""
     rows = iter(rows)
-    while batch := list(islice(rows, ROWS_PER_BATCH)):
+    while batch := list(islice(rows, size)):
         yield batch
 
 
@@ -63,7 +64,7 @@ def batches(rows: Iterable[dict]) -> Iterator[list[dict]]:
 class RowsConfig(datasets.BuilderConfig):
     """Arguments of [`RowsBuilder`]: a generator of rows, its arguments, and the columns."""
 
-    generate: Callable | None = None
+    generate: Callable = iter
     arguments: dict[str, Any] = field(default_factory=dict)
     features: datasets.Features | None = None
 

@@ -1,0 +1,41 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Mix the rows of several datasets."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
+
+
+def mix_datasets(
+    datasets: Sequence[Dataset] | Sequence[IterableDataset],
+    weights: Sequence[float | None] | None = None,
+    seed: int = 0,
+) -> Dataset | IterableDataset:
+    r"""
+    Return one dataset with the rows of several datasets. Equal arguments give the same rows in the same order.
+
+    Args:
+        datasets: rows of [`load_rows`], either all streamed or none.
+        weights (*optional*): share of each dataset in the mix; the sum need not be 1. Each row comes from a dataset
+            that is drawn at random. A dataset that ends starts again, until all rows of all datasets were used.
+            Without weights each row is used once: streams take turns, other datasets follow each other.
+        seed (`int`, *optional*, defaults to 0): seed of the draws.
+
+    Raises:
+        `ValueError`: if only some datasets have a weight, or a weight is not positive.
+    """
+    given = [] if weights is None else [weight for weight in weights if weight is not None]
+    if given and len(given) < len(datasets):
+        raise ValueError(f"Only {len(given)} of {len(datasets)} datasets have a `weight`. Give all or none a weight.")
+    if any(isinstance(w, bool) or not isinstance(w, int | float) or not 0 < w < float("inf") for w in given):
+        raise ValueError(f"The weights of the datasets are {given}. Each `weight` must be a positive number.")
+    if len(datasets) == 1:
+        return datasets[0]
+    parts: Any = list(datasets)
+    if given:
+        probabilities = [weight / sum(given) for weight in given]
+        return interleave_datasets(parts, probabilities, seed=seed, stopping_strategy="all_exhausted")
+    if isinstance(datasets[0], IterableDataset):
+        return interleave_datasets(parts, stopping_strategy=cast(Any, "all_exhausted_without_replacement"))
+    return concatenate_datasets(parts)
