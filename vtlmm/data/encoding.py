@@ -68,7 +68,7 @@ def unknown_only_as_text(tokenizer) -> str | None:
     backend, token = getattr(tokenizer, "backend_tokenizer", None), tokenizer.unk_token
     model = getattr(backend, "model", None)
     added = tokenizer.added_tokens_decoder.get(tokenizer.unk_token_id)
-    is_never_unknown = type(model).__name__ == "BPE" and model.unk_token is None
+    is_never_unknown = type(model).__name__ == "BPE" and getattr(model, "unk_token", "") is None
     return token if is_never_unknown and added is not None and not added.normalized else None
 
 
