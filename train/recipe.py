@@ -81,7 +81,8 @@ class DatasetConfig:
             an unknown format, or with a column that would be ignored, is an error anyway: usually all rows are alike.
     """
 
-    dataset_name: str | list[Any] | None = field(
+    # HfArgumentParser reads the second member of this union
+    dataset_name: list[Any] | str | None = field(
         default=None, metadata={"help": "File, folder or Hub id of the training data, or a list of them."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
