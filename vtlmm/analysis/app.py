@@ -211,7 +211,7 @@ def build_page(model, processor, name: str, max_new_tokens: int = 512, examples:
                 words = gradio.HTML(NO_IMAGE, padding=False)
             with gradio.Column(scale=2, min_width=300):
                 chat = gradio.Chatbot(label="Conversation", height=420, buttons=["copy"])
-                question = gradio.Textbox(label="Question", placeholder="What is in the image?", submit_btn=True)
+                question = gradio.Textbox(label="Question", placeholder="Ask about the image", submit_btn=True)
                 features = gradio.Radio(
                     [IMAGE_FEATURES, PSEUDO_IMAGE_FEATURES],
                     value=PSEUDO_IMAGE_FEATURES if model.config.use_pseudo_image_features else IMAGE_FEATURES,

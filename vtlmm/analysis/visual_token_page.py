@@ -16,7 +16,7 @@ from .visual_tokens import SOURCES, ImageTokens
 
 IMAGE_PIXELS = 448  # longest side of an image on the page
 LIKELY = 0.5  # probability from which a word is bold
-MIN_OPACITY = 0.6
+MIN_OPACITY = 0.7
 CELL = 100  # side of a patch in the units of the drawing
 SMALLEST_FONT, LARGEST_FONT = 15, 30  # in the units of the drawing
 CHARACTER_WIDTH = 0.66  # of a bold lower-case character, relative to the font size

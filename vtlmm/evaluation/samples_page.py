@@ -52,7 +52,7 @@ def samples_page(
         texts = {"Question": question["question"], "Answer": answers[i]}
         texts["Ground truth"] = ", ".join(references(question))
         if answers_shuffled_images is not None:
-            texts["Answer with another image"] = answers_shuffled_images[i]
+            texts["Answer with a shuffled image"] = answers_shuffled_images[i]
         samples.append(
             {
                 "number": i,
@@ -89,7 +89,7 @@ def score_cells(line: Mapping[str, Any]) -> list[str]:
 
 def _about(results: Mapping[str, Any]) -> str:
     split = f"split {results['split']}" if results.get("split") and is_hub_id(results.get("data")) else None
-    scorer = f"scorer {results['scorer']}" if results.get("scorer") else None
+    scorer = f"scorer: {results['scorer']}" if results.get("scorer") else None
     return " · ".join(filter(None, (results.get("data"), split, scorer, results.get("subset"))))
 
 
