@@ -57,7 +57,13 @@ GROUPS: dict[str, dict[str, Callable]] = {
         "export": export.export,
         "merge": merge.merge,
     },
-    "Train": {"data check": data.check, "train": train.train, "ablate": ablate.ablate, "demo": demo.demo},
+    "Train": {
+        "data check": data.check,
+        "data convert": data.convert,
+        "train": train.train,
+        "ablate": ablate.ablate,
+        "demo": demo.demo,
+    },
     "Use": {"ask": ask.ask, "chat": chat.chat, "serve": serve.serve, "app": app.app},
     "Understand": {
         "eval": eval.eval,
