@@ -13,6 +13,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 from vtlmm.cli.main import main
+from vtlmm.inference import resumable
 from vtlmm.inference.batch_file import answer_file
 from vtlmm.inference.loading import load_model
 
@@ -204,3 +205,24 @@ def test_second_writer_of_an_answer_file_is_refused(model_and_processor, tmp_pat
         with pytest.raises(ValueError, match="Another process is writing to .*a.jsonl"):
             answer_file(*model_and_processor, data, output)
     assert not output.exists() and len(answer_file(*model_and_processor, data, output, max_new_tokens=2)) == 1
+
+
+def test_auto_batch_size_fits_the_memory(work, model_and_processor, tmp_path, monkeypatch):
+    """`--batch-size auto` halves the batch after an error about memory, and gives the same answers."""
+    data, sizes, generate = tmp_path / "rows.json", [], resumable.generate_batch
+    write_rows(work, data)
+
+    def small_memory(model, processor, prompts, *args, **kwargs):
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return generate(model, processor, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(resumable, "AUTO_BATCH_SIZES", (8, 4, 2, 1))
+    monkeypatch.setattr(resumable, "generate_batch", small_memory)
+    options = {"image_folder": work, "max_new_tokens": 6}
+    found = answer_file(*model_and_processor, data, tmp_path / "auto.jsonl", batch_size="auto", **options)
+    assert sizes[0] > 2 and sizes[-1] <= 2 and max(sizes[2:]) == 2
+    assert found == answer_file(*model_and_processor, data, tmp_path / "one.jsonl", batch_size=1, **options)
+    with pytest.raises(ValueError, match="batch_size"):
+        answer_file(*model_and_processor, data, tmp_path / "no.jsonl", batch_size="all", **options)

@@ -28,7 +28,7 @@ def ask(
     ] = None,
     image_folder: options.ImageFolder = None,
     columns: options.Columns = None,
-    batch_size: options.BatchSize = 8,
+    batch_size: options.AutoBatchSize = 8,
     max_new_tokens: options.MaxNewTokens = 512,
     *,
     loading: options.LoadingOptions,

@@ -2,9 +2,9 @@
 """Check and convert datasets."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from typer import Argument, Exit, Option
+from typer import Exit, Option
 
 from . import options
 
@@ -12,7 +12,6 @@ from . import options
 EXAMPLES = (
     "vtlmm data check --model outputs/start --dataset rows.json --image-folder images",
     "vtlmm data check --config recipes/qlora_24gb.yaml --dataset rows.json",
-    "vtlmm data convert rows.json --image-folder images --to parquet --output outputs/dataset",
 )
 
 
@@ -44,23 +43,3 @@ def check(
         num_problems += len(report.problems)
         print(f"{split}\n{report.format()}")
     raise Exit(1 if num_problems else 0)
-
-
-def convert(
-    rows: Annotated[str, Argument(help="File (.json, .jsonl, .csv, .parquet), folder or Hub id of a dataset.")],
-    output: Annotated[Path, Option(help="Folder for the dataset.")],
-    to: Annotated[Literal["parquet", "webdataset"], Option(help="Format of the files.")] = "parquet",
-    image_folder: options.ImageFolder = None,
-    columns: options.Columns = None,
-    split: options.Split = "train",
-) -> None:
-    """Write rows with their images as a dataset for the Hub. Its viewer shows the images."""
-    from vtlmm.data.columns import parse_columns
-    from vtlmm.data.dataset_files import write_dataset
-    from vtlmm.data.output_files import require_other_place
-    from vtlmm.data.rows import load_rows
-
-    require_other_place(output, dataset=rows)
-    loaded = load_rows(rows, image_folder=image_folder, columns=parse_columns(columns), split=split)
-    write_dataset(loaded, output, to)
-    print(f"{output}\nUpload it: hf upload USER/NAME {output} --repo-type dataset")

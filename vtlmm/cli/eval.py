@@ -55,7 +55,7 @@ def eval(
     prompt: Prompt = None,
     bad_rows: BadRows = "raise",
     limit: options.Limit = None,
-    batch_size: options.BatchSize = 8,
+    batch_size: options.AutoBatchSize = 8,
     max_new_tokens: MaxNewTokens = None,
     seed: Seed = 0,
     output: Output = None,
@@ -69,6 +69,8 @@ def eval(
     """Answer and score the questions of a dataset, and repeat it with shuffled images."""
     if tasks:
         refuse_unused(ctx)
+        if batch_size == "auto":
+            raise ValueError("--batch-size auto has no effect with --tasks. Write a number.")
         run_tasks(model, tasks.split(","), harness, output, dataset, include_path, limit, batch_size, loading)
         return
     if not dataset:

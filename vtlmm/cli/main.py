@@ -23,6 +23,7 @@ from . import (
     compose,
     convert,
     data,
+    data_convert,
     demo,
     eval,
     export,
@@ -59,7 +60,7 @@ GROUPS: dict[str, dict[str, Callable]] = {
     },
     "Train": {
         "data check": data.check,
-        "data convert": data.convert,
+        "data convert": data_convert.convert,
         "train": train.train,
         "ablate": ablate.ablate,
         "demo": demo.demo,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
 
 Model = Annotated[str, Argument(help="VT-LMM, exported LLaVA or adapter: a folder or a Hub id.")]
@@ -27,6 +27,23 @@ Columns = Annotated[
 ]
 Limit = Annotated[int | None, Option(min=1, help="Use the first rows only. The result is marked as a subset.")]
 BatchSize = Annotated[int, Option(min=1, help="Questions or images per forward pass.")]
+
+
+def parse_batch_size(value: str) -> int | Literal["auto"]:
+    """Return a batch size of the command line."""
+    if value == "auto" or (str(value).isdecimal() and int(value) > 0):
+        return "auto" if value == "auto" else int(value)
+    raise BadParameter(f"{value!r} is neither a whole number of at least 1 nor auto.")
+
+
+AutoBatchSize = Annotated[
+    Any,
+    Option(
+        parser=parse_batch_size,
+        metavar="NUMBER|auto",
+        help="Questions per forward pass. auto: 64, or fewer if the memory is too small.",
+    ),
+]
 MaxNewTokens = Annotated[int, Option(min=1, help="Longest answer in tokens.")]
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]

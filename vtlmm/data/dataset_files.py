@@ -76,7 +76,7 @@ def write_dataset(
         rows = Dataset.from_generator(rows.decode(False).__iter__, features=rows.features)
     if not len(rows):
         raise ValueError("There are no rows to write.")
-    rows = undecoded_images(rows)
+    features, rows = rows.features, undecoded_images(rows)
     is_single = max(len(images) for images in _image_lists(rows)) <= 1
     draft = output.with_name(f".{output.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
@@ -84,7 +84,7 @@ def write_dataset(
     try:
         embedded = _with_bytes(rows)
         if to == "parquet":
-            _write_parquet(embedded, draft, split, rows.features, is_single)
+            _write_parquet(embedded, draft, split, features, is_single)
         else:
             _write_tar(embedded, draft, split)
         pattern = f"{split}-*.{'parquet' if to == 'parquet' else 'tar'}"

@@ -39,3 +39,12 @@ def _is_integer(value: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def require_batch_size(batch_size: Any) -> None:
+    """
+    Raises:
+        `ValueError`: if `batch_size` is neither `"auto"` nor a whole number of at least 1.
+    """
+    if batch_size != "auto":
+        require_integers(batch_size=batch_size)

@@ -18,7 +18,7 @@ from vtlmm.data.data_report import Problem
 from vtlmm.data.environment import package_versions
 from vtlmm.data.output_files import one_writer, require_other_place
 from vtlmm.data.rows import load_rows
-from vtlmm.data.setting_values import require_integers
+from vtlmm.data.setting_values import require_batch_size, require_integers
 from vtlmm.data.validation import check_rows, position_limit
 from vtlmm.inference.batch_inputs import VisionFeatures
 from vtlmm.inference.generation import conversation, generate_answers
@@ -95,7 +95,7 @@ def evaluate(
     submission: str | None = None,
     bad_rows: Literal["raise", "skip"] = "raise",
     limit: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | Literal["auto"] = 8,
     max_new_tokens: int | None = None,
     seed: int = 0,
     name: str | None = None,
@@ -114,7 +114,8 @@ def evaluate(
         prompt: benchmark whose prompt ending is added, as in LLaVA.
         submission: `vqav2`, `vizwiz` or `mmbench`; its submission file is written to `output`. It needs `row_id`.
         bad_rows, limit: `"skip"` leaves out invalid rows; use the first rows only. The result reports both.
-        batch_size, max_new_tokens: questions per forward pass; longest answer, by default LLaVA's for `prompt` or 128.
+        batch_size: questions per forward pass, or `"auto"`, see [`answer_all`].
+        max_new_tokens: longest answer, by default LLaVA's for `prompt` or 128.
         seed, name: seed of the shuffled images; name of the model in the results.
 
     Raises:
@@ -230,8 +231,11 @@ def _check_settings(prompt: str | None, submission: str | None, row_id: str | No
         raise ValueError(f"`bad_rows` is {bad_rows!r}. It must be 'raise' or 'skip'.")
 
 
-def _check_numbers(limit: int | None, batch_size: int, max_new_tokens: int | None, seed: int) -> None:
-    require_integers(limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens)
+def _check_numbers(
+    limit: int | None, batch_size: int | Literal["auto"], max_new_tokens: int | None, seed: int
+) -> None:
+    require_integers(limit=limit, max_new_tokens=max_new_tokens)
+    require_batch_size(batch_size)
     require_integers(0, seed=seed)
 
 
@@ -250,7 +254,7 @@ def run_questions(
     image_positions: ImagePositions,
     output: str | Path,
     key: dict[str, Any],
-    batch_size: int = 8,
+    batch_size: int | Literal["auto"] = 8,
     about: dict[str, Any] | None = None,
 ) -> tuple[list[str], list[str] | None]:
     r"""

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 from PIL import Image
@@ -14,7 +14,7 @@ from vtlmm.data.images import image_key, open_image
 from vtlmm.data.output_files import one_writer, require_other_place
 from vtlmm.data.questions import split_questions
 from vtlmm.data.rows import load_rows, undecoded_images
-from vtlmm.data.setting_values import require_integers
+from vtlmm.data.setting_values import require_batch_size, require_integers
 from vtlmm.data.validation import check_rows, position_limit
 
 from .resumable import answer_all, digest, open_run, run_key
@@ -28,7 +28,7 @@ def answer_file(
     *,
     image_folder: str | os.PathLike | None = None,
     columns: Mapping[str, Any] | None = None,
-    batch_size: int = 8,
+    batch_size: int | Literal["auto"] = 8,
     max_new_tokens: int = 512,
     name: str | None = None,
 ) -> list[str]:
@@ -45,7 +45,7 @@ def answer_file(
         output (`str`): the file of answers.
         image_folder (`str`, *optional*): folder of the image paths; by default the folder of the dataset.
         columns (`dict`, *optional*): names of the dataset's columns, see [`load_rows`].
-        batch_size (`int`, *optional*, defaults to 8): questions per forward pass.
+        batch_size (`int` or `"auto"`, *optional*, defaults to 8): questions per forward pass, see [`answer_all`].
         max_new_tokens (`int`, *optional*, defaults to 512): longest answer in tokens.
         name (`str`, *optional*): name of the model in `OUTPUT.run.json`.
 
@@ -58,7 +58,8 @@ def answer_file(
         `FileNotFoundError`: for a dataset or image file that does not exist.
     """
     require_other_place(output, dataset=dataset)
-    require_integers(batch_size=batch_size, max_new_tokens=max_new_tokens)
+    require_integers(max_new_tokens=max_new_tokens)
+    require_batch_size(batch_size)
     output = Path(output)
     rows = undecoded_images(
         load_rows(dataset, image_folder=image_folder, columns=columns, require_answers=False, keep_columns=["id"])

@@ -5,8 +5,9 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from accelerate.utils import find_executable_batch_size
 from tqdm.auto import tqdm
 
 from vtlmm.data.json_files import read_json, require_type
@@ -21,6 +22,7 @@ from .prompt_encoding import Prompt, encode_prompt
 
 # Config keys that do not change what the model computes
 ORIGIN_KEYS = {"_name_or_path", "transformers_version", "_commit_hash", "_from_model_config"}
+AUTO_BATCH_SIZES = (64, 32, 16, 8, 4, 2, 1)  # tried in this order until a batch fits into memory
 
 
 # ---- Identity of a run ----
@@ -151,7 +153,7 @@ def answer_all(
     processor,
     questions: list[dict[str, Any]],
     load_image: Callable,
-    batch_size: int,
+    batch_size: int | Literal["auto"],
     max_new_tokens: int,
     vision_features: VisionFeatures | None = None,
 ) -> list[str]:
@@ -163,6 +165,8 @@ def answer_all(
     Args:
         questions (`list[dict]`): `images` are keys.
         load_image (`Callable`): image key to image.
+        batch_size (`int` or `"auto"`): questions per forward pass. `"auto"` starts with 64, and halves it when the
+            memory of the device is too small.
         vision_features ([`VisionFeatures`], *optional*): shared with other calls, so that the vision tower encodes
             each image once.
 
@@ -177,29 +181,37 @@ def answer_all(
     finished = finished_answers(path)
     if [record["index"] for record, _ in finished] != order[: len(finished)]:
         raise ValueError(f"The answers in {path} are not in the order of its run. Delete the file.")
-    if len(finished) < len(order):
+    if len(finished) < len(order) and batch_size != "auto":
         finished = finished[: len(finished) // batch_size * batch_size]
     answers = {record["index"]: record["answer"] for record, _ in finished}
     with open(path, "ab") as file, tqdm(total=len(order), initial=len(finished), desc=path.stem) as progress:
         file.truncate(finished[-1][1] if finished else 0)
-        for start in range(len(finished), len(order), batch_size):
-            batch = order[start : start + batch_size]
-            prompts = [all_prompts[i] for i in batch]
-            generated = generate_batch(
-                model,
-                processor,
-                prompts,
-                load_image,
-                max_new_tokens=max_new_tokens,
-                vision_features=features,
-            )
-            lines = []
-            for i, answer in zip(batch, generated, strict=True):
-                answers[i] = answer.text
-                lines.append(json_text(_record(i, questions[i], answer.text)) + "\n")
-            file.write("".join(lines).encode())
-            file.flush()
-            progress.update(len(batch))
+
+        def answer_rest(size: int) -> None:
+            for start in range(len(answers), len(order), size):
+                batch = order[start : start + size]
+                generated = generate_batch(
+                    model,
+                    processor,
+                    [all_prompts[i] for i in batch],
+                    load_image,
+                    max_new_tokens=max_new_tokens,
+                    vision_features=features,
+                )
+                lines = []
+                for i, answer in zip(batch, generated, strict=True):
+                    answers[i] = answer.text
+                    lines.append(json_text(_record(i, questions[i], answer.text)) + "\n")
+                file.write("".join(lines).encode())
+                file.flush()
+                progress.update(len(batch))
+
+        if batch_size == "auto":
+            largest, *smaller = AUTO_BATCH_SIZES
+            sizes = iter([*smaller, 0])
+            find_executable_batch_size(answer_rest, largest, lambda: next(sizes))()
+        else:
+            answer_rest(batch_size)
     return [answers[i] for i in range(len(questions))]
 
 
