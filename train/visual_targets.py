@@ -11,7 +11,7 @@
 
 All losses cover the same patches, those with a position to their left, so that trainings differ in the loss alone.
 Only `next_patch` is a prediction: at its own position the decoder has already read the patch. `other_image` is its
-control: the same regularization, but targets that say nothing about the image.
+control: the same loss with targets that describe another image, so they are often wrong.
 
 The functions of this file are values for `model.visual_loss_function`, which the model calls in its forward. A loss
 outside the forward would not work with DDP and FSDP. Saved checkpoints do not depend on the visual target.
