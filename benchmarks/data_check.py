@@ -32,6 +32,7 @@ START = "import sys; from vtlmm.cli.main import main; sys.exit(main(sys.argv[1:]
 QUESTIONS = ("What is in the image?", "Describe the image.", "What color is it?")
 WORDS = "a the red blue green square circle in on left right of and two yes no image photo small large".split()
 ROWS_PER_PART = 10_000
+FORMATS = ("json", "jsonl", "parquet")
 
 
 def row(number: int) -> dict:
@@ -45,7 +46,7 @@ def row(number: int) -> dict:
 def write_rows(folder: Path, num_rows: int) -> list[Path]:
     """Write the same rows as JSON, JSON lines and parquet."""
     Image.new("RGB", (64, 64), "red").save(folder / "image.png")
-    paths = [folder / f"rows.{suffix}" for suffix in ("json", "jsonl", "parquet")]
+    paths = [folder / f"rows.{suffix}" for suffix in FORMATS]
     writer = None
     with paths[0].open("w") as as_list, paths[1].open("w") as as_lines:
         for first in range(0, num_rows, ROWS_PER_PART):
@@ -108,6 +109,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a VT-LMM, for its processor")
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
     parser.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
     report: dict = {"machine": machine("cpu"), "rows": arguments.rows, "results": {}}
@@ -115,7 +117,8 @@ def main():
     print("| rows | cache | seconds | CPU seconds | peak RSS of one process, MiB | peak PSS of all, MiB |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
-        for path in write_rows(Path(name), arguments.rows):
+        paths = [path for path in write_rows(Path(name), arguments.rows) if path.suffix[1:] in arguments.formats]
+        for path in paths:
             for cache in ("empty", "full"):
                 values = measure(path, arguments.model.resolve(), Path(name, "cache"))
                 report["results"][f"{path.suffix[1:]}, {cache}"] = values

@@ -68,7 +68,7 @@ def test_an_option_has_one_meaning_in_all_commands():
             if option.param_type_name == "option":
                 texts.setdefault(option.name, set()).add(option.help)
     own = {"output", "dataset", "dtype", "limit", "seed", "chat_template", "vm_head_init", "revision", "image"}
-    own |= {"max_new_tokens", "model", "help", "config"}
+    own |= {"max_new_tokens", "model", "help", "config", "to", "batch_size"}
     assert {name: text for name, text in texts.items() if len(text) > 1 and name not in own} == {}
 
 

@@ -107,6 +107,8 @@ def cached_rows(
         features=features,
     )
     builder.download_and_prepare()
+    if not builder.info.splits["train"].num_examples:  # `as_dataset` raises an error for a split without rows
+        return datasets.Dataset(rows_table([], features))
     rows = builder.as_dataset(split="train")
     rows._fingerprint = fingerprint
     return rows
