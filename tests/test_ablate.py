@@ -323,6 +323,7 @@ def test_grids_of_the_repository_are_valid(path, base, tmp_path):
     assert stages == {read_grid(GRIDS / "3_pseudo.yaml", settings[:4]).chain("image features", 4)[1]["key"]}
 
 
+@pytest.mark.slow
 def test_long_captions_are_measured(work, tmp_path):
     """Caption matching generates nothing, so an answer may be longer than `max_new_tokens`."""
     rows = json.loads((work / "train.json").read_text())[::2]

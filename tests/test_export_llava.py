@@ -268,6 +268,7 @@ def llava(tmp_path):
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["llama", "qwen2"])
 @pytest.mark.parametrize("style", [OLD, MODULES, SAVED])
 @torch.no_grad()

@@ -12,6 +12,7 @@ from modeling_vtlmm import VTLMMForConditionalGeneration
 FLEX_ATTENTION = pytest.param("flex_attention", marks=pytest.mark.slow)  # it is compiled
 
 
+@pytest.mark.slow
 @torch.no_grad()  # flex attention has no backward on CPU
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", FLEX_ATTENTION])
 def test_attention_implementations_agree(build_model, implementation):
@@ -45,6 +46,7 @@ def test_prefill_compiles_without_graph_breaks(build_model, pseudo):
     torch.testing.assert_close(compiled(input_ids, pixel_values, attention_mask).logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision", ["convnext", "mobilenet_v2", "clip_vision_model"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
 def test_towers_accept_an_attention_implementation(build_model, tmp_path, vision, implementation):
@@ -61,6 +63,7 @@ def test_towers_accept_an_attention_implementation(build_model, tmp_path, vision
         assert model.model.vision_tower.config._attn_implementation == expected
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("vm_head_type", ["linear", "attention"])
 @pytest.mark.parametrize("text", ["llama", "qwen2"])  # untied and tied embeddings

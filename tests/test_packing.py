@@ -32,6 +32,7 @@ def test_rows_go_to_the_pack_with_the_least_room():
         pack_lengths([3, 11], 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", FLEX_ATTENTION, ROW_BY_ROW])
 @torch.no_grad()
 def test_packed_losses_equal_unpacked_losses(build_model, implementation):

@@ -28,6 +28,7 @@ def tracker():
     return module
 
 
+@pytest.mark.slow
 def test_images_are_written_at_every_evaluation(tmp_path):
     """The images come from the evaluation rows, and the training is the same as without them."""
     runs, modes = {}, {}

@@ -164,6 +164,7 @@ ROWS_OF_TRL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS_OF_TRL)
 def test_the_trainer_takes_rows_of_trl(work, tmp_path, name):
     args = VTLMMTrainingConfig(

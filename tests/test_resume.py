@@ -157,6 +157,7 @@ def test_weights_that_are_not_finite_are_not_saved(finished, tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "message"),
     [

@@ -341,6 +341,7 @@ def test_packing_with_grouping_by_length(recipe, tmp_path, monkeypatch):
     assert (tmp_path / "trainer_output" / RUN_RECORD).is_file()
 
 
+@pytest.mark.slow
 def test_more_steps_remove_scores_of_the_old_weights(recipe, tmp_path, capsys):
     assert train(recipe) == 0
     for name in ("results/pope.json", ".eval_results/pope.yaml"):

@@ -48,6 +48,7 @@ def test_the_update_is_the_gradient_of_the_papers_loss(whole_batch, tmp_path):
     assert_same_update({name: whole_batch[name] for name in expected}, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_accumulation_equals_the_whole_batch(whole_batch, tmp_path, batch_size):
     """Rows have different numbers of images; some micro-batches of one row have no image."""
@@ -92,6 +93,7 @@ def test_other_normalizations_would_be_wrong(tmp_path, wrong):
         assert_same_update(update(trainer), expected, tolerance=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -95,6 +95,7 @@ WORKS_IMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORKS)
 def test_datasets_of_sft_trainer_train(folder, tmp_path, name):
     trainer = build(folder, tmp_path, WORKS[name], eval_dataset=WORKS[name])

@@ -29,6 +29,7 @@ def trained(tmp_path_factory):
     return trainer, heads, start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CANDIDATES)))
 def test_candidate_trains_as_it_would_alone(trained, tmp_path, number):
     """The same rows, its own learning rate, clipping and weight decay."""
