@@ -69,6 +69,7 @@ def write_rows(work, path) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
 def test_file_of_questions_is_answered_and_resumed(work, model_and_processor, tmp_path, kind):
     data, output = tmp_path / f"rows.{kind}", tmp_path / "out" / "answers.jsonl"
@@ -207,6 +208,7 @@ def test_second_writer_of_an_answer_file_is_refused(model_and_processor, tmp_pat
     assert not output.exists() and len(answer_file(*model_and_processor, data, output, max_new_tokens=2)) == 1
 
 
+@pytest.mark.slow
 def test_auto_batch_size_fits_the_memory(work, model_and_processor, tmp_path, monkeypatch):
     """`--batch-size auto` halves the batch after an error about memory, and gives the same answers."""
     data, sizes, generate = tmp_path / "rows.json", [], resumable.generate_batch

@@ -38,6 +38,7 @@ def captioned_images(number: int, seed: int) -> Dataset:
     return Dataset.from_list(rows, features=ROW_FEATURES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projector_type", ["linear", "mlp2x_gelu"])
 @pytest.mark.parametrize("vision", ["clip_vision_model", "mobilenet_v2"])
 def test_alignment_names_unseen_images(build_model, projector_type, vision):

@@ -44,6 +44,7 @@ def test_decoder_is_unchanged(tower_folder, decoder_folder, name):
         torch.testing.assert_close(model.lm_head.weight[rows:], mean.expand(num_new, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOWERS)
 def test_composed_tensors_pass_the_check_of_verify(tower_folder, decoder_folder, tmp_path, name):
     """Also after a model was loaded and saved again. transformers names some tensors otherwise than the modules."""

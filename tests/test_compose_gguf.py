@@ -15,6 +15,7 @@ from vtlmm.hub.compose import compose_model  # noqa: E402
 from vtlmm.hub.export_gguf import export_gguf  # noqa: E402
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @torch.no_grad()
 def test_a_model_composed_from_a_gguf_decoder_has_its_logits(tmp_path, kind):

@@ -91,6 +91,7 @@ def rotated_rows(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     return weight[order]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DECODERS)
 def test_decoder_has_the_tensors_of_the_model(sources, tmp_path, kind):
     files = export_gguf(sources(kind), tmp_path, "f32")

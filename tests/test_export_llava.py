@@ -112,6 +112,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "vision", "values"), CASES.values(), ids=CASES)
 @torch.no_grad()
 def test_twin_and_back(vtlmm, processor, tmp_path, text, vision, values):

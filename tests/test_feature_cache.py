@@ -77,6 +77,7 @@ def test_an_image_is_encoded_once_for_all_runs(tmp_path, monkeypatch):
         assert found[name] == pytest.approx(pixels[name], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_short_run_does_not_encode_all_images(tmp_path):
     rows, settings = build_rows((1,) * 12), {"per_device_train_batch_size": 2, "max_steps": 3}
     cache = str(tmp_path / "features")
@@ -146,6 +147,7 @@ def test_the_key_is_that_of_the_saved_model(build_model, tmp_path):
     assert tower_key(loaded, VTLMMProcessor.from_pretrained(tmp_path).image_processor, "no") == key
 
 
+@pytest.mark.slow
 def test_features_of_another_tower_are_named_and_not_used(tmp_path, capsys):
     folder = tmp_path / "features"
     build_trainer(tmp_path / "one", cache_image_features=str(folder), stage="joint")
@@ -158,6 +160,7 @@ def test_features_of_another_tower_are_named_and_not_used(tmp_path, capsys):
     assert_same_update(update(trainer), expected, tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_a_changed_image_does_not_hit_the_cache(tmp_path):
     PILImage.new("RGB", (28, 28), (200, 30, 30)).save(tmp_path / "red.png")
     talk = '[{"from": "human", "value": "<image>\\nwhat"}, {"from": "gpt", "value": "red boat"}]'

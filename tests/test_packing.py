@@ -82,6 +82,7 @@ def test_row_by_row_attention_equals_sdpa_without_packing(build_model):
         torch.testing.assert_close(call(), values, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_packed_step_is_the_padded_step(tmp_path):
     """`packing=True`: one optimizer step over all packs equals the step over all rows."""
     expected = update(build_trainer(tmp_path / "padded", max_length=50))

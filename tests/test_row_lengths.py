@@ -25,6 +25,7 @@ def short(tmp_path):
     return {**settings, "stage": "joint"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_length", [None, 2048])
 def test_the_positions_of_the_decoder_limit_rows(short, max_length):
     trainer = build_run({**short, "max_length": max_length})

@@ -83,6 +83,7 @@ def test_train_writes_a_model_and_its_record(recipe, tmp_path, capsys):
     assert [entry["stage"] for entry in history] == ["joint", "visual_head"]
 
 
+@pytest.mark.slow
 def test_train_needs_no_recipe(recipe, tmp_path, capsys):
     options = ["--model_name_or_path", f"{tmp_path}/start", "--dataset_name", f"{tmp_path}/rows.json"]
     options += ["--bad_rows", "skip", "--stage", "projector", "--output_dir", f"{tmp_path}/short"]
@@ -268,6 +269,7 @@ def test_a_second_process_is_refused(recipe, tmp_path, capsys):
 # ---- Runs that stop ----
 
 
+@pytest.mark.slow
 def test_a_stopped_rerun_is_not_finished(recipe, tmp_path, monkeypatch):
     """The record of the earlier run is deleted when training begins."""
     settings = read_recipe(recipe, save_strategy="no")
@@ -332,6 +334,7 @@ def test_a_stream_is_shuffled(recipe):
     assert orders["trainer"] == orders["once"] != orders["read"] == list(range(9))
 
 
+@pytest.mark.slow
 def test_packing_with_grouping_by_length(recipe, tmp_path, monkeypatch):
     """Without `output_dir` the model is in TRL's default folder."""
     monkeypatch.chdir(tmp_path)

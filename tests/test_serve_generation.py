@@ -88,6 +88,7 @@ DECODERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", DECODERS.values(), ids=DECODERS)
 def test_batched_answers_equal_generate_one_by_one(schedule, settings):
     model = build_serving_model(**({"text": settings["text"]} if "text" in settings else {}))
