@@ -4,7 +4,7 @@
     python benchmarks/data_check.py --model outputs/demo/start --json data_check.json
 
 The rows are in LLaVA's format. All rows have the same image file, which is decoded once in each process, so the time
-is that of reading, converting and encoding the texts. Each file is checked by the command in a process of its own,
+is that of reading, converting and encoding the texts. Each file is checked by the command in a separate process,
 first without and then with converted rows in the cache of `datasets`. The CPU time is that of all its processes. The
 memory is the largest resident memory of one process, and the largest sum of the proportional memory (PSS) of all
 processes, which counts shared pages once.

@@ -147,3 +147,15 @@ def test_commands_hold_no_library_code():
     """A command is a thin layer over one function of the library."""
     sizes = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in Path("vtlmm/cli").glob("*.py")}
     assert max(sizes.values()) < 200, sizes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["a model"], "The questions are missing. Pass --dataset or --tasks"),
+        (["no model", "--tasks", "mme", "--seed", "1"], "--seed has no effect with --tasks"),
+        (["no model", "--tasks", "mme", "--split", "x", "--scorer", "mme"], "--split, --scorer have no effect"),
+    ],
+)
+def test_options_without_effect_are_refused(capsys, options, message):
+    assert main(["eval", *options]) == 1 and message in capsys.readouterr().err

@@ -392,15 +392,3 @@ def test_tower_encodes_each_image_once(work, finished, monkeypatch):
     result = evaluate(model, processor, work / "rows.jsonl", kind="kind", max_new_tokens=4)
     assert result.answers == [record["answer"] for record in records(finished / "answers.jsonl")]
     assert sum(encoded) == NUM_IMAGES and "| all |" in result.to_markdown()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["a model"], "The questions are missing. Pass --dataset or --tasks"),
-        (["no model", "--tasks", "mme", "--seed", "1"], "--seed has no effect with --tasks"),
-        (["no model", "--tasks", "mme", "--split", "x", "--scorer", "mme"], "--split, --scorer have no effect"),
-    ],
-)
-def test_options_without_effect_are_refused(capsys, options, message):
-    assert main(["eval", *options]) == 1 and message in capsys.readouterr().err

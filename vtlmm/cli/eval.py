@@ -68,9 +68,7 @@ def eval(
 ) -> None:
     """Answer and score the questions of a dataset, and repeat it with shuffled images."""
     if tasks:
-        refuse_unused(ctx)
-        if batch_size == "auto":
-            raise ValueError("--batch-size auto has no effect with --tasks. Write a number.")
+        refuse_unused(ctx, batch_size)
         run_tasks(model, tasks.split(","), harness, output, dataset, include_path, limit, batch_size, loading)
         return
     if not dataset:
@@ -129,7 +127,7 @@ def run_tasks(
     print(f"{table}\nAnswers and results: {output}")
 
 
-def refuse_unused(ctx: typer.Context) -> None:
+def refuse_unused(ctx: typer.Context, batch_size: int | str) -> None:
     """
     Raises:
         `ValueError`: for options without effect with `--tasks`.
@@ -141,3 +139,5 @@ def refuse_unused(ctx: typer.Context) -> None:
     ]
     if unused:
         raise ValueError(f"{', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect with --tasks.")
+    if batch_size == "auto":
+        raise ValueError("--batch-size auto has no effect with --tasks. Write a number.")

@@ -190,29 +190,29 @@ def answer_all(
         def answer_rest(size: int) -> None:
             for start in range(len(answers), len(order), size):
                 batch = order[start : start + size]
+                prompts = [all_prompts[i] for i in batch]
                 generated = generate_batch(
-                    model,
-                    processor,
-                    [all_prompts[i] for i in batch],
-                    load_image,
-                    max_new_tokens=max_new_tokens,
-                    vision_features=features,
+                    model, processor, prompts, load_image, max_new_tokens=max_new_tokens, vision_features=features
                 )
-                lines = []
-                for i, answer in zip(batch, generated, strict=True):
-                    answers[i] = answer.text
-                    lines.append(json_text(_record(i, questions[i], answer.text)) + "\n")
+                texts = {i: answer.text for i, answer in zip(batch, generated, strict=True)}
+                lines = [json_text(_record(i, questions[i], text)) + "\n" for i, text in texts.items()]
                 file.write("".join(lines).encode())
                 file.flush()
+                answers.update(texts)
                 progress.update(len(batch))
 
-        if batch_size == "auto":
-            largest, *smaller = AUTO_BATCH_SIZES
-            sizes = iter([*smaller, 0])
-            find_executable_batch_size(answer_rest, largest, lambda: next(sizes))()
-        else:
-            answer_rest(batch_size)
+        _with_batch_size(answer_rest, batch_size)
     return [answers[i] for i in range(len(questions))]
+
+
+def _with_batch_size(answer_rest: Callable[[int], None], batch_size: int | Literal["auto"]) -> None:
+    """Call `answer_rest` with a batch size; for `"auto"` again with a smaller one if the memory is too small."""
+    if batch_size == "auto":
+        largest, *smaller = AUTO_BATCH_SIZES
+        sizes = iter([*smaller, 0])
+        find_executable_batch_size(answer_rest, largest, lambda: next(sizes))()
+    else:
+        answer_rest(batch_size)
 
 
 def _record(index: int, question: dict[str, Any], answer: str) -> dict[str, Any]:
