@@ -76,8 +76,10 @@ def test_an_option_has_one_meaning_in_all_commands():
     "words", ["", "train", *(pytest.param(words, marks=pytest.mark.slow) for words in ("eval", "data check", "push"))]
 )
 def test_help_imports_no_heavy_package_and_is_fast(words):
+    # The import of pydantic takes most of the time of typer's help. It is not ours, and differs between machines.
     code = (
-        "import sys, time; start = time.process_time(); from vtlmm.cli.main import main; "
+        "import sys, time, typer; from pydantic import TypeAdapter; TypeAdapter(int); "
+        "start = time.process_time(); from vtlmm.cli.main import main; "
         f"main([*{words.split()}, '--help']); seconds = time.process_time() - start; "
         f"print(sorted({HEAVY} & set(sys.modules)), seconds, file=sys.stderr)"
     )
@@ -85,7 +87,7 @@ def test_help_imports_no_heavy_package_and_is_fast(words):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         modules, _, last = done.stderr.strip().rpartition(" ")
         assert modules == "[]" and "Usage: vtlmm" in done.stdout
-        if float(last) < 0.5:
+        if float(last) < 0.3:
             return
     pytest.fail(f"{last} s of CPU time")
 
