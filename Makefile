@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(wildcard /proc/driver/nvidia),,-c constraints/cpu.txt)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
+# uv installs no bytecode. A process that may not write it compiles torch and transformers again: 14 s of CPU time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo real lint docs test test-fast test-oldest harness gguf screenshots build clean
 help: ## list the targets
