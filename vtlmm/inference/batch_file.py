@@ -35,9 +35,10 @@ def answer_file(
     r"""
     Answer the questions of a dataset greedily into a file of JSON lines.
 
-    Each line has the `index` of its question, the question, its images and the `answer`. Questions of similar length
-    are answered together, so the lines are not in order. All rows and images are checked before the first answer. The
-    same call resumes an interrupted run. The file `OUTPUT.run.json` next to the output identifies the run.
+    Each line has the `index` of its question, the question, its images and the `answer`. Questions about the same
+    images and questions of similar length are answered together, so the lines are not in order. All rows and images
+    are checked before the first answer. The same call resumes an interrupted run. The file `OUTPUT.run.json` next to
+    the output identifies the run.
 
     Args:
         model, processor: see [`load_model`].

@@ -75,7 +75,7 @@ def encoded_inputs(
     """
     images = [key for keys in image_keys for key in keys]
     decoder_inputs = image_inputs(model, processor, images, load_image, vision_features)
-    rows, pad_token_id = [], processor.tokenizer.pad_token_id
+    rows = []
     for tokens, keys in zip(token_ids, image_keys, strict=True):
         row: list[int] = []
         remaining = iter(keys)
@@ -86,20 +86,29 @@ def encoded_inputs(
             is_image = token == processor.image_token_id
             row += [token] * (len(decoder_inputs[next(remaining)]) if is_image else 1)
         rows.append(row)
-    length = max(map(len, rows))
-    padding = [length - len(row) for row in rows]
-    pad_token_id = processor.tokenizer.eos_token_id if pad_token_id is None else pad_token_id
-    ids = [[pad_token_id] * number + row for number, row in zip(padding, rows, strict=True)]
-    input_ids = torch.tensor(ids, device=model.device)
-    attention_mask = torch.tensor([[0] * n + [1] * (length - n) for n in padding], device=model.device)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    inputs = padded_on_left(processor, rows, model.device)
     if images:
-        mask = (input_ids == processor.image_token_id) & (attention_mask == 1)
+        input_ids = inputs["input_ids"]
+        mask = (input_ids == processor.image_token_id) & (inputs["attention_mask"] == 1)
         # The image token may be outside the embedding matrix. Its rows are replaced anyway.
         embeddings = model.get_input_embeddings()(input_ids.masked_fill(mask, 0))
         features = torch.cat([decoder_inputs[key] for key in images]).to(embeddings.device, embeddings.dtype)
         inputs["inputs_embeds"] = embeddings.masked_scatter(mask.unsqueeze(-1), features)
     return inputs
+
+
+def padded_on_left(processor, rows: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return `input_ids` and `attention_mask` of token ids, padded on the left to `(batch_size, sequence_length)`."""
+    length = max(map(len, rows))
+    padding = [length - len(row) for row in rows]
+    tokenizer = processor.tokenizer
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids = [[pad_token_id] * number + row for number, row in zip(padding, rows, strict=True)]
+    masks = [[0] * number + [1] * (length - number) for number in padding]
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(masks, device=device),
+    }
 
 
 def image_pixels(processor, source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> torch.Tensor:

@@ -93,9 +93,9 @@ class DecodingBatch:
         length = max(self.attention_mask.shape[1], other.attention_mask.shape[1])
         for layer, new in zip(self.cache.layers, other.cache.layers, strict=True):
             for name in ("keys", "values"):
-                parts = [_pad_left(getattr(part, name), length, -2) for part in (layer, new)]
+                parts = [pad_left(getattr(part, name), length, -2) for part in (layer, new)]
                 setattr(layer, name, torch.cat(parts))
-        masks = [_pad_left(batch.attention_mask, length, -1) for batch in (self, other)]
+        masks = [pad_left(batch.attention_mask, length, -1) for batch in (self, other)]
         self.attention_mask = torch.cat(masks)
         self.logits = torch.cat([self.logits, other.logits])
         self.history += other.history
@@ -138,7 +138,8 @@ def _first_forward(model, input_ids, logits_processor, stopping_criteria, genera
     )
 
 
-def _pad_left(tensor: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+def pad_left(tensor: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+    """Return the tensor with zeros before it, so that the dimension has the given length."""
     missing = length - tensor.shape[dim]
     if not missing:
         return tensor

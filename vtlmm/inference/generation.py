@@ -16,6 +16,7 @@ from vtlmm.data.setting_values import require_integers
 
 from .batch_inputs import IMAGES_IN_MEMORY, VisionFeatures, limit_new_tokens, model_inputs
 from .prompt_encoding import Prompt
+from .shared_prefix import SharedPrefixes
 
 
 class Answer(NamedTuple):
@@ -120,19 +121,29 @@ def build_prompt(question: str | list[dict], images: Any, sources: dict) -> Prom
 
 def answer_order(prompts: list[Prompt], images_per_group: int = IMAGES_IN_MEMORY) -> list[int]:
     r"""
-    Return the order in which prompts are answered: similar lengths together, so that batches have little padding.
+    Return the order in which prompts are answered: questions about the same images one after the other, so that their
+    prefix is computed once, and then similar lengths together, so that batches have little padding.
 
     The prompts are first grouped by their images, `images_per_group` at a time, so that features that are held in
     memory for one group are computed once.
     """
     group_of_image: dict[str, int] = {}
-    keys = []
-    for prompt in prompts:
-        for image in prompt.images:
+    first: dict[tuple[str, ...], int] = {}  # the first prompt about the same images
+    longest: dict[tuple[str, ...], int] = {}  # and the length of the longest one
+    lengths = [sum(len(str(message["content"])) for message in prompt.messages) for prompt in prompts]
+    for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        images = tuple(prompt.images)
+        for image in images:
             group_of_image.setdefault(image, len(group_of_image) // images_per_group)
-        group = max((group_of_image[image] for image in prompt.images), default=0)
-        keys.append((group, len(prompt.images), sum(len(str(message["content"])) for message in prompt.messages)))
-    return sorted(range(len(prompts)), key=keys.__getitem__)
+        first.setdefault(images, i)
+        longest[images] = max(longest.get(images, 0), length)
+
+    def key(i: int) -> tuple[int, ...]:
+        images = tuple(prompts[i].images)
+        group = max((group_of_image[image] for image in images), default=0)
+        return group, len(images), longest[images], first[images], lengths[i]
+
+    return sorted(range(len(prompts)), key=key)
 
 
 def generate_answers(
@@ -159,6 +170,7 @@ def generate_answers(
         `list[Answer]`: in the order of `prompts`.
     """
     vision_features = VisionFeatures() if vision_features is None else vision_features
+    prefixes = SharedPrefixes(prompts)
     order = answer_order(prompts)
     answers: dict[int, Answer] = {}
     for start in tqdm(range(0, len(order), batch_size), desc="Answering", leave=False, disable=len(order) <= 1):
@@ -170,6 +182,7 @@ def generate_answers(
             load_image,
             max_new_tokens=max_new_tokens,
             vision_features=vision_features,
+            prefixes=prefixes,
             with_log_probabilities=with_log_probabilities,
         )
         answers.update(zip(batch, found, strict=True))
@@ -188,14 +201,17 @@ def generate_batch(
     *,
     max_new_tokens: int,
     vision_features: MutableMapping[str, torch.Tensor],
+    prefixes: SharedPrefixes,
     with_log_probabilities: bool = False,
 ) -> list[Answer]:
     """As [`generate_answers`], in one forward pass per token."""
-    model.eval()
-    inputs = model_inputs(model, processor, prompts, load_image, vision_features)
+    if model.training:
+        model.eval()
+    inputs = prefixes.batch_inputs(model, processor, prompts, load_image, vision_features)
+    longest = int(inputs["attention_mask"].sum(1).max())
     output = model.generate(
         **inputs,
-        max_new_tokens=limit_new_tokens(model, inputs["input_ids"].shape[1], max_new_tokens),
+        max_new_tokens=limit_new_tokens(model, longest, max_new_tokens),
         do_sample=False,
         output_logits=with_log_probabilities,
         return_dict_in_generate=True,
