@@ -39,7 +39,7 @@ from vtlmm.data.markdown import markdown_table
 PRELOADED = ["transformers.models.llava.modeling_llava", "trl.trainer.sft_trainer", "vtlmm.train.trainer"]
 LLAVA, SAME_TARGETS = "LLaVA, SFTTrainer", "LLaVA, SFTTrainer, answers alone are targets"
 OURS, WITHOUT, CACHED = "ours", "ours, visual loss off", "ours, vision features cached"
-PADDED, GROUPED, PACKED = "padded as they come", "grouped by length", "packed"
+PADDED, GROUPED, PACKED = "padded in the order of the file", "grouped by length", "packed"
 # Implementations that are compared with LLaVA in each stage.
 STEPS = {
     "projector": (OURS, CACHED),

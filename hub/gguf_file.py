@@ -25,7 +25,7 @@ class GGUFTensor:
 
     name (`str`): in the GGUF file. source (`StoredTensor` or `torch.Tensor`): the values.
     change (`Callable`, *optional*): applied to the values before they are written, keeps the shape.
-    keep_float32 (`bool`): store in float32 whatever the file type, for vectors and convolutions.
+    keep_float32 (`bool`): store in float32 with every file type, for vectors and convolutions.
     """
 
     name: str

@@ -155,7 +155,7 @@ def _publish(result: PushResult, stage: Path, repo_id: str, private, revision, t
 
 
 def _verify_stage(stage: Path, folder: Path, repo_id: str, files: list[str], trust_remote_code: bool) -> PushResult:
-    """Verify the files of a push in `stage`, and list the given ones that exist and those that were generated."""
+    """Verify the files of a push in `stage`, and list the existing ones of `files` and the generated ones."""
     report = verify_checkpoint(stage, trust_remote_code=trust_remote_code)
     report.checkpoint = str(folder)
     names = sorted({*(name for name in files if (stage / name).is_file()), *list_published_files(stage)})
@@ -331,7 +331,7 @@ def _upload(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     on_hub = api.list_repo_files(repo_id, revision=revision)
     if "Modelfile" in files and any(file.endswith(".safetensors") for file in on_hub):
-        raise ValueError(f"{repo_id} contains a model for transformers. Push GGUF files to a repository of their own.")
+        raise ValueError(f"{repo_id} contains a model for transformers. Push GGUF files to a separate repository.")
     replaced = list(REPLACED)
     if "adapter_config.json" not in files:  # a folder with this file is loaded as an adapter
         replaced += ["adapter_config.json", ADAPTER_SETTINGS]

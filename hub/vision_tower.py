@@ -147,7 +147,7 @@ def load_image_processor(
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(
-            f"{name} contains no image processor. Put the tower's `preprocessor_config.json` beside its weights."
+            f"{name} contains no image processor. Put the tower's `preprocessor_config.json` next to its weights."
         ) from error
     if vision_config.model_type != "clip_vision_model":
         return processor

@@ -130,7 +130,7 @@ def _solve_head(regression: WordRegression, constant: torch.Tensor, sample: list
 
 
 def _split(num_images: int) -> tuple[Sequence[int], list[int]]:
-    """Return the indices of images that choose the logit spread, and of those that the regression is fitted on."""
+    """Return the indices of the images that choose the logit spread, and of the images to fit the regression on."""
     held_out = range(0, num_images, max(4, math.ceil(num_images / MAX_HELD_OUT_IMAGES)))
     return held_out, sorted(set(range(num_images)) - set(held_out))
 

@@ -7,7 +7,7 @@ from torch import nn
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: list[tuple[set[nn.Parameter], float | None]]) -> None:
     """
-    Move parameters into parameter groups of their own, with the given learning rate. None keeps the group's.
+    Move parameters into new parameter groups with the given learning rates. None keeps the group's rate.
 
     Args:
         optimizer (`torch.optim.Optimizer`): is changed.

@@ -27,7 +27,7 @@ def load_processor(name: str, revision: str | None = None, trust_remote_code: bo
 
 def check_data(settings: dict[str, Any]) -> Iterator[tuple[str, DataReport]]:
     """
-    Check the rows and images of a recipe, without its other settings. Stages may have data of their own.
+    Check the rows and images of a recipe, without its other settings. Each stage may have other data.
 
     Args:
         settings (`dict`): settings of [`DatasetConfig`], `model_name_or_path`, `model_revision`, `trust_remote_code`,

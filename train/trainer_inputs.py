@@ -96,7 +96,8 @@ def load_model_and_processor(
 def check_model(model: PreTrainedModel | PeftModel, args: VTLMMTrainingConfig, processor, peft_config) -> None:
     """
     Raises:
-        `ValueError`: if the model is not a VT-LMM, cannot be trained as it is loaded, or the processor is not its own.
+        `ValueError`: if the model is not a VT-LMM, is loaded in a form that cannot be
+            trained, or the processor is of another model.
     """
     if not isinstance(model, (PreTrainedModel, PeftModel)) or model.config.model_type != "vtlmm":
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)

@@ -97,7 +97,7 @@ def check_matching_rows(rows: Dataset) -> None:
     Check that each row has one image, and that no two rows have the same.
 
     Raises:
-        `ValueError`: names the first row without one image of its own.
+        `ValueError`: names the first row that does not have exactly one image.
     """
     row_of_image: dict[str, int] = {}
     for number, row in enumerate(rows.select_columns("images").cast_column("images", List(Image(decode=False)))):

@@ -111,7 +111,7 @@ def encode_messages(
     Return the token ids of one conversation, and a mask of the supervised tokens.
 
     Every image is ONE image token here. Repeating the token id gives the same ids as repeating its text before
-    tokenization, because the image token is a token of its own.
+    tokenization, because the tokenizer never merges the image token with other text.
 
     Args:
         processor ([`VTLMMProcessor`])

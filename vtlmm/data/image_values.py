@@ -17,7 +17,7 @@ IMAGE_SUFFIXES = (
 )
 # A relative path without `.`, `..`, `//` or a trailing `/`, which needs no normalization
 PLAIN_PATH = re.compile(r"(?:[^/\x00.][^/\x00]*/)*[^/\x00.][^/\x00]*")
-MAX_PATH = 4096  # a longer text is no path on any system
+MAX_PATH = 4096  # no system accepts a longer path
 # Base64 of the first bytes of JPEG, PNG, GIF, WebP, BMP and TIFF
 # A text that begins with 60 such characters is base64 too, even if it is damaged later
 BASE64_START = re.compile(

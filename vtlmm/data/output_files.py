@@ -47,7 +47,7 @@ def one_writer(lock: str | os.PathLike, output: str | os.PathLike) -> Iterator[N
 
 def require_other_place(output: str | os.PathLike | None, **inputs: Any) -> None:
     """
-    Check that an output is none of the inputs of the same call. Inputs that are not paths are ignored.
+    Check that an output is not an input of the same call. Inputs that are not paths are ignored.
 
     Raises:
         `ValueError`: naming the input.
