@@ -113,8 +113,7 @@ def push_model(
         form (`str`, *optional*): push the VT-LMM in another form: `"llava"`, `"gguf"` (float16), or with the decoder
             in `"nf4"` or `"int8"`. `"adapter"` rejects a folder that is not an adapter.
         private (`bool`, *optional*): whether a new repository is private; by default the account's setting.
-        revision (`str`, *optional*): branch. It is created if it does not exist.
-        tag (`str`, *optional*): tag for the commit.
+        revision, tag (`str`, *optional*): branch, created if it does not exist, and tag of the commit.
         include (`list[str]`, *optional*): patterns of further files to upload; never hidden files, links or pickles.
         dry_run (`bool`, *optional*, defaults to `False`): verify and list the files only.
         trust_remote_code (`bool`, *optional*, defaults to `False`): see [`verify_checkpoint`].

@@ -281,8 +281,7 @@ def analyze(
         dataset (`str`, `Path` or [`~datasets.Dataset`]): A .json, .jsonl or .parquet file, a folder, a Hub id, or rows
             from [`~vtlmm.data.rows.load_rows`].
         image_folder, split, columns (*optional*): See [`~vtlmm.data.rows.load_rows`].
-        labels (`str`, *optional*): Column with what is in the image: a text, a list of texts, or a list of
-            `{"label", "bbox"}`. The answers are used if it is not specified.
+        labels (`str`, *optional*): Column of labels: texts or `{"label", "bbox"}`. The default is the answers.
         limit (`int`, *optional*): Use the first `limit` rows only. The report marks such a subset.
         num_questions (`int`, *optional*, defaults to 200): Number of questions to answer for the failure modes.
         previous ([`~vtlmm.inference.loading.LoadedModel`], *optional*): The previous stage, for `stage_instability`.

@@ -73,7 +73,6 @@ def eval(
         return
     if not dataset:
         raise ValueError("The questions are missing. Pass --dataset or --tasks.")
-
     from vtlmm.data.columns import parse_columns
     from vtlmm.evaluation.runner import evaluate
 

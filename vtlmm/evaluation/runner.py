@@ -135,9 +135,8 @@ def evaluate(
     with TemporaryDirectory() as temporary:
         folder = Path(output or temporary)
         with one_writer(folder / LOCK_FILE, folder):
-            answers = run_questions(
-                model, processor, data.rows, prompts, data.image_positions, folder, key, batch_size, about
-            )
+            arguments = (data.rows, prompts, data.image_positions, folder, key, batch_size, about)
+            answers = run_questions(model, processor, *arguments)
             return _report(data, prompts, *answers, scorer, submission, folder, {**about, "key": key})
 
 

@@ -61,8 +61,7 @@ def load_model(
         revision (`str`, *optional*): branch, tag or commit of a Hub id.
         trust_remote_code (`bool`, *optional*, defaults to `False`): allow code in the model's folder to run.
         device_map (`str` or `dict`, *optional*): as in transformers; by default the first accelerator or the CPU.
-        load_in_4bit, load_in_8bit (`bool`, *optional*, defaults to `False`): quantize the decoder with bitsandbytes
-            (nf4 or int8). The vision tower, the projector and both heads are not quantized.
+        load_in_4bit, load_in_8bit (`bool`, *optional*, defaults to `False`): quantize only the decoder (nf4 or int8).
         use_pseudo_image_features (`bool`, *optional*, defaults to `False`): give the decoder softmax(VM head(v)) E
             instead of the image features v.
         kwargs: further arguments of `from_pretrained`.

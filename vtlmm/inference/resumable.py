@@ -179,7 +179,7 @@ def answer_all(
     """
     all_prompts = [Prompt(conversation(question), question["images"]) for question in questions]
     order, features = answer_order(all_prompts), VisionFeatures() if vision_features is None else vision_features
-    prefixes = SharedPrefixes(all_prompts)
+    shared: dict[str, Any] = {"vision_features": features, "prefixes": SharedPrefixes(all_prompts)}
     finished = finished_answers(path)
     if [record["index"] for record, _ in finished] != order[: len(finished)]:
         raise ValueError(f"The answers in {path} are not in the order of its run. Delete the file.")
@@ -194,13 +194,7 @@ def answer_all(
                 batch = order[start : start + size]
                 prompts = [all_prompts[i] for i in batch]
                 generated = generate_batch(
-                    model,
-                    processor,
-                    prompts,
-                    load_image,
-                    max_new_tokens=max_new_tokens,
-                    vision_features=features,
-                    prefixes=prefixes,
+                    model, processor, prompts, load_image, max_new_tokens=max_new_tokens, **shared
                 )
                 texts = {i: answer.text for i, answer in zip(batch, generated, strict=True)}
                 lines = [json_text(_record(i, questions[i], text)) + "\n" for i, text in texts.items()]
