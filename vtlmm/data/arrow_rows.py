@@ -13,6 +13,8 @@ from datasets.builder import Key
 
 
 ROWS_PER_BATCH = 1000
+# Rows of a part of a cache file. To open a file reads from the disk at each part.
+ROWS_PER_TABLE = 10_000
 
 
 def python_values(array: pa.Array | pa.ChunkedArray) -> list:
@@ -62,7 +64,7 @@ def batches(rows: Iterable[dict], size: int = ROWS_PER_BATCH) -> Iterator[list[d
 
 @dataclass
 class RowsConfig(datasets.BuilderConfig):
-    """Arguments of [`RowsBuilder`]: a generator of rows, its arguments, and the columns."""
+    """Arguments of [`RowsBuilder`]: a generator of tables, its arguments, and the columns."""
 
     generate: Callable = iter
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -71,12 +73,13 @@ class RowsConfig(datasets.BuilderConfig):
 
 class RowsBuilder(datasets.ArrowBasedBuilder):
     """
-    Write generated rows to an Arrow file in the cache of `datasets`.
+    Write generated tables to an Arrow file in the cache of `datasets`.
 
     [`~datasets.Dataset.from_generator`] does the same, but it encodes each value of each row in Python.
     """
 
     BUILDER_CONFIG_CLASS = RowsConfig
+    DEFAULT_WRITER_BATCH_SIZE = ROWS_PER_TABLE
     config: RowsConfig
 
     def _info(self) -> datasets.DatasetInfo:
@@ -86,16 +89,16 @@ class RowsBuilder(datasets.ArrowBasedBuilder):
         return [datasets.SplitGenerator(name="train")]
 
     def _generate_tables(self) -> Iterator[tuple[Key, pa.Table]]:
-        rows = self.config.generate(**self.config.arguments)
-        for number, batch in enumerate(batches(rows)):
-            yield Key(0, number), rows_table(batch, self.config.features)
+        for number, table in enumerate(self.config.generate(**self.config.arguments)):
+            yield Key(0, number), table
 
 
 def cached_rows(
     generate: Callable, features: datasets.Features, arguments: dict, fingerprint: str
 ) -> datasets.Dataset:
     """
-    Return generated rows from the cache of `datasets`. They are generated if `fingerprint` is not in the cache.
+    Return the rows of generated tables from the cache of `datasets`. The tables are generated if `fingerprint` is not
+    in the cache.
 
     Raises:
         [`~datasets.exceptions.DatasetGenerationError`]: if the generator raises an error.

@@ -12,12 +12,22 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.features.features import require_decoding
 from datasets.fingerprint import Hasher
 
-from .arrow_rows import ROWS_PER_BATCH, python_rows, rows_table
+from .arrow_rows import ROWS_PER_BATCH, ROWS_PER_TABLE, python_rows
 from .columns import check_columns, mapped_columns
 from .formats import convert_row
 from .questions import split_row
+from .row_tables import RowColumns, row_tables
 from .setting_values import require_integers
-from .sources import file_format, folder_files, generator_dataset, load_table, read_file, require_source, text_pairs
+from .sources import (
+    file_format,
+    folder_files,
+    load_table,
+    read_file,
+    require_source,
+    stream_dataset,
+    tables_dataset,
+    text_pairs,
+)
 
 
 ROW_FEATURES = Features(
@@ -110,10 +120,13 @@ def _load_source(name: str, image_folder, split: str, config_name, streaming: bo
     if files is not None and file_format(files[0])[0] != ".parquet":
         arguments = {"files": [str(file) for file in files], "folder": folder, "options": options}
         state = [(file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        fingerprint = None if streaming else _fingerprint(state, folder, options)
+        features = row_features(options["keep_columns"])
         try:
-            features = row_features(options["keep_columns"])
-            rows = generator_dataset(_file_rows, features, arguments, split, name, fingerprint)
+            if streaming:
+                rows = stream_dataset(_file_rows, features, arguments, split, name)
+            else:
+                fingerprint = _fingerprint(state, folder, options)
+                rows = tables_dataset(_file_tables, features, arguments, split, name, fingerprint)
         except DatasetGenerationError as error:
             if isinstance(error.__cause__, ValueError | OSError):
                 raise error.__cause__ from None
@@ -139,6 +152,20 @@ def _rows_in_memory(dataset, folder: str, options: dict, max_rows: int | None) -
 
 
 def _file_rows(files: list[str], folder: str, options: dict) -> Iterator[dict]:
+    _require_columns(files, folder, options)
+    for file in files:
+        yield from _list_rows(read_file(file, folder), file, folder, options)
+
+
+def _file_tables(files: list[str], folder: str, options: dict) -> Iterator[pa.Table]:
+    _require_columns(files, folder, options)
+    features = row_features(options["keep_columns"])
+    for file in files:
+        yield from row_tables(read_file(file, folder), features, file, folder, options, ROWS_PER_TABLE)
+
+
+def _require_columns(files: list[str], folder: str, options: dict) -> None:
+    """Raise a `ValueError` if `columns` names a column that no row has."""
     missing = mapped_columns(options["columns"])
     for file in files:
         for row in read_file(file, folder) if missing else ():
@@ -147,8 +174,6 @@ def _file_rows(files: list[str], folder: str, options: dict) -> Iterator[dict]:
                 break
     if missing:
         raise ValueError(f"{', '.join(files)} has no column {sorted(missing)}, which `columns` names.")
-    for file in files:
-        yield from _list_rows(read_file(file, folder), file, folder, options)
 
 
 def _list_rows(rows, source: str, folder: str | None, options: dict) -> Iterator[dict]:
@@ -202,24 +227,30 @@ def convert_dataset(
     if not any(require_decoding(feature) for feature in dataset.features.values()):
         dataset = dataset.with_format("arrow")
     rows = dataset.map(
-        _convert_batch, features=features, new_fingerprint=fingerprint, desc=f"Reading {source}", **arguments
+        _convert_batch,
+        features=features,
+        new_fingerprint=fingerprint,
+        desc=f"Reading {source}",
+        writer_batch_size=ROWS_PER_TABLE,
+        **arguments,
     )
     return rows.with_format(None)
 
 
 def _convert_batch(batch, indices: list[int], source: str, folder: str | None, options: dict):
     """Return converted rows as a table for a table, else as a dict of lists."""
-    is_table = isinstance(batch, pa.Table)
-    rows = python_rows(batch) if is_table else _rows(batch)
+    features = row_features(options["keep_columns"])
+    if isinstance(batch, pa.Table):
+        columns = RowColumns(features, source, folder, options)
+        for row, index in zip(python_rows(batch), indices, strict=True):
+            columns.add(row, index)
+        return columns.table()
     converted = [
         new
-        for row, index in zip(rows, indices, strict=True)
+        for row, index in zip(_rows(batch), indices, strict=True)
         for new in convert_row(row, index, source, folder, **options)
     ]
-    features = row_features(options["keep_columns"])
-    return (
-        rows_table(converted, features) if is_table else {name: [row[name] for row in converted] for name in features}
-    )
+    return {name: [row[name] for row in converted] for name in features}
 
 
 def _rows(batch: dict) -> list[dict]:

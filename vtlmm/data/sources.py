@@ -328,12 +328,15 @@ def select_split(splits: dict[str, Dataset], split: str, name: str) -> Dataset:
     return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
 
 
-def generator_dataset(generate: Callable, features, arguments: dict, split: str, name: str, fingerprint: str | None):
-    """Return the split of a dataset whose rows come from a generator; a stream without a `fingerprint`."""
-    if fingerprint is None:
-        if split != "train":
-            raise ValueError(f"{name}: a stream of this file has the split train only, not {split!r}.")
-        return IterableDataset.from_generator(generate, features=features, gen_kwargs=arguments)
+def stream_dataset(generate: Callable, features, arguments: dict, split: str, name: str) -> IterableDataset:
+    """Return a stream of generated rows."""
+    if split != "train":
+        raise ValueError(f"{name}: a stream of this file has the split train only, not {split!r}.")
+    return IterableDataset.from_generator(generate, features=features, gen_kwargs=arguments)
+
+
+def tables_dataset(generate: Callable, features, arguments: dict, split: str, name: str, fingerprint: str) -> Dataset:
+    """Return the split of a dataset whose rows come from a generator of tables."""
     rows = cached_rows(generate, features, arguments, fingerprint)
     if not len(rows):
         raise ValueError(f"{name} has no rows.")
