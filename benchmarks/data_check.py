@@ -36,8 +36,9 @@ FORMATS = ("json", "jsonl", "parquet")
 
 
 def row(number: int) -> dict:
-    """Return a row in LLaVA's format with one question and an answer of 4 to 19 words."""
-    answer = " ".join(WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(4 + number % 16))
+    """Return a row in LLaVA's format with one question and an answer of 4 to 19 words. Most answers are different."""
+    code = number * 2654435761 % 2**32
+    answer = " ".join(WORDS[code // len(WORDS) ** (i % 7) % len(WORDS)] for i in range(4 + number % 16))
     question = f"<image>\n{QUESTIONS[number % len(QUESTIONS)]}"
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return {"id": f"{number:09}", "image": "image.png", "conversations": turns}

@@ -14,8 +14,9 @@ from transformers import CLIPImageProcessorPil
 
 from vtlmm.cli.main import main
 from vtlmm.data.data_report import FIXES
+from vtlmm.data.row_checker import image_problems
 from vtlmm.data.rows import load_rows
-from vtlmm.data.validation import check_rows, checked_stream, image_problems
+from vtlmm.data.validation import check_rows, checked_stream
 from vtlmm.train.collator import VTLMMCollator
 
 

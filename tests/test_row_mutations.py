@@ -15,14 +15,18 @@ from helpers.tiny_models import TEMPLATE, build_config, build_processor
 from PIL import Image
 
 from vtlmm.data import sources
+from vtlmm.data.arrow_rows import rows_table
 from vtlmm.data.data_report import FIXES
 from vtlmm.data.encoding import encode_messages
 from vtlmm.data.formats import convert_row
 from vtlmm.data.images import image_key, open_image
 from vtlmm.data.questions import iterate_turns
+from vtlmm.data.row_checker import RESULT_FEATURES, RowChecker, image_problems
+from vtlmm.data.row_tables import RowColumns, llava_row
 from vtlmm.data.rows import ROW_FEATURES, load_rows
-from vtlmm.data.validation import RowChecker, check_rows, image_problems
+from vtlmm.data.validation import check_rows
 from vtlmm.evaluation import runner
+from vtlmm.hub.chat_templates import add_images_and_marks, load_template
 from vtlmm.inference import batch_file
 from vtlmm.inference.generation import conversation
 from vtlmm.inference.prompt_encoding import encode_prompt
@@ -348,3 +352,61 @@ def test_arrow_files_have_the_rows_of_datasets(folder, tmp_path, monkeypatch, su
     expected = datasets.Dataset.from_list([new for _, converted in pairs for new in converted], features=ROW_FEATURES)
     found = load_rows(str(file), image_folder=str(folder))
     assert found.data.table.to_pylist() == expected.data.table.to_pylist() and len(found) > 100
+
+
+# ---- Shorter ways for usual rows ----
+
+
+OPTIONS = {"columns": {}, "keep_columns": (), "require_answers": True}
+
+
+def llava_rows():
+    """Return mutated rows in LLaVA's format; many of them are still valid."""
+    turns = [TURNS, TURNS[:2], [{"from": "system", "value": "say yes"}, *TURNS]]
+    for seed in range(600):
+        rng = random.Random(seed)
+        row = {"id": rng.choice([seed, f"{seed}", "a.png"]), "image": "good.png", "conversations": rng.choice(turns)}
+        for _ in range(rng.choice([0, 1, 1, 2])):
+            row = mutate(row, rng)
+        yield row
+
+
+def converted(convert, row):
+    try:
+        return convert(row)
+    except ValueError as error:
+        return str(error)
+
+
+def in_columns(row, folder):
+    columns = RowColumns(ROW_FEATURES, "rows", str(folder), OPTIONS)
+    columns.add(row, 0)
+    return columns.table().to_pylist()
+
+
+def test_usual_rows_are_converted_like_all_rows(folder):
+    def one_by_one(row):
+        return rows_table(convert_row(row, 0, "rows", str(folder)), ROW_FEATURES).to_pylist()
+
+    rows = list(llava_rows())
+    for row in rows:
+        assert converted(lambda row: in_columns(row, folder), row) == converted(one_by_one, row), row
+    assert 100 < sum(llava_row(row) is not None for row in rows) < 500
+
+
+@pytest.mark.parametrize("template", ["tests", "vicuna_v1", "mistral", "decoder"])
+def test_tables_have_the_results_of_rows(folder, template):
+    processor = build_processor()
+    if template == "decoder":
+        text = "{% for m in messages %}{{ '[' + m.role + '] ' + m.content | trim + eos_token }}{% endfor %}"
+        processor.chat_template = add_images_and_marks(text, processor.tokenizer)
+    elif template != "tests":
+        processor.chat_template = load_template(template)
+    results = [converted(lambda row: in_columns(row, folder), row) for row in llava_rows()]
+    table = rows_table([row for result in results if isinstance(result, list) for row in result], ROW_FEATURES)
+    checker = RowChecker(processor, MAX_LENGTH)
+    expected = checker.check(table.to_pylist())
+    assert checker.check_table(table).to_pylist() == rows_table(expected, RESULT_FEATURES).to_pylist()
+    assert checker.check_table(table[7:50]).to_pylist() == rows_table(expected[7:50], RESULT_FEATURES).to_pylist()
+    plain = checker._check_plain(table)
+    assert 100 < len(plain) < len(table) and (checker.texts.num_failures > 0) == (template == "decoder")

@@ -2,11 +2,16 @@
 """Encode a conversation: apply the chat template, tokenize it, and mark the supervised tokens."""
 
 import re
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
+from transformers import TokenizersBackend
 from transformers.utils.chat_template_utils import render_jinja_template
+
+
+if TYPE_CHECKING:  # the data check runs without torch
+    import torch
 
 
 # Tokens such as <|eot_id|> and <|im_start|>, which some checkpoints add without marking them as special
@@ -30,6 +35,11 @@ def answer_template(processor) -> str:
     if not processor.tokenizer.is_fast:
         raise ValueError("Answers are located by character offsets. Load a fast tokenizer (tokenizer.json).")
     return template
+
+
+def conversation_template(processor, require_marks: bool) -> str | None:
+    """Return the chat template, which must mark the answers if `require_marks`; see [`answer_template`]."""
+    return answer_template(processor) if require_marks else _default_template(processor)
 
 
 def _default_template(processor) -> str | None:
@@ -93,7 +103,7 @@ def require_end_of_turn(processor) -> None:
     texts = {"user": "question", "assistant": "answer"}
     probe = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
     try:
-        input_ids, supervised = encode_messages(processor, probe)
+        input_ids, supervised = encode_conversation(processor, probe)
     except ValueError:
         return  # the template may need other conversations; the data check reports its errors row by row
     if not special_token_ids(processor.tokenizer) & set(input_ids[supervised].tolist()):
@@ -106,7 +116,7 @@ def require_end_of_turn(processor) -> None:
 
 def encode_messages(
     processor, messages: list[dict], num_context_messages: int = 0, require_marks: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> "tuple[torch.Tensor, torch.Tensor]":
     r"""
     Return the token ids of one conversation, and a mask of the supervised tokens.
 
@@ -126,11 +136,20 @@ def encode_messages(
     Raises:
         `ValueError`: if the template raises an error or leaves an answer unmarked, or a text contains the BOS token.
     """
+    import torch
+
+    input_ids, supervised = encode_conversation(processor, messages, num_context_messages, require_marks)
+    return torch.from_numpy(input_ids), torch.from_numpy(supervised)
+
+
+def encode_conversation(
+    processor, messages: list[dict], num_context_messages: int = 0, require_marks: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what [`encode_messages`] returns, as NumPy arrays."""
     [encoded] = encode_conversations(processor, [messages], [num_context_messages], require_marks)
     if isinstance(encoded, ValueError):
         raise encoded
-    input_ids, supervised = encoded
-    return torch.from_numpy(input_ids), torch.from_numpy(supervised)
+    return encoded
 
 
 def encode_conversations(
@@ -142,11 +161,11 @@ def encode_conversations(
     The tokenizer encodes all texts in one call.
     """
     tokenizer = processor.tokenizer
-    template = answer_template(processor) if require_marks else _default_template(processor)
+    template = conversation_template(processor, require_marks)
     results: list[Any] = []
     for messages, number in zip(conversations, num_context_messages, strict=True):
         try:
-            results.append(_render(tokenizer, template, messages, number, require_marks))
+            results.append(render(tokenizer, template, messages, number, require_marks))
         except ValueError as error:
             results.append(error)
     for add_special_tokens in (True, False):
@@ -174,15 +193,82 @@ def encode_conversations(
     return results
 
 
+def encodes_in_batches(tokenizer) -> bool:
+    """Return whether [`encode_batch`] and a call of the tokenizer give the same token ids."""
+    kind = type(tokenizer)
+    names = ("__call__", "_encode_plus")
+    return isinstance(tokenizer, TokenizersBackend) and all(
+        getattr(kind, name) is getattr(TokenizersBackend, name) for name in names
+    )
+
+
+def encode_batch(tokenizer, texts: list[str], add_special_tokens: bool, offsets: bool = False) -> list:
+    """Return encodings of the `tokenizers` library. A call of the tokenizer copies each of them into lists first."""
+    tokenizer("", add_special_tokens=add_special_tokens)  # sets truncation, padding and the special tokens in texts
+    backend = tokenizer.backend_tokenizer
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
+    return encode(texts, add_special_tokens=add_special_tokens)
+
+
+class TokenCounts(NamedTuple):
+    """The numbers of tokens, of supervised tokens and of image tokens of several texts, `(num_texts,)` each."""
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+    images: np.ndarray
+
+
+def count_tokens(processor, rendered: "list[Rendered]", require_marks: bool = True) -> TokenCounts:
+    """Return the counts of what [`encode_conversations`] returns for the texts. See [`encodes_in_batches`]."""
+    tokenizer = processor.tokenizer
+    counts = TokenCounts(*(np.zeros(len(rendered), dtype=np.int64) for _ in TokenCounts._fields))
+    has_bos = np.array([starts_with_bos(tokenizer, one.text) for one in rendered], dtype=bool)
+    for add_special_tokens in (True, False):
+        positions = np.flatnonzero(has_bos != add_special_tokens)
+        if not len(positions):
+            continue
+        chosen = [rendered[i] for i in positions.tolist()]
+        encodings = encode_batch(tokenizer, [one.text for one in chosen], add_special_tokens, require_marks)
+        lengths = np.array([len(one) for one in encodings])
+        ids = np.fromiter(chain.from_iterable(one.ids for one in encodings), np.int64, lengths.sum())
+        row, is_image = np.repeat(np.arange(len(chosen)), lengths), ids == processor.image_token_id
+        counts.tokens[positions] = lengths
+        counts.images[positions] = np.bincount(row[is_image], minlength=len(chosen))
+        if not require_marks:
+            continue
+        pairs = chain.from_iterable(chain.from_iterable(one.offsets for one in encodings))
+        starts, ends = np.fromiter(pairs, np.int64, 2 * len(ids)).reshape(-1, 2).T
+        supervised = np.zeros(len(ids), dtype=bool)
+        for number in range(max(len(one.answers) for one in chosen)):
+            spans = [one.span(number) for one in chosen]
+            start, end, stop = np.array(spans, dtype=np.int64).T[:, row]
+            supervised |= (starts < end) & (ends > start) & (ends <= stop)
+        counts.supervised[positions] = np.bincount(row[supervised & ~is_image], minlength=len(chosen))
+    return counts
+
+
 class Rendered(NamedTuple):
     """The text of a conversation, and the start and end in characters of each supervised answer."""
 
     text: str
     answers: list[tuple[int, int]]
 
+    def span(self, number: int) -> tuple[int, int, int]:
+        """Return the start and the end of an answer, and the largest end of its tokens. (0, 0, 0) is no answer."""
+        if number >= len(self.answers):
+            return 0, 0, 0
+        start, end = self.answers[number]
+        # A token may include the space before or after the mark. Later tokens are of the next turn.
+        return start, end, len(self.text) - len(self.text[end:].lstrip())
 
-def _render(tokenizer, template: str | None, messages: list[dict], number: int, require_marks: bool) -> Rendered:
-    """Apply the chat template to a conversation whose first `number` messages are context."""
+
+def render(tokenizer, template: str | None, messages: list[dict], number: int, require_marks: bool) -> Rendered:
+    """
+    Apply the chat template to a conversation whose first `number` messages are context.
+
+    Raises:
+        `ValueError`: see [`encode_messages`].
+    """
     # A loaded dataset fills missing keys of a part with None, and templates test whether a key exists
     messages = [{**message, "content": _without_empty_keys(message["content"])} for message in messages]
     try:
@@ -206,9 +292,8 @@ def _supervised(rendered: Rendered, offsets: list[tuple[int, int]]) -> np.ndarra
     """Return the mask of the supervised tokens, `(sequence_length,)`, from the characters of each token."""
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     supervised = np.zeros(len(offsets), dtype=bool)
-    for start, end in rendered.answers:
-        # A token may include the space before or after the mark. Later tokens are of the next turn.
-        stop = len(rendered.text) - len(rendered.text[end:].lstrip())
+    for number in range(len(rendered.answers)):
+        start, end, stop = rendered.span(number)
         supervised |= (starts < end) & (ends > start) & (ends <= stop)
     return supervised
 
@@ -221,7 +306,16 @@ def _check_bos(tokenizer, text: str, messages: list[dict]) -> None:
     texts = [part.get("text") or "" for parts in contents if isinstance(parts, list) for part in parts]
     if any(bos in one for one in [*texts, *(content for content in contents if isinstance(content, str))]):
         raise ValueError(f"the BOS token {bos!r} occurs in the text of a message. Remove it")
-    if text.startswith(bos + bos):
+    check_start(tokenizer, text)
+
+
+def check_start(tokenizer, text: str) -> None:
+    """
+    Raises:
+        `ValueError`: if a rendered conversation starts with two BOS tokens.
+    """
+    bos = tokenizer.bos_token
+    if bos and bos != tokenizer.eos_token and text.startswith(bos + bos):
         raise ValueError(f"the chat template writes the BOS token {bos!r} twice. Remove one of them")
 
 

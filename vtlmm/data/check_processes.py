@@ -1,0 +1,77 @@
+# Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
+"""Check the rows of a dataset in blocks, in several processes. The memory does not grow with the number of rows."""
+
+import os
+import pickle
+
+import pyarrow as pa
+from datasets import Dataset
+from datasets.utils import tqdm
+from multiprocess import Pool
+
+from .arrow_rows import ROWS_PER_BATCH
+from .row_checker import RowChecker
+
+
+ROWS_PER_BLOCK = 5000
+# A larger dataset, pickled, has its rows in memory and is not opened again
+MAX_PICKLED = 2**20
+
+
+class BlockChecker:
+    """
+    Check a block of rows.
+
+    An open file counts as memory once its rows were read, so a dataset of files is opened again for each block.
+
+    Args:
+        dataset (`Dataset`): rows in the format `"arrow"`.
+        checker ([`RowChecker`])
+        num_rows (`int`): rows of a block.
+    """
+
+    def __init__(self, dataset: Dataset, checker: RowChecker, num_rows: int):
+        self.dataset, self.checker, self.num_rows = dataset, checker, num_rows
+        self.pickled = pickle.dumps(dataset) if dataset.cache_files else b""
+
+    def __call__(self, start: int) -> pa.Table:
+        """Return a table of `RESULT_FEATURES` for the block that begins at row `start`."""
+        is_file = 0 < len(self.pickled) < MAX_PICKLED
+        dataset = pickle.loads(self.pickled) if is_file else self.dataset
+        stop = min(start + self.num_rows, len(dataset))
+        parts = [(first, min(first + ROWS_PER_BATCH, stop)) for first in range(start, stop, ROWS_PER_BATCH)]
+        return pa.concat_tables([self.checker.check_table(dataset[first:last]) for first, last in parts])
+
+
+def check_blocks(dataset: Dataset, checker: RowChecker, num_proc: int) -> list[pa.Table]:
+    """Return tables of `RESULT_FEATURES` for all rows of a dataset in the format `"arrow"`, in order."""
+    num_rows = max(1, min(ROWS_PER_BLOCK, -(-len(dataset) // (4 * num_proc))))
+    check, starts = BlockChecker(dataset, checker, num_rows), range(0, len(dataset), num_rows)
+    tables = []
+    with tqdm(total=len(dataset), desc="Checking rows") as progress:
+
+        def collect(results) -> None:
+            for table in results:
+                tables.append(table.combine_chunks())
+                progress.update(len(table))
+
+        if num_proc == 1:
+            collect(map(check, starts))
+        else:
+            with Pool(num_proc, initializer=_start_process, initargs=(check,)) as pool:
+                collect(pool.imap(_check_block, starts))
+    return tables
+
+
+_process_check: BlockChecker | None = None
+
+
+def _start_process(check: BlockChecker) -> None:
+    global _process_check
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
+    _process_check = check
+
+
+def _check_block(start: int) -> pa.Table:
+    assert _process_check is not None
+    return _process_check(start)
