@@ -25,7 +25,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from vtlmm.train.collator import VTLMMCollator
-from vtlmm.train.recipe import DatasetConfig
+from vtlmm.train.dataset_config import DatasetConfig
 from vtlmm.train.run_data import prepare_dataset
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, Image, List, Value
 
 from vtlmm.data.formats import CAPTION_QUESTION
 from vtlmm.data.rows import ROW_FEATURES, load_rows
-from vtlmm.train.recipe import DatasetConfig
+from vtlmm.train.dataset_config import DatasetConfig
 
 
 @pytest.fixture(autouse=True)

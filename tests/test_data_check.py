@@ -187,8 +187,8 @@ def test_more_processes_than_rows(folder, processor, monkeypatch):
 
     for rank in range(5):
         state = SimpleNamespace(num_processes=5, process_index=rank)
-        monkeypatch.setattr("vtlmm.data.validation.PartialState", lambda state=state: state)
-        monkeypatch.setattr("vtlmm.data.validation.gather_object", gather)
+        monkeypatch.setattr("accelerate.PartialState", lambda state=state: state)
+        monkeypatch.setattr("accelerate.utils.gather_object", gather)
         if rank < 3:
             assert check_rows(load(folder), processor).num_rows == 1
         else:  # the others' rows are not gathered here

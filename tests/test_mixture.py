@@ -12,8 +12,10 @@ from PIL import Image
 
 from vtlmm.data.mixture import mix_datasets
 from vtlmm.data.rows import load_rows
-from vtlmm.train.recipe import DatasetConfig, check_settings
-from vtlmm.train.run_data import check_data, prepare_dataset
+from vtlmm.train.dataset_checks import check_data
+from vtlmm.train.dataset_config import DatasetConfig
+from vtlmm.train.recipe import check_settings
+from vtlmm.train.run_data import prepare_dataset
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from helpers.training import write_start
 
-from vtlmm.train.recipe import parse_arguments, split_stages
+from vtlmm.train.recipe import parse_arguments
 from vtlmm.train.stage_runner import build_trainer
+from vtlmm.train.stage_settings import split_stages
 from vtlmm.train.stages import module_of
 
 

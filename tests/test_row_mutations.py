@@ -31,7 +31,7 @@ from vtlmm.inference import batch_file
 from vtlmm.inference.generation import conversation
 from vtlmm.inference.prompt_encoding import encode_prompt
 from vtlmm.train.collator import VTLMMCollator
-from vtlmm.train.recipe import DatasetConfig
+from vtlmm.train.dataset_config import DatasetConfig
 from vtlmm.train.run_data import prepare_dataset
 
 

@@ -10,9 +10,9 @@ from vtlmm.train.recipe import (
     parse_settings,
     read_recipe,
     settings_table,
-    split_stages,
 )
 from vtlmm.train.setting_checks import validate
+from vtlmm.train.stage_settings import split_stages
 
 
 BASE = {"model_name_or_path": "start", "dataset_name": "x.json", "output_dir": "out", "use_cpu": True}

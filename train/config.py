@@ -11,6 +11,7 @@ from trl import SFTConfig
 
 from vtlmm.data.setting_values import require_integers, require_numbers
 
+from .dataset_config import MAX_LENGTH
 from .setting_checks import validate_arguments
 from .stages import Stage, resolve_stage
 from .vm_head_search import check_candidates
@@ -115,7 +116,9 @@ class VTLMMTrainingConfig(SFTConfig):
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; below 1, a fraction of all steps."})
-    max_length: int | None = field(default=2048, metadata={"help": "Maximum tokens of a row; longer rows are errors."})
+    max_length: int | None = field(
+        default=MAX_LENGTH, metadata={"help": "Maximum tokens of a row; longer rows are errors."}
+    )
     assistant_only_loss: bool = field(default=True, metadata={"help": "Train on answers only. Must be true."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that are not used."})
     # A push during training would publish checkpoints, with a pickle of the settings.

@@ -2,61 +2,17 @@
 """The datasets of a run: load and check the rows of one stage or of several."""
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import fields
-from typing import Any
 
 from accelerate import PartialState
 from datasets import IterableDataset
-from transformers import AutoConfig, AutoProcessor
 
-from vtlmm.data.data_report import DataReport
 from vtlmm.data.mixture import mix_datasets
-from vtlmm.data.validation import check_rows, checked_stream, position_limit
+from vtlmm.data.validation import check_rows, checked_stream
 
 from .config import VTLMMTrainingConfig
-from .recipe import DatasetConfig, RunSettings, split_stages
-
-
-def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> tuple[Any, int | None]:
-    """Return the processor of a model, and the position limit of its decoder."""
-    load: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    limit = position_limit(AutoConfig.from_pretrained(name, **load))
-    return AutoProcessor.from_pretrained(name, **load), limit
-
-
-def check_data(settings: dict[str, Any]) -> Iterator[tuple[str, DataReport]]:
-    """
-    Check the rows and images of a recipe, without its other settings. Each stage may have other data.
-
-    Args:
-        settings (`dict`): settings of [`DatasetConfig`], `model_name_or_path`, `model_revision`, `trust_remote_code`,
-            `max_length` and `stages`.
-
-    Yields:
-        `tuple[str, DataReport]`: the split (`"train"` or `"eval"`) and its report; equal settings are checked once.
-
-    Raises:
-        `ValueError`: if `model_name_or_path` is not set.
-    """
-    if "model_name_or_path" not in settings:
-        raise ValueError("The model is missing: its processor counts the tokens. Pass --model or a recipe.")
-    name, trust_remote_code = settings["model_name_or_path"], settings.get("trust_remote_code", False)
-    processor, max_positions = load_processor(name, settings.get("model_revision"), trust_remote_code)
-    checked = []
-    for run in split_stages(settings):
-        data = DatasetConfig(**{f.name: run[f.name] for f in fields(DatasetConfig) if f.name in run})
-        max_length = run.get("max_length", VTLMMTrainingConfig.max_length)
-        if (data, max_length) in checked:
-            continue
-        checked.append((data, max_length))
-        for split in ("train", "eval"):
-            parts = data.parts(split)
-            for name, part, _ in parts:
-                rows = part.load(split)
-                if rows is not None:
-                    report = check_rows(rows, processor, max_length, max_positions=max_positions)
-                    yield split if len(parts) == 1 else f"{split}, {name}", report
+from .dataset_checks import load_processor
+from .dataset_config import DatasetConfig
+from .recipe import RunSettings
 
 
 def prepare_dataset(

@@ -20,12 +20,14 @@ from .adapters import keep_differentiable_on_cpu, peft_config
 from .caption_callback import CaptionWordsCallback
 from .checkpoints import checkpoint_folders
 from .cost import format_costs
+from .dataset_checks import load_processor
 from .fingerprint import is_harmless
 from .output_folder import check_output, clear_output, lock_output, remove_scores
-from .recipe import RunSettings, merged_folder, parse_settings, split_stages
-from .run_data import load_processor, prepare_datasets, prepare_stages, print_once
+from .recipe import RunSettings, parse_settings
+from .run_data import prepare_datasets, prepare_stages, print_once
 from .run_record import recorded, write_record
 from .setting_checks import validate
+from .stage_settings import merged_folder, split_stages
 from .stages import next_stage
 from .start_model import check_start, first_stage
 from .trainer import VTLMMTrainer

@@ -14,9 +14,10 @@ from vtlmm.data.rows import load_rows
 from vtlmm.data.setting_values import require_integers
 from vtlmm.inference.resumable import digest
 from vtlmm.train.mixture_settings import mixture_entries
-from vtlmm.train.recipe import change_settings, check_settings, parse_settings, read_yaml, split_stages
+from vtlmm.train.recipe import change_settings, check_settings, parse_settings, read_yaml
 from vtlmm.train.setting_checks import validate
 from vtlmm.train.setting_types import convert_setting, suggest
+from vtlmm.train.stage_settings import split_stages
 
 
 PARTS = ("seeds", "reference", "base", "arms", "evaluate")

@@ -2,7 +2,7 @@
 """Check and convert datasets."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Exit, Option
 
@@ -24,12 +24,14 @@ def check(
     max_length: Annotated[int | None, Option(min=1, help="Longest row in tokens.")] = None,
 ) -> None:
     """Check every row and image of the training data. The exit code is 1 if a row has a problem."""
-    import modeling_vtlmm  # noqa: F401 - registers the processor
     from vtlmm.data.columns import parse_columns
-    from vtlmm.train.recipe import read_recipe
-    from vtlmm.train.run_data import check_data
+    from vtlmm.train.dataset_checks import check_data
 
-    settings = read_recipe(config) if config else {}
+    settings: dict[str, Any] = {}
+    if config:
+        from vtlmm.train.recipe import read_recipe  # imports TRL
+
+        settings = read_recipe(config)
     given = {
         "dataset_name": dataset,
         "model_name_or_path": model,

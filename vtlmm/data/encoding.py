@@ -254,7 +254,7 @@ class Rendered(NamedTuple):
     answers: list[tuple[int, int]]
 
     def span(self, number: int) -> tuple[int, int, int]:
-        """Return the start and the end of an answer, and the largest end of its tokens. (0, 0, 0) is no answer."""
+        """Return the start and the end of an answer, and the largest end of its tokens. Zeros: no such answer."""
         if number >= len(self.answers):
             return 0, 0, 0
         start, end = self.answers[number]

@@ -20,6 +20,7 @@ from .encoding import (
 from .image_values import is_image_text
 from .images import ImageError, open_image, processed_size
 from .table_check import ConversationTexts, plain_rows, tokens_pattern
+from .text_processor import TextProcessor
 
 
 RESULT_FEATURES = Features(
@@ -146,7 +147,7 @@ class RowChecker:
             if counts.images[i] != num_images or any(self.encoding_problems(length, num_supervised, num_images)):
                 continue
             problems = self._row_image_problems(row.images)
-            results[row.index] = _result(length, num_supervised, num_images, answers[i], unknown[i], problems)
+            results[row.number] = _result(length, num_supervised, num_images, answers[i], unknown[i], problems)
         return results
 
     def _row_image_problems(self, images: list[dict]) -> list[dict]:
@@ -272,6 +273,8 @@ def image_tokens_per_image(processor) -> int:
     Raises:
         `ValueError`: if the image processor gives images of different sizes, which cannot be in one batch.
     """
+    if isinstance(processor, TextProcessor):
+        return processor.tokens_per_image
     height, width = processed_size(processor.image_processor)
     if hasattr(processor, "num_image_tokens"):
         return processor.num_image_tokens(height, width)

@@ -13,7 +13,6 @@ from .encoding import Rendered, check_start, conversation_template, render
 from .template_trace import Plan, TracedTemplate
 
 
-ROLE_CODES = {"system": 0, "user": 1, "assistant": 2}
 # A text with one of these is not blank in Python either
 VISIBLE = r"[!-~]|\p{L}|\p{N}"
 MAX_PLANS = 32  # for conversations of one shape
@@ -30,9 +29,9 @@ class Turn(NamedTuple):
 
 
 class PlainRow(NamedTuple):
-    """A row of a table whose messages have one text each. `images` are undecoded."""
+    """The row `number` of a table. Its messages have one text each, and its images are undecoded."""
 
-    index: int
+    number: int
     turns: tuple[Turn, ...]
     texts: list[str]
     images: list[dict]
@@ -57,8 +56,15 @@ class PlainRow(NamedTuple):
         ]
 
     @property
+    def questions(self) -> list[str]:
+        return self._texts_of("user")
+
+    @property
     def answers(self) -> list[str]:
-        return [text for turn, text in zip(self.turns, self.texts, strict=True) if turn.role == "assistant"]
+        return self._texts_of("assistant")
+
+    def _texts_of(self, role: str) -> list[str]:
+        return [text for turn, text in zip(self.turns, self.texts, strict=True) if turn.role == role]
 
 
 def tokens_pattern(tokens: list[str]) -> str:
@@ -93,7 +99,8 @@ def plain_rows(table: pa.Table, control_pattern: str, is_image_text: Callable[[s
     is_plain &= _true(pc.match_substring_regex(texts, VISIBLE))
     is_plain &= ~_true(pc.match_substring_regex(texts, control_pattern))
     before = np.where(is_plain, positions - starts, 0)
-    turns = list(zip(python_values(messages.field("role")), before.tolist(), (num_marks - before).tolist()))
+    roles, after = python_values(messages.field("role")), num_marks - before
+    turns = list(zip(roles, before.tolist(), after.tolist(), strict=True))
     image_ends, images = _flat(table["images"])
     image_values = python_values(images)
     context = table["num_context_messages"] if "num_context_messages" in table.column_names else None
@@ -112,9 +119,9 @@ def plain_rows(table: pa.Table, control_pattern: str, is_image_text: Callable[[s
         row_images = image_values[image_bounds[index] : image_bounds[index + 1]]
         if valid is None:
             continue
-        if not row_images and any(t.role == "user" and is_image_text(x) for t, x in zip(valid, row_texts)):
-            continue
-        yield PlainRow(index, valid, row_texts, row_images)
+        row = PlainRow(index, valid, row_texts, row_images)
+        if row_images or not any(map(is_image_text, row.questions)):
+            yield row
 
 
 def _valid_turns(shape: tuple) -> tuple[Turn, ...] | None:

@@ -89,7 +89,7 @@ class Plan(NamedTuple):
 
 
 class Tracer:
-    """The tests of one trace. `failed` is whether an operation was not traced, even if the template caught the error."""
+    """The tests of one trace. `failed` is whether an operation was not traced; templates may catch the error."""
 
     def __init__(self) -> None:
         self.tests: dict[Test, None] = {}
@@ -172,9 +172,9 @@ def _untraced(name: str) -> Callable:
     return method
 
 
-KEPT = ("__class__", "__new__", "__init__", "__getattribute__", "__setattr__", "__delattr__", "__doc__", "__dir__")
-KEPT += ("__init_subclass__", "__subclasshook__")
-for _name in set(dir(str)) - set(vars(TracedText)) - set(KEPT):
+KEPT = {"__class__", "__new__", "__init__", "__getattribute__", "__setattr__", "__delattr__", "__doc__", "__dir__"}
+KEPT |= {"__init_subclass__", "__subclasshook__"}
+for _name in set(dir(str)) - set(vars(TracedText)) - KEPT:
     setattr(TracedText, _name, _untraced(_name))
 
 

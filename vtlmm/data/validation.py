@@ -2,12 +2,11 @@
 """Check every row and every image before training: what is invalid, where it is, and how to fix it."""
 
 import os
+import sys
 import warnings
 
 import numpy as np
 import pyarrow as pa
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset, Image, IterableDataset, List
 from datasets.utils import tqdm
 
@@ -22,6 +21,8 @@ from .setting_values import require_integers
 
 # With fewer rows, starting a second process takes longer than it saves
 ROWS_PER_PROCESS = 500
+# Variables that launchers of distributed runs set for each process
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def position_limit(config) -> int | None:
@@ -70,7 +71,7 @@ def check_rows(
         tables = [rows_table(checker.check(batch), RESULT_FEATURES) for batch in batches(rows)]
     else:
         dataset = dataset.cast_column("images", List(Image(decode=False)))
-        tables = gather_object(_check_share(dataset, checker, num_proc))
+        tables = _check_shares(dataset, checker, num_proc)
     if not sum(map(len, tables)):
         raise ValueError("There are no rows. Check dataset, dataset_split and max_rows.")
     report = make_report(pa.concat_tables(tables), max_length, max_positions)
@@ -81,12 +82,27 @@ def check_rows(
     return report
 
 
-def _check_share(dataset: Dataset, checker: RowChecker, num_proc: int | None) -> list[pa.Table]:
-    """Return the results of this process's rows. If one process checked all rows, the others would time out."""
+def _check_shares(dataset: Dataset, checker: RowChecker, num_proc: int | None) -> list[pa.Table]:
+    """
+    Return the results of all rows. Each process of a distributed run checks a share. If one process checked all rows,
+    the others would time out.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in LAUNCHERS):
+        return _check_share(dataset, checker, num_proc, 0, 1)  # `accelerate` would import torch
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
     state = PartialState()
-    if state.process_index >= len(dataset) > 0:  # `shard` does not return an empty shard
+    return gather_object(_check_share(dataset, checker, num_proc, state.process_index, state.num_processes))
+
+
+def _check_share(
+    dataset: Dataset, checker: RowChecker, num_proc: int | None, process_index: int, num_processes: int
+) -> list[pa.Table]:
+    """Return the results of the rows of one process."""
+    if process_index >= len(dataset) > 0:  # `shard` does not return an empty shard
         return []
-    share = dataset.shard(state.num_processes, state.process_index, contiguous=True)
+    share = dataset.shard(num_processes, process_index, contiguous=True)
     share = share.select_columns([name for name in ROW_FEATURES if name in share.column_names])
     if num_proc is None:
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
