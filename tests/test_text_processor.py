@@ -80,3 +80,10 @@ def test_the_command_imports_no_torch(folder, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and "problems    none" in result.stdout, result.stderr
     assert "modules []" in result.stdout
+
+
+@pytest.mark.slow
+def test_answers_need_no_datasets():
+    modules = "vtlmm.cli.ask, vtlmm.inference.generation, vtlmm.inference.loading"
+    code = f"import sys, {modules}; sys.exit(any(name in sys.modules for name in ('datasets', 'trl', 'peft')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -6,8 +6,9 @@ from dataclasses import fields
 from typing import Any
 
 from vtlmm.data.data_report import DataReport
+from vtlmm.data.encoding import position_limit
 from vtlmm.data.text_processor import load_text_processor
-from vtlmm.data.validation import check_rows, position_limit
+from vtlmm.data.validation import check_rows
 
 from .dataset_config import MAX_LENGTH, DatasetConfig
 from .stage_settings import split_stages

@@ -15,8 +15,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from vtlmm.data.encoding import position_limit
 from vtlmm.data.rows import ROW_FEATURES, convert_dataset
-from vtlmm.data.validation import position_limit
 
 from .collator import VTLMMCollator
 from .config import VTLMMTrainingConfig

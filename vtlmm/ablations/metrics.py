@@ -12,9 +12,10 @@ from datasets import Dataset
 from modeling_vtlmm.fused_losses_vtlmm import next_patch_loss
 from vtlmm.analysis.caption_matching import check_matching_rows, measure_caption_matching
 from vtlmm.analysis.metrics import TILE_ROWS, entropy, word_probabilities
+from vtlmm.data.encoding import position_limit
 from vtlmm.data.images import prepare_images
 from vtlmm.data.rows import load_rows
-from vtlmm.data.validation import check_rows, position_limit
+from vtlmm.data.validation import check_rows
 from vtlmm.data.vision_feature_cache import VisionFeatureCache, tower_key, undecoded
 from vtlmm.evaluation.questions import read_questions
 from vtlmm.evaluation.report import by_kind

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from vtlmm.data.encoding import position_limit
 from vtlmm.data.environment import package_versions
 from vtlmm.data.output_files import require_other_place
 from vtlmm.data.rows import load_rows
 from vtlmm.data.setting_values import require_integers
-from vtlmm.data.validation import check_rows, position_limit
+from vtlmm.data.validation import check_rows
 from vtlmm.evaluation.questions import image_loader, read_questions
 from vtlmm.evaluation.statistics import DIFFERENCE_BOUNDS, SCORE_BOUNDS, Estimate, auroc, mean_estimate
 from vtlmm.inference.loading import LoadedModel, require_visual_tokens

@@ -47,7 +47,6 @@ def ask(
 
     from vtlmm.data.columns import parse_columns
     from vtlmm.data.images import open_image
-    from vtlmm.inference.batch_file import answer_file
     from vtlmm.inference.generation import answer_batch
 
     mapping = parse_columns(columns)
@@ -58,6 +57,8 @@ def ask(
         [answer] = answer_batch(loaded, processor, [{"images": images, "question": question}], max_new_tokens)
         print(answer)
         return
+    from vtlmm.inference.batch_file import answer_file
+
     assert output is not None  # checked above
     loaded, processor = loading.load(model)
     answers = answer_file(

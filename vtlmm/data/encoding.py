@@ -47,6 +47,11 @@ def _default_template(processor) -> str | None:
     return template.get("default") if isinstance(template, dict) else template
 
 
+def position_limit(config) -> int | None:
+    """Return the number of positions of a model's decoder, None if its config does not say it."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def special_token_ids(tokenizer) -> set[int]:
     """Return the ids of all tokens that the tokenizer treats as special, without the unknown token."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -7,7 +7,6 @@ import os
 import re
 from typing import Any
 
-from datasets import Image
 from PIL import Image as PILImage
 
 
@@ -45,6 +44,8 @@ def read_image(value: Any, where: str, folder: str | None) -> dict:
         if isinstance(value, bytes | bytearray | memoryview):
             return {"path": None, "bytes": bytes(value)}
         if isinstance(value, PILImage.Image) or hasattr(value, "__array_interface__"):
+            from datasets import Image  # imports pandas
+
             return Image().encode_example(value)
         if not isinstance(value, os.PathLike):
             return {"path": str(value)[:60], "bytes": None}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from datasets.utils.file_utils import is_local_path, xopen
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 
 
@@ -155,7 +154,9 @@ def _file(source: Any) -> str | BinaryIO:
         source = source["bytes"] if source.get("bytes") is not None else source.get("path")
         if source is None:
             raise ImageError("The image has neither `bytes` nor a `path`.")
-        if isinstance(source, str) and not is_local_path(source):  # a streamed Hub dataset
+        if isinstance(source, str) and "://" in source:  # a streamed Hub dataset, or a file:// URL
+            from datasets.utils.file_utils import xopen  # imports pandas
+
             with xopen(source, "rb") as file:
                 source = file.read()
     if isinstance(source, bytes | bytearray | memoryview):

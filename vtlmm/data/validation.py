@@ -25,11 +25,6 @@ ROWS_PER_PROCESS = 500
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def position_limit(config) -> int | None:
-    """Return the number of positions of a model's decoder, None if its config does not say it."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
 def check_rows(
     dataset: Dataset | IterableDataset,
     processor,

@@ -15,11 +15,12 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from vtlmm.data.data_report import Problem
+from vtlmm.data.encoding import position_limit
 from vtlmm.data.environment import package_versions
 from vtlmm.data.output_files import one_writer, require_other_place
 from vtlmm.data.rows import load_rows
 from vtlmm.data.setting_values import require_batch_size, require_integers
-from vtlmm.data.validation import check_rows, position_limit
+from vtlmm.data.validation import check_rows
 from vtlmm.inference.batch_inputs import VisionFeatures
 from vtlmm.inference.generation import conversation, generate_answers
 from vtlmm.inference.prompt_encoding import Prompt

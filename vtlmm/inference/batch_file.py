@@ -10,12 +10,13 @@ from typing import Any, Literal
 from datasets import Dataset
 from PIL import Image
 
+from vtlmm.data.encoding import position_limit
 from vtlmm.data.images import image_key, open_image
 from vtlmm.data.output_files import one_writer, require_other_place
 from vtlmm.data.questions import split_questions
 from vtlmm.data.rows import load_rows, undecoded_images
 from vtlmm.data.setting_values import require_batch_size, require_integers
-from vtlmm.data.validation import check_rows, position_limit
+from vtlmm.data.validation import check_rows
 
 from .resumable import answer_all, digest, open_run, run_key
 

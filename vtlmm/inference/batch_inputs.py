@@ -6,8 +6,8 @@ from collections.abc import Callable, MutableMapping
 
 import torch
 
+from vtlmm.data.encoding import position_limit
 from vtlmm.data.images import MAX_IMAGE_PIXELS, ImageSource, limit_aspect_ratio, open_image
-from vtlmm.data.validation import position_limit
 
 from .prompt_encoding import Prompt, encode_prompt
 

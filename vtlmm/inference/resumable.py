@@ -10,10 +10,10 @@ from typing import Any, Literal
 from accelerate.utils import find_executable_batch_size
 from tqdm.auto import tqdm
 
+from vtlmm.data.encoding import position_limit
 from vtlmm.data.json_files import read_json, require_type
 from vtlmm.data.output_files import json_text, write_json
 from vtlmm.data.row_checker import image_tokens_per_image
-from vtlmm.data.validation import position_limit
 from vtlmm.hub.weights_digest import weights_digest
 
 from .batch_inputs import VisionFeatures

@@ -9,8 +9,8 @@ import pydantic_core
 from PIL import Image
 from pydantic import ValidationError
 
+from vtlmm.data.encoding import position_limit
 from vtlmm.data.images import ImageError
-from vtlmm.data.validation import position_limit
 from vtlmm.inference.batch_inputs import VisionFeatures, image_inputs, image_pixels
 from vtlmm.inference.generation import build_prompt
 from vtlmm.inference.prompt_encoding import Prompt, encode_prompt
