@@ -227,7 +227,8 @@ def count_tokens(processor, rendered: "list[Rendered]", require_marks: bool = Tr
     """Return the counts of what [`encode_conversations`] returns for the texts. See [`encodes_in_batches`]."""
     tokenizer = processor.tokenizer
     counts = TokenCounts(*(np.zeros(len(rendered), dtype=np.int64) for _ in TokenCounts._fields))
-    has_bos = np.array([starts_with_bos(tokenizer, one.text) for one in rendered], dtype=bool)
+    bos = tokenizer.bos_token  # a slow property, see `starts_with_bos`
+    has_bos = np.array([bool(bos) and one.text.startswith(bos) for one in rendered], dtype=bool)
     for add_special_tokens in (True, False):
         positions = np.flatnonzero(has_bos != add_special_tokens)
         if not len(positions):
@@ -311,16 +312,7 @@ def _check_bos(tokenizer, text: str, messages: list[dict]) -> None:
     texts = [part.get("text") or "" for parts in contents if isinstance(parts, list) for part in parts]
     if any(bos in one for one in [*texts, *(content for content in contents if isinstance(content, str))]):
         raise ValueError(f"the BOS token {bos!r} occurs in the text of a message. Remove it")
-    check_start(tokenizer, text)
-
-
-def check_start(tokenizer, text: str) -> None:
-    """
-    Raises:
-        `ValueError`: if a rendered conversation starts with two BOS tokens.
-    """
-    bos = tokenizer.bos_token
-    if bos and bos != tokenizer.eos_token and text.startswith(bos + bos):
+    if text.startswith(bos + bos):
         raise ValueError(f"the chat template writes the BOS token {bos!r} twice. Remove one of them")
 
 
