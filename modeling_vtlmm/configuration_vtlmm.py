@@ -31,8 +31,8 @@ class VTLMMConfig(PreTrainedConfig):
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a Llama of the 7B shape):
             The decoder.
         image_token_id (`int`, *optional*, defaults to 32000):
-            Id of the image token, the placeholder for one image feature in `input_ids`. It may be greater than the
-            ids of the decoder's vocabulary. The image token then has no embedding and no logit.
+            Id of the image token, the placeholder for one image feature in `input_ids`. It may be outside
+            the decoder's vocabulary. The image token then has no embedding and no logit.
         image_seq_length (`int`, *optional*, defaults to 576):
             Number of image tokens per image.
         projector_type (`str`, *optional*, defaults to `"mlp2x_gelu"`):
@@ -47,7 +47,7 @@ class VTLMMConfig(PreTrainedConfig):
             Index of the tower's hidden states that become image features. With a list, the layers are concatenated.
             Must be -1 for a convolutional tower, which uses its last feature map.
         vision_hidden_size (`int`, *optional*):
-            Number of channels of the image features before the projector, summed over the selected layers. Only
+            Number of channels of the vision features, the projector's input, summed over the selected layers. Only
             needed if `vision_config` has no `hidden_size` or `hidden_sizes`.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether `lm_head` shares the input embedding matrix. Set to `True` if `text_config` is tied.
@@ -56,7 +56,7 @@ class VTLMMConfig(PreTrainedConfig):
             `"attention"` (across the patches of one image).
         visual_vocab_size (`int`, *optional*, defaults to the decoder's vocabulary size):
             Vocabulary size of a visual token. A visual token is a distribution over the first `visual_vocab_size`
-            tokens of the decoder's vocabulary. Smaller than the decoder's vocabulary if that has added rows.
+            tokens of the decoder's vocabulary. Smaller than the decoder's vocabulary if that was extended.
         use_pseudo_image_features (`bool`, *optional*, defaults to `False`):
             Whether pseudo image features (visual tokens × input embeddings) replace the image features at the
             decoder's input, in training and generation.
@@ -126,7 +126,7 @@ class VTLMMConfig(PreTrainedConfig):
 
     @property
     def vision_feature_size(self) -> int:
-        """Return the number of channels of the image features before the projector."""
+        """Return the number of channels of the vision features, the projector's input."""
         if self.vision_hidden_size is not None:
             return self.vision_hidden_size
         for name in ("hidden_size", "hidden_sizes"):

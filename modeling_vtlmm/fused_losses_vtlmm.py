@@ -1,9 +1,10 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """The losses of `losses_vtlmm` computed in chunks of rows, without an (N, V) tensor in memory.
 
-For both losses the gradient with respect to the logits is softmax(logits) − target, which is known in the forward. For
-each chunk, the forward computes the logits, the loss, and the gradients of the features and of the weight. The next
-chunk overwrites the logits. The backward only multiplies the stored gradients by the incoming gradient.
+For both losses the gradient with respect to the logits is softmax(logits) − target, which is known in the forward
+pass. For each chunk, the forward pass computes the logits, the loss, and the gradients of the features and of the
+weight. The next chunk overwrites the logits. The backward pass only multiplies the stored gradients by the incoming
+gradient.
 
 Related implementations: TRL's chunked divergence, flash-linear-attention's FusedKLDivLoss, Liger's fused losses,
 Apple's CCE.
@@ -24,9 +25,9 @@ from .losses_vtlmm import accumulation_dtype, pseudo_image_features, visual_loss
 
 
 # Maximum number of rows of a chunk. The chunks of a call have nearly equal sizes, since each chunk reads and writes a
-# (V, D) gradient. Below about 700 rows, a GPU needs longer to add to the float32 (V, D) gradient than for the product.
+# (V, D) gradient. Below about 700 rows, a GPU spends more time on adding to this gradient than on the product.
 ROWS_PER_CHUNK = 1024
-# On a CPU the (C, V) logits dominate the memory. With fewer rows the products are slower (G W by 25 % at 144 rows).
+# On a CPU the (C, V) logits dominate the memory. With fewer rows the products are slower (G W: 25 % at 144 rows).
 ROWS_PER_CHUNK_CPU = 192
 # A block of logits should fit into the cache of each thread (4 rows of 32000 tokens in float32 are 0.5 MB).
 LOGITS_PER_BLOCK_AND_THREAD_CPU = 2**17

@@ -41,9 +41,8 @@ class VTLMMGenerationMixin(GenerationMixin):
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Repeat the images of each row as a group, for beam search and several samples per prompt."""
-        pixel_values = model_kwargs.pop(
-            "pixel_values", None
-        )  # None since transformers 5.24, which encodes them before
+        # None since transformers 5.24, which encodes the images before this call
+        pixel_values = model_kwargs.pop("pixel_values", None)
         if pixel_values is not None and expand_size > 1:
             prompt_ids = input_ids if input_ids.shape[1] else None  # empty if the prompt is given as `inputs_embeds`
             patches = self.model.get_image_token_mask(prompt_ids, model_kwargs.get("inputs_embeds")).sum(-1)

@@ -34,7 +34,7 @@ def select_vision_features(outputs, config: VTLMMConfig) -> torch.Tensor:
     if outputs.last_hidden_state.ndim == 4:  # convolutional: (num_images, channels, height, width)
         return outputs.last_hidden_state.flatten(2).transpose(1, 2)
     features = torch.cat([outputs.hidden_states[layer] for layer in config.vision_feature_layers], dim=-1)
-    # CODEPATH: "default" for CLIP and DINOv2, "full" for SigLIP, which has no CLS position.
+    # "default" for CLIP and DINOv2, "full" for SigLIP, which has no CLS position.
     if config.vision_feature_select_strategy == "default":
         features = features[:, 1 + getattr(config.vision_config, "num_register_tokens", 0) :]
     return features
@@ -51,8 +51,8 @@ def require_input_gradient(decoder: nn.Module, arguments: tuple, kwargs: dict) -
     """
     Forward pre-hook: make the decoder's input embeddings require a gradient if a parameter of the decoder does.
 
-    Reentrant checkpointing returns no gradients for adapters without it. transformers hooks the embeddings of every
-    submodule instead, so that a frozen tower or decoder would store activations for a backward pass. The check runs
+    Without this hook, reentrant checkpointing returns no gradients for adapters. The hook of transformers is on the
+    embeddings of every submodule, so a frozen tower or decoder would store activations. The check runs
     at each forward pass because PEFT calls `enable_input_require_grads` before it adds the adapter.
     """
     inputs_embeds = kwargs.get("inputs_embeds")
@@ -67,7 +67,7 @@ def gathered_weight(module: nn.Module) -> torch.Tensor:
     Return the complete `module.weight` for use outside `module.forward`.
 
     FSDP2 and accelerate's offloading load a module's weight when its forward is called. FSDP2 frees the weight after
-    the backward. `full_tensor()` would lose its gradient.
+    the backward pass. `full_tensor()` would cut the gradient to the weight.
     """
     if hasattr(module, "unshard"):  # FSDP2
         cast(Any, module).unshard()
@@ -165,7 +165,7 @@ def image_predictions(
     vm_head: VTLMMVisualHead, outputs: VTLMMModelOutputWithPast, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Return the features and the weight whose product are the visual logits of some patches.
+    Return the features and the weight whose product is the visual logits of some patches.
 
     Args:
         vm_head ([`VTLMMVisualHead`]): the VM head, or a candidate for it.

@@ -2,8 +2,8 @@
 """The losses of VT-LMM (arXiv 2403.07720), one plain-torch function per equation.
 
 These functions are the reference. The functions of `fused_losses_vtlmm` compute the same values with less memory and
-are tested against them. All losses are *sums* in nats. The caller divides them by the number of tokens, because the
-paper's mean runs over all tokens of an optimizer step, across gradient accumulation and processes.
+are tested against them. All losses are *sums* in nats. The caller divides them by the number of tokens of
+the optimizer step, across gradient accumulation and processes, since a mean of means would weight tokens differently.
 
 Shapes: B batch, S sequence, N rows (positions that a loss covers), V vocabulary, D hidden size.
 """
@@ -92,7 +92,7 @@ def text_labels(labels: torch.Tensor, image_token_id: int, vocab_size: int) -> t
         vocab_size (`int`): number of rows of `lm_head`.
 
     Raises:
-        `ValueError`: if another id is not −100 and not in the vocabulary. Checked for tensors on a CPU only, because
+        `ValueError`: if any other id is neither −100 nor in the vocabulary. Checked for tensors on a CPU only, because
             the check would synchronize a GPU. On a GPU the loss kernel reports an index error.
     """
     labels = labels.masked_fill(labels == image_token_id, -100)
@@ -115,14 +115,15 @@ def predicted_positions(
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
-    Return the tokens of `token_mask` with a left neighbor in the same row, which predicts them.
+    Return a mask of the tokens of `token_mask` that have a left neighbor in the same row, which predicts them.
 
     The visual loss covers the image tokens at these positions. Excluded are the first position of a row, a position
     whose left neighbor is padding, and the first position of a packed row, where `position_ids` restarts at 0.
 
     Args:
         token_mask (`torch.BoolTensor` of shape `(B, S)`): candidate targets, e.g. the image tokens.
-        attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 on padding.
+        attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 on padding. A mask of another shape is
+            not used.
         position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): positions, with a restart at each packed row.
 
     Returns:

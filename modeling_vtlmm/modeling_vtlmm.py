@@ -91,7 +91,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
             outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
             vision_features = select_vision_features(outputs, self.config)
         decoder_input = image_features = self.multi_modal_projector(vision_features)
-        # CODEPATH: pseudo image features replace the image features here. The released vwPifLlama models use them.
+        # Pseudo image features replace the image features here. The paper's released vwPifLlama models use them.
         if self.config.use_pseudo_image_features:
             decoder_input = self.get_pseudo_image_features(image_features)
         return VTLMMImageFeaturesOutput(
@@ -199,7 +199,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the input embeddings. At the image tokens, the image features replace them later."""
-        # CODEPATH: an image token outside the vocabulary has no embedding, so token 0 takes its place.
+        # An image token outside the vocabulary has no embedding, so token 0 takes its place.
         if self.config.image_token_id >= self.config.text_config.vocab_size:
             input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
         return self.get_input_embeddings()(input_ids)

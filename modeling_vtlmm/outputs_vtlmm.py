@@ -18,7 +18,8 @@ class VTLMMImageFeaturesOutput(BaseModelOutputWithPooling):
     """
     Output of the vision tower and the projector.
 
-    Only the layers that `vision_feature_layer` selects are computed. With -2, the last layer is skipped, so
+    Layers above the highest one of `vision_feature_layer` are skipped where the tower allows it. With -2, the last
+    layer is skipped, so
     `last_hidden_state` and `hidden_states[-1]` equal the output of the layer before, and `attentions` has no entry for
     the skipped layer.
 

@@ -65,7 +65,7 @@ class VTLMMPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
-        Load a model as the base class does, but reject a checkpoint with missing tensors.
+        Load a model as the base class does. Missing tensors are an error unless `output_loading_info` is set.
 
         By default, bitsandbytes quantizes the decoder only (see `UNQUANTIZED_MODULES`).
 

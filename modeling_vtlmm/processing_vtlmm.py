@@ -25,8 +25,8 @@ class VTLMMProcessor(ProcessorMixin):
             `"default"` drops one additional position (CLS).
         chat_template (`str`, *optional*): Jinja template for conversations.
         image_token (`str`, *optional*, defaults to `"<image>"`): placeholder for an image.
-        num_additional_image_tokens (`int`, *optional*, defaults to 0): number of positions of the vision tower that
-            are not patches (1 for CLIP, which has a CLS position).
+        num_additional_image_tokens (`int`, *optional*, defaults to 0): 1 for a vision tower with a CLS
+            position, else 0. Register positions do not count: the model drops them together with CLS.
 
     Raises:
         `ValueError`: if the tokenizer splits `image_token` into several tokens.

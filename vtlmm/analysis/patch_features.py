@@ -73,7 +73,7 @@ def read_patches(model, processor, images: list[Image.Image]) -> Patches:
     norm = getattr(model.model.language_model, "norm", None)
     layers = {}
     for layer, states in enumerate(outputs.hidden_states[:-1]):
-        # CODEPATH: if the decoder's last norm has another name, only the last layer can be read
+        # If the decoder's last norm has another name, only the last layer can be read
         if norm is not None:
             layers[layer] = norm(states[mask]).view(shape)
     layers[last] = outputs.last_hidden_state[mask].view(shape)
