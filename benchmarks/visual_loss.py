@@ -22,6 +22,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from loss_products import (
+    pseudo_feature_products,
+    pseudo_feature_products_in_chunks,
+    visual_loss_products,
+    visual_loss_products_in_chunks,
+)
 from measuring import machine, milliseconds, peak_bytes, ratio
 
 from modeling_vtlmm.fused_losses_vtlmm import (
@@ -39,6 +45,7 @@ STAGES = {"visual_head": "III", "joint": "IV"}
 PROMPT_TOKENS, IMAGE_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 35, 576, 25, 100
 SEQUENCE_TOKENS = PROMPT_TOKENS + IMAGE_TOKENS + QUESTION_TOKENS + ANSWER_TOKENS
 PLAIN, OURS, PRODUCTS = "masked, plain autograd", "ours", "matrix products alone"
+CHUNKED = "matrix products of ours, in chunks"
 DEFINITION = "our definition, plain autograd"
 NAMED = "masked, plain autograd, logits named"
 
@@ -165,16 +172,10 @@ def compare_visual_loss(data, stage):
         inputs = (weight, student) if joint else (weight,)
         return step(lambda w, x=student: function(x, w) / data.num_rows, inputs)
 
-    def products():
-        logits = torch.mm(student, weight.t())
-        del logits
-        gradient = torch.mm(teacher, teacher_weight.t())
-        if joint:
-            torch.mm(gradient, weight)
-        torch.mm(gradient.t(), student)
-
+    inputs = student, weight, teacher, teacher_weight, joint
     implementations = {
-        PRODUCTS: products,
+        PRODUCTS: lambda: visual_loss_products(*inputs),
+        CHUNKED: lambda: visual_loss_products_in_chunks(*inputs),
         PLAIN: weight_first(lambda x, w: masked_loss_sum(x, w, teacher, teacher_weight)),
         NAMED: weight_first(lambda x, w: named_loss_sum(x, w, teacher, teacher_weight)),
         DEFINITION: weight_first(lambda x, w: visual_loss_sum(x, w, teacher, teacher_weight)),
@@ -234,12 +235,6 @@ def compare_stage_iv_loss(data):
 def compare_pseudo_image_features(data):
     inputs = data.vm_weight, data.image_features, data.embeddings
 
-    def products():
-        for _ in range(2):  # each of the two products of the forward has two gradients
-            logits = torch.mm(data.image_features, data.vm_weight.t())
-            torch.mm(logits, data.embeddings)
-            torch.mm(logits.t(), data.image_features)
-
     def implementation(function):
         return step(lambda weight, features, embeddings: function(features, weight, embeddings), inputs, data.upstream)
 
@@ -252,8 +247,10 @@ def compare_pseudo_image_features(data):
             values[-1] = values[-1].detach()
         return [torch.cat(values), weight.grad, features.grad, embeddings.grad]
 
+    tensors = data.image_features, data.vm_weight, data.embeddings
     implementations = {
-        PRODUCTS: products,
+        PRODUCTS: lambda: pseudo_feature_products(*tensors),
+        CHUNKED: lambda: pseudo_feature_products_in_chunks(*tensors),
         PLAIN: implementation(pseudo_image_features),
         OURS: implementation(fused_pseudo_image_features),
     }
@@ -328,7 +325,7 @@ def table(comparison):
             cells.append("{median:.2f} ({min:.2f}–{max:.2f})".format(**result[key]))
         result["share_of_products"] = 1 / result["time_to_products"]["median"]
         cells.append(f"{result['share_of_products']:.0%}")
-        if name == PRODUCTS:
+        if name in (PRODUCTS, CHUNKED):
             cells += ["–", "–", "–"]
         else:
             result["peak_to_plain"] = result["peak_bytes"] / results[PLAIN]["peak_bytes"]
@@ -348,6 +345,7 @@ def parse_arguments():
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="visual_head: III, joint: IV")
     parser.add_argument("--rounds", type=int, help="cpu: 5, cuda: 20")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (1: measure CPU time)")
+    parser.add_argument("--short", action="store_true", help="only ours, plain autograd and the matrix products")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
     defaults = {"dtype": "float32", "rows": 1152, "hidden_size": 1024, "rounds": 5}
@@ -376,6 +374,9 @@ def main():
     settings = {name: value for name, value in vars(arguments).items() if name != "json"}
     report = {"machine": where, "arguments": settings, "comparisons": {}}
     for comparison in comparisons:
+        if arguments.short:
+            kept = comparison.implementations.keys() & {PRODUCTS, CHUNKED, PLAIN, OURS}
+            comparison.implementations = {k: v for k, v in comparison.implementations.items() if k in kept}
         measure(comparison, data.device, arguments.rounds)
         print(f"\n{table(comparison)}", flush=True)
         report["comparisons"][comparison.title] = comparison.results

@@ -89,7 +89,7 @@ def test_out_of_memory_error_is_not_a_compile_failure(monkeypatch):
         fused._run("definition", lambda *_: "in blocks", SimpleNamespace(is_cuda=True))
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 191, 192, 193, 300, 1152])
+@pytest.mark.parametrize("num_rows", [0, 1, 287, 288, 289, 600, 1152])
 def test_chunks_are_even_and_cover_every_row(num_rows):
     features = torch.empty(num_rows, 1)
     chunks = [len(features[rows]) for rows in fused._chunks(features)]
