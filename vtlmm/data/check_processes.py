@@ -4,7 +4,9 @@
 import os
 import pickle
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from datasets.utils import tqdm
 from multiprocess import Pool
@@ -40,7 +42,17 @@ class BlockChecker:
         dataset = pickle.loads(self.pickled) if is_file else self.dataset
         stop = min(start + self.num_rows, len(dataset))
         parts = [(first, min(first + ROWS_PER_BATCH, stop)) for first in range(start, stop, ROWS_PER_BATCH)]
-        return pa.concat_tables([self.checker.check_table(dataset[first:last]) for first, last in parts])
+        return _with_one_unknown([self.checker.check_table(dataset[first:last]) for first, last in parts])
+
+
+def _with_one_unknown(tables: list[pa.Table]) -> pa.Table:
+    """Return the tables as one, with the first of the unknown answers. The report shows one of all rows."""
+    table = pa.concat_tables(tables).combine_chunks()
+    texts = table["unknown_answer"]
+    is_first = np.zeros(len(table), dtype=bool)
+    is_first[int(np.argmax(pc.not_equal(texts, "").to_numpy()))] = True
+    column = table.column_names.index("unknown_answer")
+    return table.set_column(column, table.field(column), pc.if_else(pa.array(is_first), texts, ""))
 
 
 def check_blocks(dataset: Dataset, checker: RowChecker, num_proc: int) -> list[pa.Table]:
@@ -52,7 +64,7 @@ def check_blocks(dataset: Dataset, checker: RowChecker, num_proc: int) -> list[p
 
         def collect(results) -> None:
             for table in results:
-                tables.append(table.combine_chunks())
+                tables.append(table)
                 progress.update(len(table))
 
         if num_proc == 1:

@@ -25,12 +25,12 @@ from .text_processor import TextProcessor
 
 RESULT_FEATURES = Features(
     {
-        "length": Value("int64"),
-        "num_supervised_tokens": Value("int64"),
-        "num_images": Value("int64"),
-        "num_answers": Value("int64"),
+        "length": Value("int32"),
+        "num_supervised_tokens": Value("int32"),
+        "num_images": Value("int32"),
+        "num_answers": Value("int32"),
         "unknown_answer": Value("string"),
-        "num_unknown_answers": Value("int64"),
+        "num_unknown_answers": Value("int32"),
         "problems": List(
             {"kind": Value("string"), "detail": Value("string"), "image": Value("string"), "value": Value("int64")}
         ),

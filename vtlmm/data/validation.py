@@ -65,15 +65,17 @@ def check_rows(
         rows = tqdm(dataset, desc="Checking rows")
         tables = [rows_table(checker.check(batch), RESULT_FEATURES) for batch in batches(rows)]
     else:
-        dataset = dataset.cast_column("images", List(Image(decode=False)))
         tables = _check_shares(dataset, checker, num_proc)
     if not sum(map(len, tables)):
         raise ValueError("There are no rows. Check dataset, dataset_split and max_rows.")
     report = make_report(pa.concat_tables(tables), max_length, max_positions)
-    good = next(iter(report.good_rows), None)
+    bad_rows = {problem.row for problem in report.problems}
+    good = next((row for row in range(report.num_rows) if row not in bad_rows), None)
     if good is not None and require_marks:
-        row = next(iter(dataset.skip(good)))
-        report.sample = mark_supervised(processor, row)
+        first = dataset.skip(good).take(1)
+        # A cast of all rows would read the whole file
+        first = first if isinstance(first, IterableDataset) else first.cast_column("images", List(Image(decode=False)))
+        report.sample = mark_supervised(processor, next(iter(first)))
     return report
 
 
