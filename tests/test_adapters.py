@@ -1,16 +1,13 @@
 # Copyright 2026 The VT-LMM authors. Licensed under the Apache License, Version 2.0.
 """LoRA, DoRA and quantized bases: quantized layers, trainable parameters, saved files, and resuming."""
 
-import json
-import subprocess
-import sys
-import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.adapter_settings import ADAPTERS, DECODER_LINEARS, LORA, QLORA, QUANTIZED
-from helpers.processes import environment
+from helpers.forked import train_until_kill
 from helpers.training import write_start
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
@@ -249,40 +246,16 @@ def test_paged_optimizers_need_cuda(tmp_path):
 
 RESUMED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "train_sampling_strategy": "random"}
 KINDS = {"lora": {**LORA, **RESUMED}, "qlora": {**QLORA, **RESUMED}}
-KILLED = textwrap.dedent(
-    """
-    import json, os, signal, sys
-    from transformers import TrainerCallback
-    import conftest
-    from vtlmm.train.stage_runner import build_trainer
-
-    class Kill(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    ends = []
-    for settings in json.loads(sys.argv[1]):
-        process = os.fork()  # spares the imports
-        if process == 0:
-            trainer = build_trainer(settings)
-            trainer.add_callback(Kill())
-            trainer.train()
-            os._exit(0)
-        ends.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
-    print(ends)
-    """
-)
 
 
 @pytest.fixture(scope="module")
 def killed(settings, tmp_path_factory):
     """Return, for each kind, the folder of a run that SIGKILL stopped one step after its checkpoint."""
     folders = {kind: tmp_path_factory.mktemp("killed") for kind in KINDS}
-    runs = [{**settings, **KINDS[kind], "output_dir": str(folder)} for kind, folder in folders.items()]
-    command = [sys.executable, "-c", KILLED, json.dumps(runs)]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert result.stdout.splitlines()[-1] == "[-9, -9]", result.stderr[-3000:]
+    for kind, folder in folders.items():
+        options = {**settings, **KINDS[kind], "output_dir": str(folder)}
+        log = tmp_path_factory.mktemp("log") / "log.txt"
+        assert train_until_kill(partial(build_trainer, options), 3, log) == -9, log.read_text()[-3000:]
     return folders
 
 

@@ -4,12 +4,12 @@
 import csv
 import fcntl
 import json
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 
 import pytest
 from helpers.evaluation import (  # noqa: F401 - fixtures
@@ -21,6 +21,7 @@ from helpers.evaluation import (  # noqa: F401 - fixtures
     save_model,
     work,
 )
+from helpers.forked import fork, wait, wait_until
 from helpers.tiny_models import build_processor
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
@@ -32,28 +33,12 @@ from vtlmm.evaluation.runner import LOCK_FILE, SHUFFLED_FILE, evaluate
 from vtlmm.evaluation.samples_page import NUM_SAMPLES, SHUFFLED_COLUMNS, samples_page
 from vtlmm.evaluation.scorers import accuracy_by_kind
 from vtlmm.hub.export_llava import export_to_llava
+from vtlmm.inference import resumable
 from vtlmm.inference.generation import answer
 from vtlmm.inference.loading import load_model
 
 
 FILES = ("run.json", "answers.jsonl", SHUFFLED_FILE, "results.json", "results.csv", SAMPLES_FILE)
-# `vtlmm eval` that waits before each batch, so that a test can kill it between two batches
-SLOW_EVAL = """
-import sys, time
-import torch
-torch.set_num_threads(1)
-from vtlmm.cli.main import main
-from vtlmm.inference import resumable
-
-generate_batch = resumable.generate_batch
-
-def slow_batch(*args, **kwargs):
-    time.sleep(0.1)
-    return generate_batch(*args, **kwargs)
-
-resumable.generate_batch = slow_batch
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def read_files(folder) -> dict[str, bytes]:
@@ -70,18 +55,23 @@ def test_batch_size_does_not_change_answers(work, finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_run_resumes_to_the_same_files(work, finished, tmp_path):
+def test_killed_run_resumes_to_the_same_files(work, finished, tmp_path, monkeypatch):
     """SIGKILL between two batches, then as if it had come while a line was written."""
-    command = [sys.executable, "-c", SLOW_EVAL, *arguments(work, tmp_path / "out", "--batch-size", "1")]
-    answers, deadline = tmp_path / "out" / "answers.jsonl", time.monotonic() + 180
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            while not (answers.is_file() and answers.read_bytes().count(b"\n") >= 2):
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.01)
-        finally:
-            process.kill()  # also after a failed assertion: nothing may wait for this process
-    assert process.returncode == -signal.SIGKILL
+    generate_batch = resumable.generate_batch
+
+    def slow_batch(*args, **kwargs):
+        time.sleep(0.1)
+        return generate_batch(*args, **kwargs)
+
+    answers, log = tmp_path / "out" / "answers.jsonl", tmp_path / "log.txt"
+    with monkeypatch.context() as patch:
+        patch.setattr(resumable, "generate_batch", slow_batch)
+        process = fork(partial(main, arguments(work, tmp_path / "out", "--batch-size", "1")), log)
+    try:
+        wait_until(lambda: answers.is_file() and answers.read_bytes().count(b"\n") >= 2, log)
+    finally:
+        os.kill(process, signal.SIGKILL)  # also after a failed assertion: nothing may wait for this process
+    assert wait(process) == -signal.SIGKILL
     done = answers.read_bytes()
     assert done.count(b"\n") < NUM_IMAGES * QUESTIONS_PER_IMAGE and not (tmp_path / "out" / "results.json").exists()
     answers.write_bytes(done + b'{"index": 1, "ans')

@@ -2,15 +2,16 @@
 """From a recipe or options to a trained folder, through the command line."""
 
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.forked import fork, wait, wait_until
 from helpers.tiny_models import build_config, build_processor
 from PIL import Image as PILImage
 from transformers import AutoProcessor
@@ -258,11 +259,19 @@ def test_an_existing_model_is_not_overwritten(recipe, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_second_process_is_refused(recipe, tmp_path, capsys):
-    code = "import sys; sys.path.insert(0, 'tests'); from vtlmm.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "train", "--config", str(recipe)]
-    with lock_output(tmp_path / "out"):
-        result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1 and "Another process is writing to" in result.stderr
+    def hold():
+        with lock_output(tmp_path / "out"):
+            (tmp_path / "held").touch()
+            time.sleep(600)
+
+    process = fork(hold, tmp_path / "log.txt")
+    try:
+        wait_until((tmp_path / "held").exists, tmp_path / "log.txt")
+        assert train(recipe) == 1
+        assert f"Another process is writing to {tmp_path}/out (process {process} on" in capsys.readouterr().err
+    finally:
+        os.kill(process, signal.SIGKILL)
+    assert wait(process) == -signal.SIGKILL
     assert not (tmp_path / "out/model.safetensors").exists()
 
 

@@ -2,15 +2,12 @@
 """The trainer: exact normalization, trainable modules of each stage, resuming, logging."""
 
 import dataclasses
-import subprocess
-import sys
-import textwrap
 import time
 
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.processes import environment
+from helpers.forked import train_until_kill
 from helpers.tiny_models import build_processor
 from helpers.training import assert_same_update, build_rows, build_trainer, update, weights
 from safetensors.torch import load_file
@@ -204,22 +201,6 @@ def test_logged_values_are_exact_means(tmp_path):
 
 RESUMED = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-2}
 RESUMED |= {"per_device_train_batch_size": 2, "lr_scheduler_type": "cosine", "train_sampling_strategy": "random"}
-KILLED = textwrap.dedent(
-    """
-    import os, signal, sys
-    from helpers.training import build_trainer
-    from transformers import TrainerCallback
-
-    class Kill(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    trainer = build_trainer(sys.argv[1], **SETTINGS)
-    trainer.add_callback(Kill())
-    trainer.train()
-    """
-)
 
 
 @pytest.mark.slow
@@ -227,9 +208,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     """SIGKILL stops stage IV two steps after a checkpoint."""
     whole = build_trainer(tmp_path / "whole", **RESUMED)
     whole.train()
-    code = KILLED.replace("SETTINGS", repr(RESUMED))
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "killed")], env=environment(), timeout=300)
-    assert result.returncode == -9
+    assert train_until_kill(lambda: build_trainer(tmp_path / "killed", **RESUMED), 5, tmp_path / "log.txt") == -9
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-3"]
     resumed = build_trainer(tmp_path / "killed", **RESUMED)
     resumed.train(resume_from_checkpoint=True)

@@ -2,10 +2,13 @@
 """Run a function in a forked process, which does not import torch again."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from transformers import Trainer, TrainerCallback
 
 
 def fork(function: Callable[[], int], log: Path) -> int:
@@ -33,6 +36,29 @@ def wait_until(condition: Callable[[], object], log: Path, seconds: float = 60) 
     while not condition():
         assert time.monotonic() < end, log.read_text()[-3000:]
         time.sleep(0.01)
+
+
+class Kill(TrainerCallback):
+    """Send SIGKILL to the own process after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_kill(build: Callable[[], Trainer], step: int, log: Path) -> int:
+    """Build a trainer in a process that is killed after `step`, and train. Return the exit code."""
+
+    def train() -> int:
+        trainer = build()
+        trainer.add_callback(Kill(step))
+        trainer.train()
+        return 0
+
+    return wait(fork(train, log))
 
 
 def arguments(settings: dict) -> list[str]:
