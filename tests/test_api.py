@@ -74,11 +74,25 @@ def test_version_has_one_place():
 
 
 IMPORT_ALL = f"import vtlmm; print(vtlmm.__file__); [getattr(vtlmm, name) for name in {NAMES}]"
+# The checkout comes first on the path of `python -c` when it is the working directory, so remove it there.
+FIND_ALL = """
+import importlib.util, sys
+if "" in sys.path:
+    sys.path.remove("")
+import vtlmm
+print(*(importlib.util.find_spec(name).origin for name in ("vtlmm", *sorted(set(vtlmm._MODULES.values())))))
+"""
 
 
-@pytest.mark.slow
-def test_names_work_outside_the_checkout(tmp_path):
-    assert Path(run_python(IMPORT_ALL, tmp_path, ROOT).strip()) == ROOT / "vtlmm" / "__init__.py"
+def assert_modules_are_in(root: Path, folder: Path) -> None:
+    """Check where a process with the working directory `folder` finds the modules of the public names."""
+    found = [Path(path) for path in run_python(FIND_ALL, folder, root).split()]
+    assert found[0] == root / "vtlmm" / "__init__.py" and len(found) == 1 + len(set(vtlmm._MODULES.values()))
+    assert all(path.is_relative_to(root) for path in found), found
+
+
+def test_modules_are_found_outside_the_checkout(tmp_path):
+    assert_modules_are_in(ROOT, tmp_path)
 
 
 @pytest.mark.slow
@@ -98,8 +112,6 @@ def test_names_work_from_the_wheel(tmp_path):
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path / "site")
     assert not any(path.is_symlink() for path in (tmp_path / "site").rglob("*"))
-    # The checkout comes first on the path of `python -c` when it is the working directory, so remove it there.
-    inside = f"import sys; sys.path.remove(''); {IMPORT_ALL}"
-    for code, folder in ((IMPORT_ALL, tmp_path), (inside, ROOT)):
-        found = run_python(code, folder, tmp_path / "site").strip()
-        assert Path(found) == tmp_path / "site" / "vtlmm" / "__init__.py"
+    found = run_python(IMPORT_ALL, tmp_path, tmp_path / "site").strip()
+    assert Path(found) == tmp_path / "site" / "vtlmm" / "__init__.py"
+    assert_modules_are_in(tmp_path / "site", ROOT)
