@@ -263,6 +263,7 @@ def killed(settings, tmp_path_factory):
 def test_a_killed_run_resumes_to_the_same_weights(settings, killed, tmp_path, kind):
     assert [path.name for path in killed[kind].glob("checkpoint-*")] == ["checkpoint-2"]
     whole = run_training({**settings, **KINDS[kind], "output_dir": str(tmp_path)})
+    assert not [*tmp_path.glob("checkpoint-*/README.md")]  # PEFT's card names the local folder of the base
     options = {"output_dir": str(killed[kind]), "resume_from_checkpoint": True}
     resumed = run_training({**settings, **KINDS[kind], **options})
     assert resumed.state.global_step == 6 and trainable(resumed) == trainable(whole)

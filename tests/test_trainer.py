@@ -208,6 +208,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     """SIGKILL stops stage IV two steps after a checkpoint."""
     whole = build_trainer(tmp_path / "whole", **RESUMED)
     whole.train()
+    assert "| max_steps | 8 |" in (tmp_path / "whole" / "README.md").read_text()  # one card, at the end
     assert train_until_kill(lambda: build_trainer(tmp_path / "killed", **RESUMED), 5, tmp_path / "log.txt") == -9
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-3"]
     resumed = build_trainer(tmp_path / "killed", **RESUMED)

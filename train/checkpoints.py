@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
 from vtlmm.data.json_files import read_json
 
@@ -159,7 +159,10 @@ class SafeCheckpoints(Trainer):
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
             self.resumed_from = checkpoint
             with stop_at_step_end(self):
-                return super().train(checkpoint, *args, **kwargs)
+                output = super().train(checkpoint, *args, **kwargs)
+        if self.args.save_strategy != SaveStrategy.NO:
+            self.create_model_card()  # once, since its plot takes longer than a checkpoint of a small model
+        return output
 
     def _checkpoint_to_resume(self, resume: str | bool | None) -> str | None:
         """The checkpoint to resume from. The main process decides for all."""

@@ -13,7 +13,7 @@ from transformers.utils import PushInProgress
 from vtlmm.data.output_files import write_json
 from vtlmm.hub.model_card import write_card
 from vtlmm.hub.push import stage_files, upload_published_files
-from vtlmm.hub.repository import ADAPTER, ADAPTER_SETTINGS, RUN_RECORD, VTLMM, read_run_record
+from vtlmm.hub.repository import ADAPTER, ADAPTER_SETTINGS, CARD_FILE, RUN_RECORD, VTLMM, read_run_record
 
 from .run_record import run_entry
 
@@ -70,11 +70,18 @@ def _earlier_runs(name: str | None) -> list[dict[str, Any]]:
 
 
 def write_adapter_files(trainer: Any, folder: Path, name: str) -> None:
-    """Write next to an adapter what PEFT does not save: its changes of the base's config, and a card of the run."""
+    """
+    Write next to an adapter what PEFT does not save: its changes of the base's config, and a card of the run.
+
+    A checkpoint gets no card.
+    """
     config = trainer.model.config
     settings = {key: getattr(config, key) for key in ("use_pseudo_image_features", "vm_head_type")}
     write_json(folder / ADAPTER_SETTINGS, settings)
-    write_run_card(trainer, folder, name)
+    if trainer._staging:
+        (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's card names the local folder of the base
+    else:
+        write_run_card(trainer, folder, name)
 
 
 def base_name(model: PeftModel) -> str | None:

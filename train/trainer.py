@@ -386,8 +386,8 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
             write_adapter_files(self, folder, run_folder.name)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, license=None):
-        """Write the model card of the run so far, which `vtlmm push` replaces."""
-        if self.is_world_process_zero():
+        """Write the model card of the run so far, which `vtlmm push` replaces. Checkpoints have no card."""
+        if self.is_world_process_zero() and not self._staging:
             write_run_card(self, Path(self.args.output_dir or ""), model_name, dataset_name, tags, license)
 
     def _push_from_checkpoint(self, checkpoint_folder) -> None:
