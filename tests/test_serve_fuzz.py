@@ -109,9 +109,9 @@ def test_malformed_requests():
         start = resident_mib()
         for number in range(NUM_REQUESTS):
             content = random_body(rng)
-            started = time.monotonic()
+            started = time.process_time()  # of the client and the server
             reply = client.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
-            seconds = time.monotonic() - started
+            seconds = time.process_time() - started
             statuses[reply.status_code] += 1
             assert reply.status_code < 500, (number, content[:1000], reply.text)
             assert reply.status_code == 200 or reply.json()["error"]["message"]

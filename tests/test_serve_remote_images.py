@@ -86,7 +86,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(404 if self.path == "/missing" else 200)
         self.end_headers()
         if self.path == "/slow":
-            for _ in range(100):
+            for _ in range(400):
                 self.wfile.write(b"a")
                 self.wfile.flush()
                 time.sleep(0.05)
@@ -150,7 +150,7 @@ def test_slow_host(host, monkeypatch):
     started = time.monotonic()
     with pytest.raises(RequestError, match="cannot fetch the image"):
         image_bytes(f"{host}/slow", "url", SETTINGS)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10  # of 20 s
 
 
 def test_certificate_must_match_the_host(host, monkeypatch):
