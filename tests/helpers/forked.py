@@ -25,9 +25,16 @@ def fork(function: Callable[[], int], log: Path) -> int:
     return process
 
 
-def wait(process: int) -> int:
-    """Return the exit code of a process, negative after a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+def wait(process: int, seconds: float = 180) -> int:
+    """Return the exit code of a process, negative after a signal. Kill the process after `seconds`."""
+    end = time.monotonic() + seconds
+    while not (ended := os.waitpid(process, os.WNOHANG))[0]:
+        if time.monotonic() > end:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            raise TimeoutError(f"the forked process did not end within {seconds} s")
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 def wait_until(condition: Callable[[], object], log: Path, seconds: float = 60) -> None:
