@@ -5,6 +5,7 @@ Prints the outcomes as JSON for tests/test_push.py.
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -320,5 +321,6 @@ def session() -> None:
     refused(folder)
 
 
+gc.freeze()  # the imported modules
 session()
 print("FACTS" + json.dumps(FACTS))
