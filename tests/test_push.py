@@ -143,7 +143,7 @@ def test_gguf_files(facts):
     assert set(facts["files of gguf"]) == expected and facts["start of gguf"] == "GGUF"
     over_model = facts["gguf over model"]
     assert over_model["code"] == 1 and not any(over_model["commits"].values())
-    assert "somebody/whole contains a model for transformers. Push GGUF files to a repository" in over_model["error"]
+    assert "somebody/whole contains a model for transformers. Push GGUF files to a separate" in over_model["error"]
     card = ModelCard(facts["card of gguf"])
     assert card.data.library_name == "gguf" and card.data.license == "mit"
     assert 'hf_hub_download("somebody/gguf", "model-f16.gguf")' in card.text and "AutoModel" not in card.text
