@@ -2,6 +2,8 @@
 """The data check reports every kind of invalid row, how to fix it, and the token counts of the collator."""
 
 import json
+import os
+import signal
 from types import SimpleNamespace
 
 import datasets
@@ -14,7 +16,7 @@ from transformers import CLIPImageProcessorPil
 
 from vtlmm.cli.main import main
 from vtlmm.data.data_report import FIXES
-from vtlmm.data.row_checker import image_problems
+from vtlmm.data.row_checker import RowChecker, image_problems
 from vtlmm.data.rows import load_rows
 from vtlmm.data.validation import check_rows, checked_stream
 from vtlmm.train.collator import VTLMMCollator
@@ -174,6 +176,12 @@ def test_context_and_templates(folder, processor):
 def test_several_processes(folder, processor, report):
     again = check_rows(load(folder), processor, max_length=60, num_proc=2)
     assert again == report
+
+
+def test_a_killed_process_ends_the_check(folder, processor, monkeypatch):
+    monkeypatch.setattr(RowChecker, "check_table", lambda self, table: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ChildProcessError, match="A process that checks rows was killed"):
+        check_rows(load(folder), processor, max_length=60, num_proc=2)
 
 
 def test_more_processes_than_rows(folder, processor, monkeypatch):

@@ -3,13 +3,14 @@
 
 import os
 import pickle
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 from datasets.utils import tqdm
-from multiprocess import Pool
 
 from .arrow_rows import ROWS_PER_BATCH
 from .row_checker import RowChecker
@@ -56,7 +57,12 @@ def _with_one_unknown(tables: list[pa.Table]) -> pa.Table:
 
 
 def check_blocks(dataset: Dataset, checker: RowChecker, num_proc: int) -> list[pa.Table]:
-    """Return tables of `RESULT_FEATURES` for all rows of a dataset in the format `"arrow"`, in order."""
+    """
+    Return tables of `RESULT_FEATURES` for all rows of a dataset in the format `"arrow"`, in order.
+
+    Raises:
+        `ChildProcessError`: if a process was killed.
+    """
     num_rows = max(1, min(ROWS_PER_BLOCK, -(-len(dataset) // (4 * num_proc))))
     check, starts = BlockChecker(dataset, checker, num_rows), range(0, len(dataset), num_rows)
     tables = []
@@ -70,8 +76,15 @@ def check_blocks(dataset: Dataset, checker: RowChecker, num_proc: int) -> list[p
         if num_proc == 1:
             collect(map(check, starts))
         else:
-            with Pool(num_proc, initializer=_start_process, initargs=(check,)) as pool:
-                collect(pool.imap(_check_block, starts))
+            # `multiprocessing.Pool` would wait forever for the rows of a killed process.
+            with ProcessPoolExecutor(num_proc, initializer=_start_process, initargs=(check,)) as executor:
+                try:
+                    collect(executor.map(_check_block, starts))
+                except BrokenProcessPool:
+                    raise ChildProcessError(
+                        "A process that checks rows was killed, usually because the memory was full. Free memory, "
+                        "and start again."
+                    ) from None
     return tables
 
 
