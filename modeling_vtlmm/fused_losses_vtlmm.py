@@ -6,8 +6,7 @@ pass. For each chunk, the forward pass computes the logits, the loss, and the gr
 weight. The next chunk overwrites the logits. The backward pass only multiplies the stored gradients by the incoming
 gradient.
 
-Related implementations: TRL's chunked divergence, flash-linear-attention's FusedKLDivLoss, Liger's fused losses,
-Apple's CCE.
+Related: TRL's chunked divergence, flash-linear-attention's FusedKLDivLoss, Liger's fused losses, Apple's CCE.
 
 Shapes: N rows, C rows of a chunk, V vocabulary, D hidden size. G is the (C, V) gradient with respect to the logits.
 """
@@ -41,6 +40,7 @@ def next_patch_loss(
     teacher_weight: torch.Tensor,
     *,
     detach_teacher: bool = True,
+    row_losses: list | None = None,
     **kwargs,
 ) -> torch.Tensor:
     r"""
@@ -49,11 +49,11 @@ def next_patch_loss(
     Args:
         student_features, student_weight, teacher_features, teacher_weight: see [`visual_loss_sum`].
         detach_teacher (`bool`, *optional*, defaults to `True`): whether the teacher gets no gradient.
-        kwargs: arguments for other visual losses, not used here. See
-            [`VTLMMForConditionalGeneration.loss_sums`] for the list.
+        row_losses (`list`, *optional*): see [`fused_visual_loss_sum`]. Unchanged without `detach_teacher`.
+        kwargs: arguments for other visual losses; see [`VTLMMForConditionalGeneration.loss_sums`].
     """
-    visual_loss = fused_visual_loss_sum if detach_teacher else visual_loss_sum
-    return visual_loss(student_features, student_weight, teacher_features, teacher_weight)
+    arguments = student_features, student_weight, teacher_features, teacher_weight
+    return fused_visual_loss_sum(*arguments, row_losses) if detach_teacher else visual_loss_sum(*arguments)
 
 
 def fused_visual_loss_sum(
@@ -61,6 +61,7 @@ def fused_visual_loss_sum(
     student_weight: torch.Tensor,
     teacher_features: torch.Tensor,
     teacher_weight: torch.Tensor,
+    row_losses: list | None = None,
 ) -> torch.Tensor:
     r"""
     Return the summed visual loss L_vm = Σ_n KL(teacher_n ‖ student_n), as [`visual_loss_sum`] with a detached teacher.
@@ -73,6 +74,7 @@ def fused_visual_loss_sum(
             Student and teacher may differ in D and in dtype.
         student_weight, teacher_weight (`torch.Tensor` of shape `(V, D)`): weights of the two heads, which must have
             the same vocabulary.
+        row_losses (`list`, *optional*): gets the losses of the rows, a tensor of shape `(N,)` without a graph.
 
     Returns:
         `torch.Tensor` of shape `()`: the sum in nats, in float32 (float64 for float64). Without rows it is 0 and still
@@ -97,10 +99,12 @@ def fused_visual_loss_sum(
         teacher_logits = _multiply(teacher_features[rows], teacher_weight.t(), tile[: len(student_logits)])
         return _run(_divergence, _divergence_in_blocks, student_logits, teacher_logits, grad_dtype)
 
-    return _linear_loss_sum(student_features, student_weight, divergence)
+    return _linear_loss_sum(student_features, student_weight, divergence, row_losses)
 
 
-def fused_language_loss_sum(features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def fused_language_loss_sum(
+    features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, row_losses: list | None = None
+) -> torch.Tensor:
     r"""
     Return the summed language loss L_lm = −Σ_n log q_n[y_n] with q_n = softmax(W h_n), as [`language_loss_sum`].
 
@@ -110,6 +114,7 @@ def fused_language_loss_sum(features: torch.Tensor, weight: torch.Tensor, target
         features (`torch.Tensor` of shape `(N, D)`): hidden states h of the positions left of the targets.
         weight (`torch.Tensor` of shape `(V, D)`): weight W of `lm_head`.
         targets (`torch.LongTensor` of shape `(N,)`): target tokens y, without ignored positions.
+        row_losses (`list`, *optional*): see [`fused_visual_loss_sum`].
 
     Returns:
         `torch.Tensor` of shape `()`: the sum in nats, in float32 (float64 for float64). Without rows it is 0 and still
@@ -119,7 +124,7 @@ def fused_language_loss_sum(features: torch.Tensor, weight: torch.Tensor, target
     def cross_entropy(logits, rows, grad_dtype):
         return _run(_cross_entropy, _cross_entropy_in_blocks, logits, targets[rows], grad_dtype)
 
-    return _linear_loss_sum(features, weight, cross_entropy)
+    return _linear_loss_sum(features, weight, cross_entropy, row_losses)
 
 
 def fused_pseudo_image_features(
@@ -152,7 +157,7 @@ class _LinearLossSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, features, weight, chunk_loss):
+    def forward(ctx, features, weight, chunk_loss, row_losses):
         needs_features, needs_weight = ctx.needs_input_grad[:2]
         ctx.dtypes = features.dtype, weight.dtype
         features, weight = (tensor.to(_product_dtype(tensor)) for tensor in (features, weight))
@@ -179,6 +184,8 @@ class _LinearLossSum(torch.autograd.Function):
                 # Free G before the next chunk allocates its own.
                 del gradient
         ctx.gradients = grad_features, grad_weight
+        if row_losses is not None:
+            row_losses.append(losses)
         return losses.sum()
 
     @staticmethod
@@ -194,14 +201,14 @@ class _LinearLossSum(torch.autograd.Function):
             None if gradient is None else gradient.mul_(grad_output).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return grad_features, grad_weight, None
+        return grad_features, grad_weight, None, None
 
 
-def _linear_loss_sum(features, weight, chunk_loss):
+def _linear_loss_sum(features, weight, chunk_loss, row_losses):
     # `needs_input_grad` ignores no_grad, so evaluation would compute gradients without this detach.
     if not torch.is_grad_enabled():
         features, weight = features.detach(), weight.detach()
-    return _LinearLossSum.apply(features, weight, chunk_loss)
+    return _LinearLossSum.apply(features, weight, chunk_loss, row_losses)
 
 
 class _PseudoImageFeatures(torch.autograd.Function):

@@ -343,16 +343,18 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, VTLMMGenerationMixin):
         Returns:
             `dict`: with `labels`, `lm_loss` (nats) and `num_lm_targets`. With `visual_student`, `visual_loss` (the
             value of `visual_loss_function`), `num_visual_targets` and the sums of [`visual_token_statistics`] as
-            `visual_tokens`. A loss without targets is 0 and still has a graph.
+            `visual_tokens`. A loss without targets is 0 and still has a graph. `token_losses` has the single losses in
+            the order of the batch, as lists `lm` and `visual` of detached tensors `(N,)`, one for each VM head.
         """
-        sums: dict[str, Any] = {}
+        token_losses: dict[str, list] = {"lm": [], "visual": []}
+        sums: dict[str, Any] = {"token_losses": token_losses}
         hidden_states = cast(torch.Tensor, outputs.last_hidden_state)
         if labels is not None:
             targets = text_labels(labels, self.config.image_token_id, self.config.text_config.vocab_size)
             targets = targets[:, 1:].to(hidden_states.device)
             is_target = targets != -100
             sums["lm_loss"] = fused_language_loss_sum(
-                hidden_states[:, :-1][is_target], gathered_weight(self.lm_head), targets[is_target]
+                hidden_states[:, :-1][is_target], gathered_weight(self.lm_head), targets[is_target], token_losses["lm"]
             )
             sums["num_lm_targets"] = is_target.sum()
         if visual_student is not None:
@@ -369,6 +371,7 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, VTLMMGenerationMixin):
                 *teacher,
                 detach_teacher=detach_visual_teacher,
                 visual_student=visual_student,
+                row_losses=token_losses["visual"],
                 model=self,
                 outputs=outputs,
                 positions=positions,

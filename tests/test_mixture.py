@@ -32,7 +32,9 @@ def folder(tmp_path):
     for name, color in COLORS.items():
         (tmp_path / name).mkdir()
         Image.new("RGB", (28, 28), color).save(tmp_path / name / "image.png")
-        rows = [{"image": "image.png", "question": f"what {i} ?", "answer": f"{name} red"} for i in range(12)]
+        rows = [
+            {"image": "image.png", "question": f"what {i} ?", "answer": name + (i % 4 + 1) * " red"} for i in range(12)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
 
@@ -127,6 +129,44 @@ def test_a_resumed_stream_continues_the_mix(folder, processor, tmp_path):
     assert resumed.state.global_step == 4
     pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+    logged = [
+        {key: value for key, value in run.state.log_history[3].items() if key.startswith(("one_", "two_"))}
+        for run in (whole, resumed)
+    ]
+    assert logged[0] == logged[1] and logged[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"streaming": True, "per_device_train_batch_size": 5},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+        {"packing": True, "max_length": 60, "per_device_train_batch_size": 2, "stage": "visual_head"},
+    ],
+)
+def test_each_dataset_has_a_training_loss(folder, processor, tmp_path, settings):
+    settings = dict(settings)
+    streaming = settings.pop("streaming", False)
+    settings |= {"max_steps": 4 if streaming else -1, "num_train_epochs": 1}
+    settings |= {"logging_strategy": "epoch", "learning_rate": 0.0, "shuffle_dataset": True}
+    first, second = entries(folder)
+    mixture = [{**first, "max_rows": 6}, second]
+
+    def first_epoch(name, dataset_name):
+        config = DatasetConfig(dataset_name, dataset_streaming=streaming)
+        trainer = build_trainer(tmp_path / name, prepare_dataset(config, "train", processor, 60), **settings)
+        trainer.train()
+        return trainer.state.log_history[0]
+
+    together = first_epoch("both", mixture)
+    losses = [name for name in ("lm_loss", "visual_loss") if name in together]
+    assert len(losses) == (1 if "stage" in settings else 2)
+    for name, entry in zip(COLORS, mixture, strict=True):
+        alone = first_epoch(name, [entry])
+        for loss in losses:
+            assert together[f"{name}_{loss}"] == pytest.approx(alone[loss], rel=1e-6)
+            assert together[f"{name}_{loss}"] != pytest.approx(together[loss], rel=1e-4)
 
 
 @pytest.mark.slow

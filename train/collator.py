@@ -24,7 +24,8 @@ class VTLMMCollator:
         `dict`: `input_ids`, `attention_mask` and `labels` (-100 for tokens that are not supervised), each a
         `torch.LongTensor` of shape `(batch_size, sequence_length)`, and `pixel_values`, a `torch.FloatTensor` of shape
         `(num_images, 3, height, width)` in the order of the rows, if there are images. With a cache, it has
-        `vision_features` of shape `(num_images, num_patches, vision_feature_size)` instead, also without images.
+        `vision_features` of shape `(num_images, num_patches, vision_feature_size)` instead, also without images. Rows
+        of a mixture give `mixture_index` of shape `(batch_size, sequence_length)`, the dataset of each token.
 
     Raises:
         `ValueError`: if the chat template has no generation marks or no end-of-turn token, or a row is too long, has
@@ -56,6 +57,12 @@ class VTLMMCollator:
             image_inputs = {"pixel_values": pixel_values}
         encoded = [self._encode(row, tokens_per_image) for row in rows]
         batch = self._pad(encoded) if packs is None else self._pack(encoded, [len(pack) for pack in packs])
+        if "mixture_index" in rows[0]:
+            indices = torch.tensor([row["mixture_index"] for row in rows])
+            shape = batch["input_ids"].shape
+            positions = batch["position_ids"] if packs else torch.arange(shape[1]).expand(shape)
+            row_numbers = (positions == 0).flatten().cumsum(0).view(shape) - 1
+            batch["mixture_index"] = indices[row_numbers]
         return {**batch, **image_inputs}
 
     def _encode(self, row: dict, tokens_per_image: int) -> tuple[torch.Tensor, torch.Tensor]:

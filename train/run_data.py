@@ -6,7 +6,7 @@ import warnings
 from accelerate import PartialState
 from datasets import IterableDataset
 
-from vtlmm.data.mixture import mix_datasets
+from vtlmm.data.mixture import mix_datasets, with_mixture_index
 from vtlmm.data.validation import check_rows, checked_stream
 
 from .config import VTLMMTrainingConfig
@@ -23,17 +23,23 @@ def prepare_dataset(
 
     The training rows of a mixture are mixed with `seed`. Its test splits are a `dict` of datasets by name.
     """
-    limits = (processor, max_length, max_positions)
-    prepared = [(name, _prepare_part(part, split, *limits), weight) for name, part, weight in data.parts(split)]
+    parts = data.parts(split)
+    names = [name for name, _, _ in parts]
+    prepared = []
+    for index, (_, part, _) in enumerate(parts):
+        rows = part.load(split)
+        if split == "train" and len(parts) > 1:
+            rows = with_mixture_index(rows, index, names)
+        prepared.append(_checked(rows, part, split, processor, max_length, max_positions))
     if len(prepared) == 1:
-        return prepared[0][1]
+        return prepared[0]
     if split == "train":
-        return mix_datasets([rows for _, rows, _ in prepared], [weight for _, _, weight in prepared], seed)
-    return {name: rows for name, rows, _ in prepared if rows is not None} or None
+        return mix_datasets(prepared, [weight for _, _, weight in parts], seed)
+    return {name: rows for name, rows in zip(names, prepared, strict=True) if rows is not None} or None
 
 
-def _prepare_part(data: DatasetConfig, split: str, processor, max_length: int | None, max_positions: int | None):
-    dataset = data.load(split)
+def _checked(dataset, data: DatasetConfig, split: str, processor, max_length: int | None, max_positions: int | None):
+    """Return the rows that pass the check, of one dataset."""
     if dataset is None or not data.check_data:
         return dataset
     if isinstance(dataset, IterableDataset):

@@ -23,7 +23,7 @@ from transformers import (
 )
 from trl import SFTTrainer
 
-from modeling_vtlmm.losses_vtlmm import predicted_positions, text_labels
+from vtlmm.data.mixture import mixture_names
 from vtlmm.data.vision_feature_cache import undecoded
 from vtlmm.evaluation.runner import task_scores
 from vtlmm.inference.loading import require_fit
@@ -35,7 +35,7 @@ from .collator import VTLMMCollator
 from .config import VTLMMTrainingConfig
 from .exact_metrics import ExactMetrics
 from .learning_rates import set_learning_rates
-from .metrics import LossSums, blank_words
+from .metrics import LossSums, blank_words, target_datasets, target_masks
 from .packing import prepare_batching
 from .parallelism import prepare_parallelism
 from .patch_word_images import add_patch_word_images
@@ -166,17 +166,17 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
         self.task_scores = self._prepare_task_scores(eval_task_data, processor, eval_task_images)
         if args.cache_image_features:
             cast(VTLMMCollator, self.data_collator).feature_cache = cache_vision_features(self, base_model, datasets)
-        self._prepare_metrics(base_model.config.visual_vocab_size)
+        self._prepare_metrics(base_model.config.visual_vocab_size, mixture_names(datasets[0]))
         if self.is_world_process_zero():
             print(describe(self.model, self.stage))
 
     # ---- Setup ----
 
-    def _prepare_metrics(self, visual_vocab_size: int) -> None:
+    def _prepare_metrics(self, visual_vocab_size: int, dataset_names: list[str]) -> None:
         """Create the sums of the losses, with the metrics of visual tokens if the stage has a visual loss."""
         has_visual_loss = self.stage.visual_student is not None
         words = blank_words(self._tokenizer, visual_vocab_size) if has_visual_loss else None
-        self._sums = {mode: LossSums(self.accelerator, words) for mode in ("train", "eval")}
+        self._sums = {mode: LossSums(self.accelerator, words, dataset_names) for mode in ("train", "eval")}
         self._log_time = time.perf_counter()
 
     def _prepare_task_scores(self, eval_task_data: Dataset | None, processor, eval_task_images: int):
@@ -222,7 +222,7 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
         return model
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["messages", "images", "num_context_messages", "rows", "pack"]
+        self._signature_columns = ["messages", "images", "num_context_messages", "mixture_index", "rows", "pack"]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Create the optimizer, with the learning rates of the projector, of LoRA and of each candidate VM head."""
@@ -284,11 +284,7 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
 
     def _count_targets(self, batch: dict) -> torch.Tensor:
         """Return `[N_lm, N_vm]` of one micro-batch, by the same rules as the model's forward."""
-        image_token_mask = batch["input_ids"] == self.model.config.image_token_id
-        predicted = predicted_positions(image_token_mask, batch.get("attention_mask"), batch.get("position_ids"))
-        config = self.model.config
-        labels = text_labels(batch["labels"], config.image_token_id, config.text_config.vocab_size)
-        return torch.stack([(labels[:, 1:] != -100).sum(), predicted.sum()])
+        return torch.stack([mask.sum() for mask in target_masks(batch, self.model.config)])
 
     def normalized_loss(self, sums: dict, num_lm_targets, num_visual_targets, num_processes: int) -> torch.Tensor:
         r"""
@@ -323,6 +319,8 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
         """
         training = self.model.training
         inputs = dict(inputs)
+        datasets = target_datasets(inputs, self.model.config) if training else {}
+        inputs.pop("mixture_index", None)
         position_ids = inputs.get("position_ids")
         num_rows = inputs["input_ids"].shape[0] if position_ids is None else (position_ids == 0).sum()
         if training and not self.stage.lm_loss_coef:
@@ -337,7 +335,7 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
             detach_visual_teacher=self.stage.detach_visual_teacher,
         )
         sums = outputs.loss_sums
-        self._sums["train" if training else "eval"].add(sums, num_rows)
+        self._sums["train" if training else "eval"].add(sums, num_rows, datasets)
         if training:
             loss = self.normalized_loss(sums, *num_items_in_batch, self.accelerator.num_processes)
         else:

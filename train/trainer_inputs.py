@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from datasets import Dataset, IterableDataset, IterableDatasetDict
+from datasets import Dataset, Features, IterableDataset, IterableDatasetDict
 from peft import PeftModel
 from transformers import (
     AutoModelForImageTextToText,
@@ -176,7 +176,11 @@ def prepare_dataset(dataset, name: str, shuffle_seed: int | None = None):
     if shuffle_seed is None:
         return dataset
     if isinstance(dataset, IterableDataset):  # the shuffle buffer holds files, not decoded images
-        return dataset.decode(False).shuffle(seed=shuffle_seed).cast(ROW_FEATURES)
+        return (
+            dataset.decode(False)
+            .shuffle(seed=shuffle_seed)
+            .cast(Features({**(dataset.features or {}), **ROW_FEATURES}))
+        )
     return dataset.shuffle(seed=shuffle_seed)
 
 

@@ -145,6 +145,7 @@ def run(name: str, folder: Path):
     elif what == "bf16":
         batch = trainer._prepare_inputs(trainer.data_collator(list(build_rows())))
         sums = trainer.model(**batch, return_loss_sums=True, visual_student="lm_head").loss_sums
+        del sums["token_losses"]
         dtypes = {key: str(value.dtype) for key, value in (sums | sums.pop("visual_tokens")).items()}
         if trainer.is_world_process_zero():  # only one process may write a file
             Path(folder, f"{name}.json").write_text(json.dumps(dtypes))

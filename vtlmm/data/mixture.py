@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
-from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
+from datasets import ClassLabel, Dataset, Features, IterableDataset, concatenate_datasets, interleave_datasets
 
 
 def mix_datasets(
@@ -39,3 +39,30 @@ def mix_datasets(
     if isinstance(datasets[0], IterableDataset):
         return interleave_datasets(parts, stopping_strategy=cast(Any, "all_exhausted_without_replacement"))
     return concatenate_datasets(parts)
+
+
+def with_mixture_index(dataset: Dataset | IterableDataset, index: int, names: list[str]) -> Dataset | IterableDataset:
+    r"""
+    Return a dataset with `index` in the column `mixture_index`. The trainer logs the losses of each dataset.
+
+    Args:
+        dataset: rows of [`load_rows`], one dataset of a mixture.
+        index (`int`): number of this dataset in the mixture.
+        names (`list[str]`): names of all datasets of the mixture, as the logs show them.
+    """
+    feature = ClassLabel(names=names)
+    if isinstance(dataset, Dataset):
+        return dataset.add_column("mixture_index", cast(Any, [index] * len(dataset)), feature=feature)
+    features = Features({**(dataset.features or {}), "mixture_index": feature})
+    # `map` must not be the first operation that knows the features, because it would decode the images
+    return dataset.decode(False).map(_add_index, batched=True, fn_kwargs={"index": index}).cast(features)
+
+
+def _add_index(batch: dict, index: int) -> dict:
+    return {"mixture_index": [index] * len(next(iter(batch.values())))}
+
+
+def mixture_names(dataset) -> list[str]:
+    """Return the names of the datasets of a mixture that [`with_mixture_index`] made, or an empty list."""
+    feature = (getattr(dataset, "features", None) or {}).get("mixture_index")
+    return list(feature.names) if isinstance(feature, ClassLabel) else []

@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Image, IterableDataset, List
+from datasets import Dataset, Features, Image, IterableDataset, List
 from datasets.utils import tqdm
 
 from .arrow_rows import batches, rows_table
@@ -151,4 +151,4 @@ def checked_stream(
 
     # `filter` would not decode the images: a stream decodes only in the first operation that knows its features
     rows = dataset.decode(False).map(keep_good, with_indices=True, batched=True, batch_size=1)
-    return rows.cast(ROW_FEATURES)
+    return rows.cast(Features({**(dataset.features or {}), **ROW_FEATURES}))
