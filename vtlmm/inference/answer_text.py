@@ -78,7 +78,7 @@ class AnswerText:
 class TokenTexts:
     """The text of single tokens inside an answer: with the space before a word."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
         self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
         self._before = tokenizer.decode(self._anchor)
