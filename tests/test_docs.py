@@ -2,7 +2,9 @@
 """The documentation: names and links exist, commands are accepted, and snippets run at toy size."""
 
 import ast
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,20 @@ def test_a_missing_symbol_is_found():
     assert missing_symbols((ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8"))[0] > 15
     text = "`stages.py:STAGES` `train/trainer.py:VTLMMTrainer.train` `trainer.py:VTLMMTrainer.nothing` `nowhere.py:x`"
     assert missing_symbols(text) == (4, ["trainer.py:VTLMMTrainer.nothing", "nowhere.py:x"])
+
+
+def test_the_release_makes_the_links_of_the_readme_absolute(tmp_path):
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))
+    [step] = [step for step in workflow["jobs"]["build"]["steps"] if "README" in step.get("name", "")]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    repository = {"GITHUB_SERVER_URL": "https://host", "GITHUB_REPOSITORY": "user/name", "GITHUB_REF_NAME": "v1"}
+    subprocess.run(["bash", "-ec", step["run"]], cwd=tmp_path, env={**os.environ, **repository}, check=True)
+    changed = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert LINK.findall(text) and not LINK.findall(changed)
+    assert changed.count("](https://host/user/name/raw/v1/docs/") == text.count("](docs/real_photos.jpg)") == 1
+    address = re.compile(r"https://host/user/name/(raw|blob)/v1/")
+    assert address.sub("", changed) == text
 
 
 def test_readme_is_short():
