@@ -104,14 +104,16 @@ def push_model(
     r"""
     Verify the model in `folder` and push it to the Hub in one commit.
 
-    Only weights, configuration, tokenizer, processor, code, card, results and license are uploaded, in an atomic
-    commit, and nothing if there are problems or no changes. `folder` also gets the card and the recorded logits then.
+    Only weights, configuration, tokenizer, processor, code, card, results and license are uploaded. The same commit
+    deletes weights and results of an earlier push. A card on the Hub that was written by hand is kept. If the
+    verification finds problems, nothing is pushed. After a push, the card, the recorded logits and the other generated
+    files are copied to `folder`, unless `form` converted the model.
 
     Args:
         folder (`str` or `Path`): a VT-LMM, an exported LLaVA, or an adapter.
         repo_id (`str`): `user/name`. The repository is created if it does not exist.
         form (`str`, *optional*): push the VT-LMM in another form: `"llava"`, `"gguf"` (float16), or with the decoder
-            in `"nf4"` or `"int8"`. `"adapter"` rejects a folder that is not an adapter.
+            in `"nf4"` or `"int8"`. `"adapter"` pushes an adapter, and is an error for another folder.
         private (`bool`, *optional*): whether a new repository is private; by default the account's setting.
         revision, tag (`str`, *optional*): branch, created if it does not exist, and tag of the commit.
         include (`list[str]`, *optional*): patterns of further files to upload; never hidden files, links or pickles.
@@ -132,12 +134,12 @@ def push_model(
     if not dry_run:
         check_account(repo_id, tag)  # before minutes of verification
     with tempfile.TemporaryDirectory() as place:
-        source, stage = _in_form(form, folder, Path(place, "form")), Path(place, "model")
-        files = _stage_form(form, folder, source, stage, include, handler)
+        source, stage = _convert_form(form, folder, Path(place, "form")), Path(place, "model")
+        files = _copy_form(form, folder, source, stage, include, handler)
         card: dict[str, Any] = {"license": license, "base_models": base_models, "results": results, "images": images}
         write_card(stage, repo_id, **card, kind_and_config=_kind_on_card(form, folder))
         record_logits(stage, trust_remote_code)
-        result = _verify_stage(stage, folder, repo_id, files, trust_remote_code)
+        result = _verify_staged(stage, folder, repo_id, files, trust_remote_code)
         if not result.report.problems and not dry_run:
             _publish(result, stage, repo_id, private, revision, tag, space)
             if source == folder:
@@ -153,8 +155,8 @@ def _publish(result: PushResult, stage: Path, repo_id: str, private, revision, t
         result.space_url = push_space(space, repo_id, private)
 
 
-def _verify_stage(stage: Path, folder: Path, repo_id: str, files: list[str], trust_remote_code: bool) -> PushResult:
-    """Verify the files of a push in `stage`, and list the existing ones of `files` and the generated ones."""
+def _verify_staged(stage: Path, folder: Path, repo_id: str, files: list[str], trust_remote_code: bool) -> PushResult:
+    """Verify the files in the folder `stage`, and return those to upload: `files` and the generated ones."""
     report = verify_checkpoint(stage, trust_remote_code=trust_remote_code)
     report.checkpoint = str(folder)
     names = sorted({*(name for name in files if (stage / name).is_file()), *list_published_files(stage)})
@@ -259,7 +261,7 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def _copy_back(stage: Path, folder: Path, files: Sequence[str]) -> None:
-    """Copy the generated files to the user's folder, so that the next push finds them."""
+    """Copy all files but the weights to the user's folder, so that the next push finds them. Remove an old license."""
     for name in files:
         if not name.endswith(".safetensors"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -274,8 +276,8 @@ def _kind_on_card(form: str | None, folder: Path) -> tuple[str, dict[str, Any]] 
     return (GGUF, checkpoint_kind(folder)[1]) if form == GGUF else None
 
 
-def _stage_form(form: str | None, folder: Path, source: Path, stage: Path, include, handler: bool) -> list[str]:
-    """Stage the files of `source`, with the results of `folder` if the form gives its answers; return their names."""
+def _copy_form(form: str | None, folder: Path, source: Path, stage: Path, include, handler: bool) -> list[str]:
+    """Copy the files of `source` to `stage`. Add the results of `folder` if the form gives the same answers."""
     files = stage_files(source, stage, include)
     if handler:
         shutil.copy(Path(__file__).with_name(HANDLER_FILE), stage)
@@ -284,7 +286,7 @@ def _stage_form(form: str | None, folder: Path, source: Path, stage: Path, inclu
     return files
 
 
-def _in_form(form: str | None, folder: Path, output: Path) -> Path:
+def _convert_form(form: str | None, folder: Path, output: Path) -> Path:
     """Return the folder of the model in another form: `output`, with the files that its card needs, or `folder`."""
     if form in (None, ADAPTER):
         return folder
@@ -323,7 +325,7 @@ def _write_llava(folder: Path, output: Path) -> None:
 def _upload(
     folder: Path, repo_id: str, files: list[str], private: bool | None, revision: str | None, tag: str | None
 ) -> str:
-    """Upload `files` in one commit and return its URL."""
+    """Upload `files`, and delete the files that they replace, in one commit. Return its URL."""
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:

@@ -75,7 +75,8 @@ class VTLMMModel(VTLMMPreTrainedModel):
         r"""
         Return the image features v = g(f(I)) of the vision tower f and the projector g.
 
-        With `config.use_pseudo_image_features`, the decoder's input (`pooler_output`) is ṽ = softmax(vm_head(v)) E.
+        `pooler_output`, a name of transformers, is the input of the decoder: v, or with
+        `config.use_pseudo_image_features` ṽ = softmax(vm_head(v)) E.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*): the images I.
@@ -160,8 +161,8 @@ class VTLMMModel(VTLMMPreTrainedModel):
             mm_encoder_outputs (`dict`, *optional*): `{"image": output of get_image_features}` instead of
                 `pixel_values`. `generate` encodes the images once and passes this.
             vision_features (*optional*): instead of `pixel_values`, see [`~get_image_features`]. May contain 0 images.
-            always_run_vision (`bool`, *optional*, defaults to `False`): whether a batch without images encodes an
-                image of zeros and adds 0 times its features. With sharding, all processes must run the same modules.
+            always_run_vision (`bool`, *optional*, defaults to `False`): whether to encode a blank image if the batch
+                has no image, and add 0 times its features. With sharding, all processes must run the same modules.
             output_image_token_mask (`bool`, *optional*, defaults to `False`): whether to return `image_token_mask`.
             kwargs: arguments for the decoder, among them the cache (`past_key_values` up to transformers 5.23, `cache`
                 from 5.24 on).
@@ -249,9 +250,9 @@ class VTLMMForConditionalGeneration(VTLMMPreTrainedModel, VTLMMGenerationMixin):
     @torch.no_grad()
     def initialize_vm_head(self, source: str = "lm_head") -> None:
         """
-        Initialize the VM head with the weights of `"lm_head"` or `"input_embeddings"`, or at `"random"`.
+        Set the linear weight of the VM head to that of `"lm_head"` or `"input_embeddings"`, or to `"random"` values.
 
-        The paper does not specify the initialization.
+        A residual block is not changed. The paper does not specify the initialization.
 
         Raises:
             `ValueError`: if `source` is another value.

@@ -10,6 +10,7 @@ from helpers.tiny_models import build_processor
 from helpers.training import assert_same_update, build_rows, build_trainer, update
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
+from modeling_vtlmm.fused_losses_vtlmm import next_patch_loss
 from vtlmm.train.collator import VTLMMCollator
 from vtlmm.train.stages import describe, resolve_stage
 from vtlmm.train.visual_targets import basic_loss_sum, feature_loss_sum, set_visual_target
@@ -226,3 +227,16 @@ def test_plan_names_the_visual_target(build_model):
     assert "teacher vm_head, at the same patch" in describe(model, resolve_stage("joint", visual_target="same_patch"))
     plan = describe(model, resolve_stage("joint", visual_target="feature"))
     assert "smooth L1" in plan and "changed from the paper's row" in plan
+
+
+def test_a_function_of_the_user_is_kept(build_model):
+    model = build_model()
+
+    def half_loss(*sides, **kwargs):
+        return 0.5 * next_patch_loss(*sides, **kwargs)
+
+    model.visual_loss_function = half_loss
+    set_visual_target(model, "next_patch")
+    assert model.visual_loss_function is half_loss
+    with pytest.raises(ValueError, match="is a function of your own"):
+        set_visual_target(model, "feature")

@@ -75,9 +75,9 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
             `PeftModel`, only the adapter is trained.
         args ([`VTLMMTrainingConfig`], *optional*): also an [`~trl.SFTConfig`]. Defaults to stage IV.
         data_collator (*optional*, defaults to [`VTLMMCollator`])
-        train_dataset, eval_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): rows with `messages`, or
-            `prompt` and `completion`, and `images` or `image`, or any other format of [`load_rows`]. Images without
-            placeholders in the text are placed before the first question. `eval_dataset` may be a `dict` of several.
+        train_dataset, eval_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): rows in any
+            format of [`load_rows`], such as `messages` and `images`. Images without placeholders in the text come
+            before the first question. `eval_dataset` may be a `dict` of several.
         processing_class ([`~transformers.ProcessorMixin`], *optional*): the model's processor. By default it is loaded
             from the folder or Hub id of the model.
         callbacks, optimizers, optimizer_cls_and_kwargs, quantization_config: see [`~trl.SFTTrainer`].
@@ -293,9 +293,9 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
             loss = R · ( a · Σ_micro-batch L_lm / N_lm  +  b · Σ_micro-batch L_vm / N_vm )
 
         a, b are `lm_loss_coef`, `visual_loss_coef`. N_lm, N_vm count the supervised tokens and the predicted image
-        tokens of the *whole optimizer step*: all micro-batches of all R processes. Micro-batches add their gradients.
-        Data parallelism divides the sum over the processes by R, and the factor R undoes this. The update is therefore
-        the gradient of a · mean(L_lm) + b · mean(L_vm) over the step, however the rows are split.
+        tokens of the *whole optimizer step*: all micro-batches of all R processes. The gradients of the micro-batches
+        are summed. Data parallelism averages over the R processes, and the factor R cancels this. The update is
+        therefore the gradient of a · mean(L_lm) + b · mean(L_vm) over the step, however the rows are split.
 
         Args:
             sums (`dict`): `loss_sums` of the model's forward, in nats.
@@ -314,8 +314,8 @@ class VTLMMTrainer(SafeCheckpoints, ExactMetrics, SFTTrainer):
         """
         Return [`~VTLMMTrainer.normalized_loss`] of one micro-batch; `num_items_in_batch` is `[N_lm, N_vm]`.
 
-        Evaluation computes both losses, also one with weight 0, so that runs can be compared. `evaluation_loop`
-        computes the means over the evaluation set.
+        Evaluation computes the language loss, and the visual loss if the stage has a `visual_student`, even if its
+        weight is 0, so that runs can be compared. `evaluation_loop` computes the means over the evaluation set.
         """
         training = self.model.training
         inputs = dict(inputs)

@@ -78,11 +78,14 @@ def basic_loss_sum(
 
 def set_visual_target(model, visual_target: str) -> None:
     r"""
-    Set `model.visual_loss_function` to the loss of `visual_target`.
+    Set `model.visual_loss_function` to the loss of `visual_target`. A function that the user assigned is kept.
 
     Args:
         model ([`VTLMMForConditionalGeneration`]): the model, before an adapter wraps it.
         visual_target (`str`): one of `stages.VISUAL_TARGETS`. `"basic"` needs `output_hidden_states` in the forward.
+
+    Raises:
+        `ValueError`: if the user assigned a function, and `visual_target` names another one.
     """
     losses = {
         "next_patch": next_patch_loss,
@@ -91,7 +94,13 @@ def set_visual_target(model, visual_target: str) -> None:
         "feature": feature_loss,
         "basic": basic_loss,
     }
-    model.visual_loss_function = losses[visual_target]
+    if model.visual_loss_function in losses.values():
+        model.visual_loss_function = losses[visual_target]
+    elif visual_target != "next_patch":
+        raise ValueError(
+            f"`visual_target` is {visual_target!r}, but `model.visual_loss_function` is a function of your own. Use "
+            "only one of the two."
+        )
 
 
 def same_patch_loss(

@@ -93,7 +93,10 @@ def add_candidates(model, candidates: list[dict], learning_rate: float, vm_head_
         heads.append(model.model.vm_head)
     model.model.vm_head, model.model.vm_head_candidates = heads[0], heads[1:]
     model.config.vm_head_type = candidates[0]["vm_head_type"]
-    model.visual_loss_function = partial(candidate_losses, visual_loss_function=model.visual_loss_function)
+    visual_loss_function = model.visual_loss_function
+    if isinstance(visual_loss_function, partial) and visual_loss_function.func is candidate_losses:  # a search failed
+        visual_loss_function = visual_loss_function.keywords["visual_loss_function"]
+    model.visual_loss_function = partial(candidate_losses, visual_loss_function=visual_loss_function)
     return candidates
 
 

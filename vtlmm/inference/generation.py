@@ -20,7 +20,7 @@ from .shared_prefix import SharedPrefixes
 
 
 class Answer(NamedTuple):
-    """A generated text and, if it was requested, its log probability in nats: the sum over its tokens and its end."""
+    """A generated text and, if requested, its log probability in nats: the sum over its tokens and the end of turn."""
 
     text: str
     log_probability: float | None = None
@@ -49,8 +49,9 @@ def generate(
         questions (`str` or `list`): a question, a conversation (a list of messages), or a list of either. In a
             question, `<image>` is the place of an image, as in a row. Other control tokens in a text are plain text.
         images (*optional*): for one question an image or a list of images; for a list of questions a list with one
-            entry per question. An image is a path, a PIL image or the bytes of a file. Images come before a question
-            without `<image>`, or in the place of a conversation's `{"type": "image"}` parts, which may hold an image.
+            entry per question. An image is a path, a PIL image or the bytes of a file. The images come before a
+            question without `<image>`. In a conversation they fill the `{"type": "image"}` parts in order; a part may
+            also contain its image.
         max_new_tokens (`int`, *optional*, defaults to 512): longest answer in tokens.
         batch_size (`int`, *optional*, defaults to 8): questions per forward pass.
         vision_features (`MutableMapping[str, torch.Tensor]`, *optional*): vision tower outputs by image key, see
@@ -121,8 +122,10 @@ def build_prompt(question: str | list[dict], images: Any, sources: dict) -> Prom
 
 def answer_order(prompts: list[Prompt], images_per_group: int = IMAGES_IN_MEMORY) -> list[int]:
     r"""
-    Return the order in which prompts are answered: questions about the same images one after the other, so that their
-    prefix is computed once, and then similar lengths together, so that batches have little padding.
+    Return the order in which prompts are answered.
+
+    Questions about the same images are adjacent, so that their prefix is computed once. Apart from that, prompts of
+    similar length are adjacent, so that batches have little padding.
 
     The prompts are first grouped by their images, `images_per_group` at a time, so that features that are held in
     memory for one group are computed once.
