@@ -50,7 +50,10 @@ def read_files(folder) -> dict[str, bytes]:
 
 def test_batch_size_does_not_change_answers(work, finished, tmp_path):
     assert main(arguments(work, tmp_path / "out", "--batch-size", "1")) == 0
-    assert read_files(tmp_path / "out") == read_files(finished)
+    for name in ("answers.jsonl", SHUFFLED_FILE):
+        for found, expected in zip(records(tmp_path / "out" / name), records(finished / name), strict=True):
+            assert found == expected | {"probability": pytest.approx(expected["probability"], abs=2e-4)}
+    assert (tmp_path / "out" / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
     assert len({record["answer"] for record in records(finished / "answers.jsonl")}) > 5
 
 
@@ -155,7 +158,21 @@ def test_report_agrees_with_the_answers(work, finished):
     assert page.count('src="data:image/jpeg;base64,') == len(right) == page.count("<dt>Ground truth</dt>")
     assert "All 18 questions." in page and page.count("<option>kind ") == 3
     assert "http" not in page and results["subset"] is None
+    bins = results["calibration"]["bins"]
+    assert sum(bin["n"] for bin in bins) == 18 and page.count('<g class="bin">') == len(bins)
+    mean = sum(bin["n"] * bin["probability"] for bin in bins) / 18
+    assert mean == pytest.approx(sum(record["probability"] for record in right) / 18)
     assert (results["num_rows"], results["num_questions"], results["skipped"]) == (18, 18, [])
+
+
+def test_answers_of_an_earlier_version_have_no_calibration(work, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    lines = (json.loads(line) for line in (finished / "answers.jsonl").read_text().splitlines())
+    without = [json.dumps({key: value for key, value in line.items() if key != "probability"}) for line in lines]
+    (tmp_path / "out" / "answers.jsonl").write_text("\n".join(without) + "\n")
+    assert main(arguments(work, tmp_path / "out")) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["calibration"] is None
+    assert "Calibration" not in (tmp_path / "out" / SAMPLES_FILE).read_text()
 
 
 def test_answers_equal_those_of_the_function(work, finished):

@@ -16,9 +16,10 @@ from vtlmm.ablations.grid import EvaluateConfig
 from vtlmm.ablations.metrics import Evaluator, read_held_out_data
 from vtlmm.ablations.ood import format_ood, summarize_ood
 from vtlmm.ablations.presence_questions import presence_questions
-from vtlmm.analysis.ood_metrics import calibration_error, detection_auroc
+from vtlmm.analysis.ood_metrics import detection_auroc
 from vtlmm.cli.main import main
 from vtlmm.data.rows import load_rows
+from vtlmm.evaluation.calibration import calibration, calibration_error
 
 
 # ---- Known results ----
@@ -41,6 +42,14 @@ def test_calibration_error_by_hand():
     assert estimate.n == 2
     # a draw is a twice, both once, or b twice
     assert (estimate.low, estimate.high) == pytest.approx((0.05, (0.05 + 0.45) / 2))
+
+
+def test_bins_of_a_reliability_diagram():
+    found = calibration([1.0, 0.95, 0.93, 0.45], [1, 1, 0, 0.5], ["a", "a", "b", "b"])
+    low, high = found["bins"]
+    assert (low["n"], low["probability"], low["score"]) == (1, 0.45, 0.5) and low["low"] < 0.5 < low["high"]
+    assert (high["n"], high["score"]) == (3, pytest.approx(2 / 3)) and high["probability"] == pytest.approx(0.96)
+    assert found["error"] == pytest.approx((2.88 - 2 + 0.05) / 4)
 
 
 def test_calibration_interval_equals_image_bootstrap():

@@ -155,14 +155,24 @@ def test_evaluation_report(browser, screen, work, tmp_path):
     ]
     answers = ["a cat", long, "a dog", "a cat", long + " a", "a cat"]
     results = write_report(
-        tmp_path, questions, questions, answers, ["a dog"] * 6, "exact", images.__getitem__, {"data": "rows.jsonl"}
+        tmp_path,
+        questions,
+        questions,
+        answers,
+        ["a dog"] * 6,
+        [0.9, 0.2, 0.6, 0.95, 0.1, 0.7],
+        "exact",
+        images.__getitem__,
+        {"data": "rows.jsonl"},
     )
     assert results["kinds"][-1]["score"] == 0.5
     browser.get((tmp_path / SAMPLES_FILE).as_uri())
     check_page(browser)
     cut = "return [...document.querySelectorAll('article, dd')].filter(e => e.scrollWidth > e.clientWidth).length"
     assert browser.execute_script(cut) == 0, "a text is wider than its card"
+    click(browser, find(browser, "summary")[0])
     save_screenshot(browser, FOLDER / f"samples_{screen}.png")
+    click(browser, find(browser, "summary")[0])
 
     def shown():
         cards = [card for card in find(browser, "article") if card.is_displayed()]

@@ -21,7 +21,7 @@ def answer(model, asked, batch_size: int):
     model.generation_config.eos_token_id = 2
     sources: dict = {}
     prompts = [build_prompt(*each, sources) for each in asked]
-    settings = {"max_new_tokens": 5, "batch_size": batch_size, "with_log_probabilities": True}
+    settings = {"max_new_tokens": 5, "batch_size": batch_size}
     return generate_answers(model, build_processor(), prompts, sources.__getitem__, **settings)
 
 

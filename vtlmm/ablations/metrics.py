@@ -219,7 +219,6 @@ class Evaluator:
             max_new_tokens=self.config.max_new_tokens,
             batch_size=self.config.batch_size,
             vision_features=features,
-            with_log_probabilities=True,
         )
 
     def add_accuracy(

@@ -10,9 +10,10 @@ import torch
 
 from vtlmm.analysis.accumulators import Diversity
 from vtlmm.analysis.metrics import word_probabilities
-from vtlmm.analysis.ood_metrics import calibration_error, detection_auroc
+from vtlmm.analysis.ood_metrics import detection_auroc
 from vtlmm.analysis.patch_features import heads
 from vtlmm.data.markdown import markdown_table
+from vtlmm.evaluation.calibration import calibration_error
 from vtlmm.evaluation.report import image_cluster
 from vtlmm.evaluation.scorers import score_answers
 from vtlmm.evaluation.shuffled_images import with_shuffled_images
@@ -76,7 +77,7 @@ class OODEvaluator:
         clusters = [image_cluster(question) for question in questions]
         answers = self.answer(questions, features)
         scores = score_answers(questions, [answer.text for answer in answers], "exact")
-        probabilities = [math.exp(answer.log_probability or 0.0) for answer in answers]
+        probabilities = [math.exp(answer.log_probability) for answer in answers]
         shuffled = self.answer(with_shuffled_images(questions), features)
         shuffled_scores = score_answers(questions, [answer.text for answer in shuffled], "exact")
         is_yes = [_truth(question) == "yes" for question in questions]

@@ -8,6 +8,7 @@ from typing import Any
 from vtlmm.data.markdown import markdown_table
 from vtlmm.data.output_files import write_csv, write_json, write_text
 
+from .calibration import calibration
 from .samples_page import SCORE_COLUMNS, SCORE_NAMES, SHUFFLED_COLUMNS, Questions, samples_page, score_cells
 from .scorers import score_answers, summarize
 from .statistics import SCORE_BOUNDS, mean_estimate
@@ -64,6 +65,7 @@ def write_report(
     prompts: Questions,
     answers: Sequence[str],
     answers_shuffled_images: Sequence[str] | None,
+    probabilities: Sequence[float | None],
     scorer: str,
     load_image: Callable,
     about: Mapping[str, Any],
@@ -74,6 +76,7 @@ def write_report(
     Args:
         questions (`list[dict]`): questions of [`read_questions`]; `images` are keys.
         prompts (`list[dict]`): the questions with the ending of their prompt, for the page of samples.
+        probabilities (`list[float | None]`): probability of each answer, None if an earlier version answered.
         load_image (`Callable`): key to image.
         about (`dict`): further entries of the JSON file. `subset` is shown with every table.
 
@@ -88,6 +91,10 @@ def write_report(
     lines = table_by_kind(questions, scores, shuffled)
     results = {**about, "scorer": scorer, "empty_answers": sum(not text for text in answers), "kinds": lines}
     results["summary"] = summarize(questions, answers, scorer)
+    known = [probability for probability in probabilities if probability is not None]
+    is_known = len(known) == len(questions)
+    clusters = [image_cluster(question) for question in questions]
+    results["calibration"] = calibration(known, scores, clusters) if is_known else None
     header = [*lines[0], "subset"]
     rows = [[*line.values(), about.get("subset")] for line in lines]
     write_csv(folder / TABLE_FILE, header, rows)

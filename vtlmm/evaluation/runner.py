@@ -137,8 +137,8 @@ def evaluate(
         folder = Path(output or temporary)
         with one_writer(folder / LOCK_FILE, folder):
             arguments = (data.rows, prompts, data.image_positions, folder, key, batch_size, about)
-            answers = run_questions(model, processor, *arguments)
-            return _report(data, prompts, *answers, scorer, submission, folder, {**about, "key": key})
+            records = run_questions(model, processor, *arguments)
+            return _report(data, prompts, *records, scorer, submission, folder, {**about, "key": key})
 
 
 @dataclass
@@ -193,17 +193,21 @@ def _read_data(
 def _report(
     data: _EvaluationData,
     prompts: list[dict[str, Any]],
-    answers: list[str],
-    shuffled: list[str] | None,
+    records: list[dict[str, Any]],
+    shuffled_records: list[dict[str, Any]] | None,
     scorer: str,
     submission: str | None,
     folder: Path,
     about: dict[str, Any],
 ) -> EvaluationResult:
     """Write the tables, samples and submission into `folder`, and return the result."""
+    answers = [record["answer"] for record in records]
+    shuffled = None if shuffled_records is None else [record["answer"] for record in shuffled_records]
+    probabilities = [record.get("probability") for record in records]
     about |= {"skipped": [str(problem) for problem in data.skipped], "versions": package_versions(PACKAGES)}
     load_image = image_loader(data.rows, data.image_positions)
-    results = write_report(folder, data.questions, prompts, answers, shuffled, scorer, load_image, about)
+    arguments = (prompts, answers, shuffled, probabilities, scorer, load_image, about)
+    results = write_report(folder, data.questions, *arguments)
     file = write_submission(folder, submission, data.questions, answers) if submission else None
     return EvaluationResult(
         kinds=results["kinds"],
@@ -256,7 +260,7 @@ def run_questions(
     key: dict[str, Any],
     batch_size: int | Literal["auto"] = 8,
     about: dict[str, Any] | None = None,
-) -> tuple[list[str], list[str] | None]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     r"""
     Answer questions with their images and with shuffled images into the folder `output`, or resume there.
 
@@ -267,8 +271,8 @@ def run_questions(
         about (`dict`, *optional*): further entries of `run.json`.
 
     Returns:
-        `tuple[list[str], list[str] | None]`: the answers, and the answers with shuffled images; None without two
-        different images.
+        `tuple[list[dict], list[dict] | None]`: the results of [`answer_all`] with the images, and with shuffled
+        images; None without two different images.
 
     Raises:
         `ValueError`: if `output` holds another run.

@@ -73,6 +73,7 @@ def samples_page(
         about=_about(results),
         table=[score_cells(line) for line in results["kinds"]],
         num_questions=len(questions),
+        calibration=results.get("calibration"),
         kinds=sorted({sample["kind"] for sample in samples}),
         samples=samples,
     )

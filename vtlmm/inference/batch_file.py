@@ -36,10 +36,10 @@ def answer_file(
     r"""
     Answer the questions of a dataset greedily into a file of JSON lines.
 
-    Each line has the `index` of its question, the question, its images and the `answer`. Questions about the same
-    images and questions of similar length are answered together, so the lines are not in order. All rows and images
-    are checked before the first answer. The same call resumes an interrupted run. The file `OUTPUT.run.json` next to
-    the output identifies the run.
+    Each line has the `index` of its question, the question, its images, the `answer` and its `probability`. Questions
+    about the same images and questions of similar length are answered together, so the lines are not in order. All
+    rows and images are checked before the first answer. The same call resumes an interrupted run. The file
+    `OUTPUT.run.json` next to the output identifies the run.
 
     Args:
         model, processor: see [`load_model`].
@@ -76,7 +76,8 @@ def answer_file(
     about = {"model": name or model.name_or_path, "num_questions": len(questions)}
     with one_writer(output.with_name(f".{output.name}.lock"), output):
         open_run(output.with_name(f"{output.name}.run.json"), [output], key, about)
-        return answer_all(output, model, processor, questions, load_image, batch_size, max_new_tokens)
+        records = answer_all(output, model, processor, questions, load_image, batch_size, max_new_tokens)
+    return [record["answer"] for record in records]
 
 
 def read_file_questions(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
-from transformers import StoppingCriteria, TextIteratorStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextIteratorStreamer
 
 from vtlmm.data.images import image_key, open_image
 from vtlmm.data.questions import question_parts
@@ -20,10 +20,14 @@ from .shared_prefix import SharedPrefixes
 
 
 class Answer(NamedTuple):
-    """A generated text and, if requested, its log probability in nats: the sum over its tokens and the end of turn."""
+    """
+    A generated text and its log probability in nats: the sum over its tokens and the end of turn.
+
+    Tokens that the generation suppresses have no probability.
+    """
 
     text: str
-    log_probability: float | None = None
+    log_probability: float
 
 
 def generate(
@@ -158,7 +162,6 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
     vision_features: MutableMapping[str, torch.Tensor] | None = None,
-    with_log_probabilities: bool = False,
 ) -> list[Answer]:
     r"""
     As [`generate`], for prompts whose images are loaded when they are needed.
@@ -167,7 +170,6 @@ def generate_answers(
         prompts (`list[Prompt]`)
         load_image (`Callable`): image key to an image as [`open_image`] takes it. Not called for images in
             `vision_features`.
-        with_log_probabilities (`bool`, *optional*, defaults to `False`): compute [`Answer`]'s `log_probability`.
 
     Returns:
         `list[Answer]`: in the order of `prompts`.
@@ -186,13 +188,27 @@ def generate_answers(
             max_new_tokens=max_new_tokens,
             vision_features=vision_features,
             prefixes=prefixes,
-            with_log_probabilities=with_log_probabilities,
         )
         answers.update(zip(batch, found, strict=True))
     return [answers[i] for i in range(len(prompts))]
 
 
 # ---- One batch ----
+
+
+class _GreedyLogProbabilities(LogitsProcessor):
+    """Record the log probability of the most likely token at each position, and change nothing."""
+
+    def __init__(self) -> None:
+        self._by_length: dict[int, torch.Tensor] = {}  # prompt lookup may compute a position twice
+
+    def __call__(self, input_ids, scores):
+        self._by_length[input_ids.shape[1]] = scores.amax(-1) - scores.logsumexp(-1)
+        return scores
+
+    def stacked(self, length: int) -> torch.Tensor:
+        """Return the log probabilities of the first `length` positions, `(batch_size, length)`."""
+        return torch.stack([self._by_length[key] for key in sorted(self._by_length)[:length]], 1)
 
 
 @torch.inference_mode()
@@ -205,30 +221,26 @@ def generate_batch(
     max_new_tokens: int,
     vision_features: MutableMapping[str, torch.Tensor],
     prefixes: SharedPrefixes,
-    with_log_probabilities: bool = False,
 ) -> list[Answer]:
     """As [`generate_answers`], in one forward pass per token."""
     if model.training:
         model.eval()
     inputs = prefixes.batch_inputs(model, processor, prompts, load_image, vision_features)
-    longest = int(inputs["attention_mask"].sum(1).max())
-    output = model.generate(
+    longest, greedy = int(inputs["attention_mask"].sum(1).max()), _GreedyLogProbabilities()
+    ids = model.generate(
         **inputs,
         max_new_tokens=limit_new_tokens(model, longest, max_new_tokens),
         do_sample=False,
-        output_logits=with_log_probabilities,
-        return_dict_in_generate=True,
+        num_beams=1,
+        logits_processor=LogitsProcessorList([greedy]),
     )
-    new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
+    new_ids = ids[:, inputs["input_ids"].shape[1] :]
     texts = processor.batch_decode(new_ids, skip_special_tokens=True)
-    if not with_log_probabilities:
-        return [Answer(text.strip()) for text in texts]
-    ends = torch.tensor(model.generation_config.eos_token_id, device=new_ids.device)
+    eos_token_id = model.generation_config.eos_token_id
+    ends = torch.tensor([] if eos_token_id is None else eos_token_id, dtype=torch.long, device=new_ids.device)
     behind_end = torch.isin(new_ids, ends).cumsum(1).roll(1, 1)  # padding comes after the end
     behind_end[:, 0] = 0
-    steps = zip(output.logits, new_ids.T, strict=True)
-    log_probabilities = [logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0] for logits, ids in steps]
-    sums = torch.stack(log_probabilities, 1).masked_fill(behind_end > 0, 0.0).sum(1)
+    sums = greedy.stacked(new_ids.shape[1]).masked_fill(behind_end > 0, 0.0).sum(1)
     return [Answer(text.strip(), value) for text, value in zip(texts, sums.tolist(), strict=True)]
 
 

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from vtlmm.data.row_checker import image_tokens_per_image
 from vtlmm.hub.weights_digest import weights_digest
 
 from .batch_inputs import VisionFeatures
-from .generation import answer_order, conversation, generate_batch
+from .generation import Answer, answer_order, conversation, generate_batch
 from .prompt_encoding import Prompt, encode_prompt
 from .shared_prefix import SharedPrefixes
 
@@ -158,7 +159,7 @@ def answer_all(
     batch_size: int | Literal["auto"],
     max_new_tokens: int,
     vision_features: VisionFeatures | None = None,
-) -> list[str]:
+) -> list[dict[str, Any]]:
     r"""
     Answer every question that has no answer in the file `path`. Each batch is appended when it is answered.
 
@@ -173,7 +174,8 @@ def answer_all(
             each image once.
 
     Returns:
-        `list[str]`: all answers, in the order of `questions`.
+        `list[dict]`: the lines of the file in the order of `questions`: `index`, the question, its `truth` if it is
+            known, the `answer`, and the `probability` of the whole answer.
 
     Raises:
         `ValueError`: for a file with answers to other questions.
@@ -186,7 +188,7 @@ def answer_all(
         raise ValueError(f"The answers in {path} are not in the order of its run. Delete the file.")
     if len(finished) < len(order) and batch_size != "auto":
         finished = finished[: len(finished) // batch_size * batch_size]
-    answers = {record["index"]: record["answer"] for record, _ in finished}
+    answers = {record["index"]: record for record, _ in finished}
     with open(path, "ab") as file, tqdm(total=len(order), initial=len(finished), desc=path.stem) as progress:
         file.truncate(finished[-1][1] if finished else 0)
 
@@ -197,11 +199,10 @@ def answer_all(
                 generated = generate_batch(
                     model, processor, prompts, load_image, max_new_tokens=max_new_tokens, **shared
                 )
-                texts = {i: answer.text for i, answer in zip(batch, generated, strict=True)}
-                lines = [json_text(_record(i, questions[i], text)) + "\n" for i, text in texts.items()]
-                file.write("".join(lines).encode())
+                records = {i: _record(i, questions[i], answer) for i, answer in zip(batch, generated, strict=True)}
+                file.write("".join(json_text(record) + "\n" for record in records.values()).encode())
                 file.flush()
-                answers.update(texts)
+                answers.update(records)
                 progress.update(len(batch))
 
         _with_batch_size(answer_rest, batch_size)
@@ -218,6 +219,7 @@ def _with_batch_size(answer_rest: Callable[[int], None], batch_size: int | Liter
         answer_rest(batch_size)
 
 
-def _record(index: int, question: dict[str, Any], answer: str) -> dict[str, Any]:
+def _record(index: int, question: dict[str, Any], answer: Answer) -> dict[str, Any]:
     truth = {"truth": question["answer"]} if "answer" in question else {}
-    return {"index": index, **question, **truth, "answer": answer}
+    probability = round(math.exp(answer.log_probability), 4)
+    return {"index": index, **question, **truth, "answer": answer.text, "probability": probability}
