@@ -104,10 +104,9 @@ def push_model(
     r"""
     Verify the model in `folder` and push it to the Hub in one commit.
 
-    Only weights, configuration, tokenizer, processor, code, card, results and license are uploaded. The same commit
-    deletes weights and results of an earlier push. A card on the Hub that was written by hand is kept. If the
-    verification finds problems, nothing is pushed. After a push, the card, the recorded logits and the other generated
-    files are copied to `folder`, unless `form` converted the model.
+    Only weights, configuration, tokenizer, processor, code, card, results and license are uploaded, and nothing if the
+    verification finds problems. The same commit deletes weights and results of an earlier push. A handwritten card on
+    the Hub is kept. The generated files are also copied to `folder`, unless `form` converted the model.
 
     Args:
         folder (`str` or `Path`): a VT-LMM, an exported LLaVA, or an adapter.
@@ -118,8 +117,7 @@ def push_model(
         revision, tag (`str`, *optional*): branch, created if it does not exist, and tag of the commit.
         include (`list[str]`, *optional*): patterns of further files to upload; never hidden files, links or pickles.
         dry_run (`bool`, *optional*, defaults to `False`): verify and list the files only.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): see [`verify_checkpoint`].
-        license, base_models, results, images: see [`write_card`].
+        license, base_models, results, images: see [`write_card`]; for `trust_remote_code` see [`verify_checkpoint`].
         handler (`bool`, *optional*, defaults to `False`): add `handler.py` for Inference Endpoints.
         space (`str`, *optional*): `user/name` of a Space with the page of `vtlmm app`; see [`push_space`].
 
@@ -131,8 +129,8 @@ def push_model(
     _check_form(folder, form, trust_remote_code, handler, space)
     license = license or license_of(folder)
     check_files(results, images)
-    if not dry_run:
-        check_account(repo_id, tag)  # before minutes of verification
+    if not dry_run:  # before minutes of verification
+        check_account(repo_id, tag)
     with tempfile.TemporaryDirectory() as place:
         source, stage = _convert_form(form, folder, Path(place, "form")), Path(place, "model")
         files = _copy_form(form, folder, source, stage, include, handler)

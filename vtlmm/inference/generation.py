@@ -53,9 +53,8 @@ def generate(
         questions (`str` or `list`): a question, a conversation (a list of messages), or a list of either. In a
             question, `<image>` is the place of an image, as in a row. Other control tokens in a text are plain text.
         images (*optional*): for one question an image or a list of images; for a list of questions a list with one
-            entry per question. An image is a path, a PIL image or the bytes of a file. The images come before a
-            question without `<image>`. In a conversation they fill the `{"type": "image"}` parts in order; a part may
-            also contain its image.
+            entry per question. An image is a path, a PIL image or the bytes of a file. Images come before a question
+            without `<image>`, and fill the `{"type": "image"}` parts of a conversation that have no image.
         max_new_tokens (`int`, *optional*, defaults to 512): longest answer in tokens.
         batch_size (`int`, *optional*, defaults to 8): questions per forward pass.
         vision_features (`MutableMapping[str, torch.Tensor]`, *optional*): vision tower outputs by image key, see
