@@ -86,7 +86,7 @@ def measure(path: Path, model: Path, cache: Path) -> dict:
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def watch():
-        while not done.wait(0.2):
+        while not done.wait(1):
             peak[0] = max(peak[0], proportional_mib(process.pid))
 
     watcher = threading.Thread(target=watch)

@@ -216,11 +216,12 @@ def encode_batch(tokenizer, texts: list[str], add_special_tokens: bool, offsets:
 
 
 class TokenCounts(NamedTuple):
-    """The numbers of tokens, of supervised tokens and of image tokens of several texts, `(num_texts,)` each."""
+    """The numbers of all, supervised, image and unknown tokens of several texts, `(num_texts,)` each."""
 
     tokens: np.ndarray
     supervised: np.ndarray
     images: np.ndarray
+    unknown: np.ndarray
 
 
 def count_tokens(processor, rendered: "list[Rendered]", require_marks: bool = True) -> TokenCounts:
@@ -240,6 +241,8 @@ def count_tokens(processor, rendered: "list[Rendered]", require_marks: bool = Tr
         row, is_image = np.repeat(np.arange(len(chosen)), lengths), ids == processor.image_token_id
         counts.tokens[positions] = lengths
         counts.images[positions] = np.bincount(row[is_image], minlength=len(chosen))
+        if tokenizer.unk_token_id is not None:
+            counts.unknown[positions] = np.bincount(row[ids == tokenizer.unk_token_id], minlength=len(chosen))
         if not require_marks:
             continue
         pairs = chain.from_iterable(chain.from_iterable(one.offsets for one in encodings))

@@ -140,7 +140,9 @@ class RowChecker:
             return {}
         counts = count_tokens(self.processor, rendered, self.require_marks)
         answers = [row.answers for row in rows]
-        unknown, results = self._unknown_answers(answers), {}
+        # Most rows have no unknown token, so their answers are not encoded a second time.
+        unknown = self._unknown_answers([row.answers if counts.unknown[i] else [] for i, row in enumerate(rows)])
+        results = {}
         for i, row in enumerate(rows):
             num_images, num_supervised = len(row.images), int(counts.supervised[i])
             length = int(counts.tokens[i]) + num_images * (self.tokens_per_image - 1)
