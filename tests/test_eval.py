@@ -11,6 +11,7 @@ import signal
 import time
 from functools import partial
 
+import datasets
 import pytest
 from helpers.evaluation import (  # noqa: F401 - fixtures
     NUM_IMAGES,
@@ -173,6 +174,28 @@ def test_answers_of_an_earlier_version_have_no_calibration(work, finished, tmp_p
     assert main(arguments(work, tmp_path / "out")) == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["calibration"] is None
     assert "Calibration" not in (tmp_path / "out" / SAMPLES_FILE).read_text()
+
+
+def test_answers_become_a_dataset_with_images(work, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder, out = tmp_path / "answers", shutil.copytree(finished, tmp_path / "out")
+    assert main(arguments(work, out, "--answers-dataset", str(folder))) == 0
+    assert f"hf upload USER/NAME {folder} --repo-type dataset" in capsys.readouterr().out
+    rows = datasets.load_dataset(str(folder), split="test")
+    assert (
+        rows.features["image"] == datasets.Image() and "written by `vtlmm eval`" in (folder / "README.md").read_text()
+    )
+    shuffled = records(finished / SHUFFLED_FILE)
+    given = map(json.loads, (work / "rows.jsonl").read_text().splitlines())
+    for row, record, other, source in zip(rows, records(finished / "answers.jsonl"), shuffled, given, strict=True):
+        assert (row["question"], row["ground_truth"]) == (record["question"], [record["truth"]])
+        assert (row["answer"], row["answer_with_shuffled_image"]) == (record["answer"], other["answer"])
+        assert (row["kind"], row["row"], row["probability"]) == (record["kind"], record["row"], record["probability"])
+        assert row["image"].tobytes() == PILImage.open(work / source["image"]).tobytes()
+    score = json.loads((out / "results.json").read_text())["kinds"][-1]["score"]
+    assert sum(rows["score"]) / len(rows) == pytest.approx(score)
+    assert main(arguments(work, out, "--answers-dataset", str(folder))) == 1
+    assert "is not empty" in capsys.readouterr().err
 
 
 def test_answers_equal_those_of_the_function(work, finished):

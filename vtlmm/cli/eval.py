@@ -26,6 +26,9 @@ MaxNewTokens = Annotated[
 ]
 Seed = Annotated[int, Option(help="Seed of the shuffled images.")]
 Output = Annotated[Path | None, Option(help="Folder for the results. Default: one in outputs/eval.")]
+AnswersDataset = Annotated[
+    Path | None, Option(metavar="FOLDER", help="Also write the images and answers as a dataset for the Hub.")
+]
 Submission = Annotated[
     Literal["vqav2", "vizwiz", "mmbench"] | None, Option(help="Also write the file for this benchmark's server.")
 ]
@@ -59,6 +62,7 @@ def eval(
     max_new_tokens: MaxNewTokens = None,
     seed: Seed = 0,
     output: Output = None,
+    answers_dataset: AnswersDataset = None,
     submission: Submission = None,
     tasks: Tasks = None,
     harness: Harness = "lmms-eval",
@@ -74,10 +78,14 @@ def eval(
     if not dataset:
         raise ValueError("The questions are missing. Pass --dataset or --tasks.")
     from vtlmm.data.columns import parse_columns
+    from vtlmm.data.dataset_files import require_new_folder
+    from vtlmm.evaluation.answers_dataset import write_answers
     from vtlmm.evaluation.runner import evaluate
 
     output = output or Path("outputs", "eval", "_".join(filter(None, (Path(model).name, Path(dataset).stem, prompt))))
     mapping = parse_columns(columns)  # before the model is loaded
+    if answers_dataset is not None:
+        require_new_folder(answers_dataset)
     loaded, processor = loading.load(model)
     result = evaluate(
         loaded,
@@ -101,6 +109,9 @@ def eval(
         name=model,
     )
     print(f"{result.to_markdown()}\nAnswers, tables and samples: {output}")
+    if answers_dataset is not None:
+        write_answers(result.to_dataset(), answers_dataset)
+        print(f"Upload the answers: hf upload USER/NAME {answers_dataset} --repo-type dataset")
 
 
 def run_tasks(

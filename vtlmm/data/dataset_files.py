@@ -46,6 +46,7 @@ def write_dataset(
     output: str | Path,
     to: Literal["parquet", "webdataset"] = "parquet",
     split: str = "train",
+    card: str = CARD,
 ) -> Path:
     r"""
     Write rows and the bytes of their images into a folder that can be uploaded to the Hub as a dataset.
@@ -58,6 +59,7 @@ def write_dataset(
         output (`str`): folder that does not exist or is empty.
         to (`str`, *optional*, defaults to `"parquet"`): or `"webdataset"`, tar files with one `.json` for each row.
         split (`str`, *optional*, defaults to `"train"`): name of the split.
+        card (`str`, *optional*): the README with the fields of `CARD`.
 
     Returns:
         `Path`: the folder.
@@ -70,8 +72,7 @@ def write_dataset(
     if to not in ("parquet", "webdataset"):
         raise ValueError(f"`to` is {to!r}. It must be parquet or webdataset.")
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not empty. Choose another folder, or delete it.")
+    require_new_folder(output)
     if isinstance(rows, IterableDataset):
         rows = Dataset.from_generator(rows.decode(False).__iter__, features=rows.features)
     if not len(rows):
@@ -88,14 +89,23 @@ def write_dataset(
         else:
             _write_tar(embedded, draft, split)
         pattern = f"{split}-*.{'parquet' if to == 'parquet' else 'tar'}"
-        card = CARD.format(split=split, pattern=pattern, num_rows=len(rows), name=output.name)
-        write_text(draft / "README.md", card)
+        readme = card.format(split=split, pattern=pattern, num_rows=len(rows), name=output.name)
+        write_text(draft / "README.md", readme)
         if output.exists():
             output.rmdir()
         draft.rename(output)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return output
+
+
+def require_new_folder(folder: Path) -> None:
+    """
+    Raises:
+        `FileExistsError`: if `folder` has files.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty. Choose another folder, or delete it.")
 
 
 def _image_lists(rows: Dataset) -> Iterator[list[Any]]:

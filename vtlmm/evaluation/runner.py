@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from vtlmm.inference.generation import conversation, generate_answers
 from vtlmm.inference.prompt_encoding import Prompt
 from vtlmm.inference.resumable import answer_all, open_run, run_key
 
+from .answers_dataset import answers_dataset
 from .prompts import MAX_NEW_TOKENS, build_prompt, check_prompt
 from .questions import ImagePositions, image_loader, read_questions, with_prompt
 from .report import format_table, write_report
@@ -54,6 +56,8 @@ class EvaluationResult:
         skipped (`list[Problem]`): the problems of the rows that were left out.
         subset (`str`, *optional*): which part of the dataset was used, if not all.
         submission (`Path`, *optional*): file for the benchmark's server.
+        to_dataset (`Callable[[], Dataset]`): returns the questions with images, ground truth, answers and scores, see
+            [`answers_dataset`]. `result.to_dataset().push_to_hub("user/name")` publishes them.
     """
 
     kinds: list[dict[str, Any]]
@@ -65,6 +69,7 @@ class EvaluationResult:
     skipped: list[Problem] = field(default_factory=list)
     subset: str | None = None
     submission: Path | None = None
+    to_dataset: Callable[[], Dataset] = field(kw_only=True, repr=False, compare=False)
 
     def to_markdown(self) -> str:
         """Return the table of scores, and how many rows were read and left out."""
@@ -219,6 +224,9 @@ def _report(
         skipped=data.skipped,
         subset=data.subset,
         submission=file,
+        to_dataset=partial(
+            answers_dataset, data.rows, data.image_positions, data.questions, records, shuffled_records, scorer
+        ),
     )
 
 
