@@ -59,3 +59,12 @@ def test_runs_with_different_questions_or_scorers_are_refused(work, finished, tm
     assert main(arguments(work, tmp_path / "some", "--limit", "4")) == 0
     with pytest.raises(ValueError, match="have different questions"):
         compare_results(finished, tmp_path / "some")
+
+
+@pytest.mark.slow
+def test_runs_may_name_other_kinds(work, finished, tmp_path):  # noqa: F811
+    other = [word for word in arguments(work, tmp_path / "other") if word not in ("--kind", "kind")]
+    assert main(other) == 0
+    comparison = compare_results(finished, tmp_path / "other")
+    assert [line.kind for line in comparison.kinds] == ["kind 0", "kind 1", "kind 2", "all"]
+    assert [line.kind for line in compare_results(tmp_path / "other", finished).kinds] == ["all"]

@@ -126,7 +126,7 @@ def test_a_wrong_command_is_found():
 
 
 # These use only files of the demo.
-RUN = ("ask", "tokens", "eval", "analyze", "verify", "push", "export")
+RUN = ("ask", "tokens", "analyze", "verify", "push", "export")
 
 
 @pytest.mark.slow
@@ -139,6 +139,16 @@ def test_commands_of_the_readme_run(name, tmp_path, monkeypatch):
     if name == "push":  # it loads the same model in a new process as `verify`
         monkeypatch.setattr(verify, "load_in_new_process", lambda *arguments: [])
     assert main(words[1:]) == 0
+
+
+@pytest.mark.slow
+def test_evaluations_of_the_readme_can_be_compared(tmp_path, monkeypatch):
+    write_demo_outputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    steps = [words for words in commands(ROOT / "README.md") if words[1] in ("eval", "compare")]
+    assert [words[1] for words in steps] == ["eval", "eval", "compare"]
+    for words in steps:
+        assert main(words[1:]) == 0
 
 
 # ---- Python ----

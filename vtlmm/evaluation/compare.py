@@ -105,23 +105,22 @@ def compare_results(first: str | os.PathLike, second: str | os.PathLike) -> Comp
     Compare the second evaluation with the first, question by question.
 
     Args:
-        first, second (`str`): output folders of [`evaluate`] for the same questions and the same scorer.
+        first, second (`str`): output folders of [`evaluate`] for the same questions and the same scorer. The kinds are
+            those of the first.
 
     Raises:
         `FileNotFoundError`: if a folder holds no evaluation.
         `ValueError`: if an evaluation is not finished, or the two have different questions or scorers.
     """
     runs = [_read_run(Path(folder)) for folder in (first, second)]
-    if runs[0].run["key"]["rows"] != runs[1].run["key"]["rows"]:
+    questions, others = (_questions(run) for run in runs)
+    # A run can name another column of kinds than the other run, and then has other rows.
+    identities = [[(one["images"], one["question"], one["answer"]) for one in asked] for asked in (questions, others)]
+    if identities[0] != identities[1]:
         raise ValueError(f"{first} and {second} have different questions. Evaluate both models on the same rows.")
     scorer, other = (run.results["scorer"] for run in runs)
     if scorer != other:
         raise ValueError(f"{first} has the scorer {scorer}, {second} has {other}. Use one scorer for both.")
-    prompt = runs[0].run["key"]["settings"]["prompt"]
-    questions = [
-        {**record, "answer": record["truth"], "question": remove_prompt(prompt, record["question"])}
-        for record in runs[0].records
-    ]
     scores = [score_answers(questions, [record["answer"] for record in run.records], scorer) for run in runs]
     clusters = [image_cluster(question) for question in questions]
     kinds = [
@@ -143,6 +142,15 @@ def compare_results(first: str | os.PathLike, second: str | os.PathLike) -> Comp
         if scores[0][i] != scores[1][i]
     ]
     return Comparison(os.fspath(first), os.fspath(second), scorer, runs[0].run.get("subset"), kinds, flips)
+
+
+def _questions(run: _Run) -> list[dict[str, Any]]:
+    """Return the questions of a run without its prompt, with their true answers."""
+    prompt = run.run["key"]["settings"]["prompt"]
+    return [
+        {**record, "answer": record["truth"], "question": remove_prompt(prompt, record["question"])}
+        for record in run.records
+    ]
 
 
 def _compare_kind(kind: str, first: Sequence[float], second: Sequence[float], clusters: list[str]) -> KindComparison:
