@@ -132,33 +132,33 @@ def push_model(
     if not dry_run:  # before minutes of verification
         check_account(repo_id, tag)
     with tempfile.TemporaryDirectory() as place:
-        source, stage = _convert_form(form, folder, Path(place, "form")), Path(place, "model")
-        files = _copy_form(form, folder, source, stage, include, handler)
+        source, staging = _convert_form(form, folder, Path(place, "form")), Path(place, "model")
+        files = _copy_form(form, folder, source, staging, include, handler)
         card: dict[str, Any] = {"license": license, "base_models": base_models, "results": results, "images": images}
-        write_card(stage, repo_id, **card, kind_and_config=_kind_on_card(form, folder))
-        record_logits(stage, trust_remote_code)
-        result = _verify_staged(stage, folder, repo_id, files, trust_remote_code)
+        write_card(staging, repo_id, **card, kind_and_config=_kind_on_card(form, folder))
+        record_logits(staging, trust_remote_code)
+        result = _verify_staged(staging, folder, repo_id, files, trust_remote_code)
         if not result.report.problems and not dry_run:
-            _publish(result, stage, repo_id, private, revision, tag, space)
+            _publish(result, staging, repo_id, private, revision, tag, space)
             if source == folder:
-                _copy_back(stage, folder, list(result.files))
+                _copy_back(staging, folder, list(result.files))
     return result
 
 
-def _publish(result: PushResult, stage: Path, repo_id: str, private, revision, tag, space: str | None) -> None:
-    """Upload the files of `stage`, and the Space, and write their addresses into `result`."""
+def _publish(result: PushResult, staging: Path, repo_id: str, private, revision, tag, space: str | None) -> None:
+    """Upload the files of `staging`, and the Space, and write their addresses into `result`."""
     with hub_errors(repo_id, revision):
-        result.url = _upload(stage, repo_id, list(result.files), private, revision, tag)
+        result.url = _upload(staging, repo_id, list(result.files), private, revision, tag)
     if space:
         result.space_url = push_space(space, repo_id, private)
 
 
-def _verify_staged(stage: Path, folder: Path, repo_id: str, files: list[str], trust_remote_code: bool) -> PushResult:
-    """Verify the files in the folder `stage`, and return those to upload: `files` and the generated ones."""
-    report = verify_checkpoint(stage, trust_remote_code=trust_remote_code)
+def _verify_staged(staging: Path, folder: Path, repo_id: str, files: list[str], trust_remote_code: bool) -> PushResult:
+    """Verify the files in the folder `staging`, and return those to upload: `files` and the generated ones."""
+    report = verify_checkpoint(staging, trust_remote_code=trust_remote_code)
     report.checkpoint = str(folder)
-    names = sorted({*(name for name in files if (stage / name).is_file()), *list_published_files(stage)})
-    return PushResult(repo_id, report, {name: (stage / name).stat().st_size for name in names})
+    names = sorted({*(name for name in files if (staging / name).is_file()), *list_published_files(staging)})
+    return PushResult(repo_id, report, {name: (staging / name).stat().st_size for name in names})
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -221,9 +221,9 @@ def _write_record(folder: Path, values: dict[str, Any]) -> None:
 # ---- The files of a push ----
 
 
-def stage_files(folder: Path, stage: Path, include: Sequence[str] = ()) -> list[str]:
+def copy_to_staging(folder: Path, staging: Path, include: Sequence[str] = ()) -> list[str]:
     r"""
-    Put the files to publish into the new folder `stage`: weights as links, all others as copies that may be changed.
+    Put the files to publish into the new folder `staging`: weights as links, all others as copies that may be changed.
 
     Returns:
         `list[str]`: their names.
@@ -238,9 +238,9 @@ def stage_files(folder: Path, stage: Path, include: Sequence[str] = ()) -> list[
             f"{folder}: {', '.join(links)} {'is a symbolic link' if len(links) == 1 else 'are symbolic links'}, which "
             "are not published. Copy the files into the folder."
         )
-    stage.mkdir(parents=True)
+    staging.mkdir(parents=True)
     for name in [*files, *([RUN_RECORD] if (folder / RUN_RECORD).is_file() else [])]:
-        target = stage / name
+        target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if not name.endswith((".safetensors", ".gguf")) or not _link(folder / name, target):
             shutil.copy(folder / name, target)
@@ -258,12 +258,12 @@ def _link(source: Path, target: Path) -> bool:
     return False
 
 
-def _copy_back(stage: Path, folder: Path, files: Sequence[str]) -> None:
+def _copy_back(staging: Path, folder: Path, files: Sequence[str]) -> None:
     """Copy all files but the weights to the user's folder, so that the next push finds them. Remove an old license."""
     for name in files:
         if not name.endswith(".safetensors"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(stage / name, folder / name)
+            shutil.copy(staging / name, folder / name)
     license_file = folder / LICENSE_FILE
     if license_file.is_file() and LICENSE_FILE not in files:
         license_file.unlink()  # the license has changed
@@ -274,13 +274,13 @@ def _kind_on_card(form: str | None, folder: Path) -> tuple[str, dict[str, Any]] 
     return (GGUF, checkpoint_kind(folder)[1]) if form == GGUF else None
 
 
-def _copy_form(form: str | None, folder: Path, source: Path, stage: Path, include, handler: bool) -> list[str]:
-    """Copy the files of `source` to `stage`. Add the results of `folder` if the form gives the same answers."""
-    files = stage_files(source, stage, include)
+def _copy_form(form: str | None, folder: Path, source: Path, staging: Path, include, handler: bool) -> list[str]:
+    """Copy the files of `source` to `staging`. Add the results of `folder` if the form gives the same answers."""
+    files = copy_to_staging(source, staging, include)
     if handler:
-        shutil.copy(Path(__file__).with_name(HANDLER_FILE), stage)
+        shutil.copy(Path(__file__).with_name(HANDLER_FILE), staging)
     if form not in (GGUF, *QUANTIZATIONS):
-        add_results(stage, find_results(folder), strict=False)
+        add_results(staging, find_results(folder), strict=False)
     return files
 
 
@@ -374,7 +374,7 @@ def upload_published_files(
     Args:
         also_in (`str`, *optional*): folder in the repository that receives the same files, such as `last-checkpoint`.
         follow_links (`bool`, *optional*, defaults to `False`): whether symbolic links are uploaded, for a folder of
-            [`stage_files`].
+            [`copy_to_staging`].
         commit_message, revision, token, run_as_future: see [`~huggingface_hub.HfApi.create_commit`].
     """
     folder = Path(folder)

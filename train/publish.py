@@ -12,7 +12,7 @@ from transformers.utils import PushInProgress
 
 from vtlmm.data.output_files import write_json
 from vtlmm.hub.model_card import write_card
-from vtlmm.hub.push import stage_files, upload_published_files
+from vtlmm.hub.push import copy_to_staging, upload_published_files
 from vtlmm.hub.repository import ADAPTER, ADAPTER_SETTINGS, CARD_FILE, RUN_RECORD, VTLMM, read_run_record
 
 from .run_record import run_entry
@@ -116,13 +116,13 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
     if running is not None and not running.is_done() and not args.hub_always_push:
         return
     # A copy with links, because the checkpoint must not change, and may be deleted before the upload ends.
-    stage = Path(args.output_dir, UPLOADING, checkpoint.name)
-    shutil.rmtree(stage, ignore_errors=True)
-    stage_files(checkpoint, stage)
-    write_run_card(trainer, stage)
+    staging = Path(args.output_dir, UPLOADING, checkpoint.name)
+    shutil.rmtree(staging, ignore_errors=True)
+    copy_to_staging(checkpoint, staging)
+    write_run_card(trainer, staging)
     folders = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
     job: Any = upload_published_files(
-        stage,
+        staging,
         trainer.hub_model_id,
         follow_links=True,
         also_in=folders.get(args.hub_strategy),
@@ -131,7 +131,7 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
         token=args.hub_token,
         run_as_future=True,
     )
-    job.add_done_callback(lambda _: shutil.rmtree(stage, ignore_errors=True))
+    job.add_done_callback(lambda _: shutil.rmtree(staging, ignore_errors=True))
     if running is None or running.is_done():
         trainer.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]  # the annotation is wrong
     else:
