@@ -86,11 +86,13 @@ def compare(args, source: Path, output: Path):
 
     from vtlmm.hub.checkpoint_files import list_tensors, map_file
 
-    expected, found = list_tensors(source), list_tensors(output)
-    if expected.keys() != found.keys():
-        raise SystemExit(f"Tensors that are in one checkpoint only: {sorted(expected.keys() ^ found.keys())}.")
+    expected, output_tensors = list_tensors(source), list_tensors(output)
+    if expected.keys() != output_tensors.keys():
+        raise SystemExit(
+            f"Tensors that are in one checkpoint only: {sorted(expected.keys() ^ output_tensors.keys())}."
+        )
     for name, tensor in expected.items():
-        other = found[name]
+        other = output_tensors[name]
         if not equal(tensor.take_from(map_file(tensor.file)), other.take_from(map_file(other.file))):
             raise SystemExit(f"Tensor {name} has changed.")
 

@@ -184,13 +184,13 @@ def table(results: dict) -> str:
 
 def memory(process: subprocess.Popen, port: int, bodies: list[bytes], num_requests: int) -> dict:
     """Return the memory of a server after 100 and after `num_requests` requests."""
-    found = {}
+    sizes = {}
     for first, last in ((0, 100), (100, num_requests)):
         chosen = [bodies[i % len(bodies)] for i in range(first, last)]
         measure(port, chosen, 16)
-        found[f"mib_after_{last}"] = resident_mib(process)
-    print(found)
-    return found
+        sizes[f"mib_after_{last}"] = resident_mib(process)
+    print(sizes)
+    return sizes
 
 
 def main():

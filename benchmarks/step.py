@@ -188,8 +188,8 @@ def compare_steps(stage, arguments, names=None, adapter=None, settings=None):
         for key, unit, digits in (("seconds", 1, 3), ("peak_bytes", 1e9, 2)):
             cells.append(f"{statistics.median(result[key]) / unit:.{digits}f}")
             for label, reference in (("llava", LLAVA), ("same_targets", SAME_TARGETS)):
-                found = result[f"{key}_to_{label}"] = ratio(result[key], results[reference][key])
-                cells.append(interval(found))
+                ratio_interval = result[f"{key}_to_{label}"] = ratio(result[key], results[reference][key])
+                cells.append(interval(ratio_interval))
         rows.append(cells)
     return results, [markdown_table(header, rows)]
 

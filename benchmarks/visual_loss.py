@@ -293,18 +293,18 @@ def measure(comparison, device, rounds):
     for name, function in list(comparison.implementations.items()):
         result = comparison.results[name] = {"milliseconds": []}
         try:
-            found = function()
+            outputs = function()
             result["peak_bytes"] = peak_bytes(function, device)
         except Exception as error:  # e.g. out of memory or a changed interface
             print(f"Skipped: {name} ({type(error).__name__}: {str(error)[:200]})")
             del comparison.implementations[name], comparison.results[name]
             continue
-        if found is not None:
+        if outputs is not None:
             result["errors"] = {
                 part: ((a.double() - b).norm() / b.norm()).item()
-                for part, a, b in zip(comparison.names, found, exact, strict=True)
+                for part, a, b in zip(comparison.names, outputs, exact, strict=True)
             }
-        del found
+        del outputs
     del exact
     names = list(comparison.implementations)
     for i in range(rounds):

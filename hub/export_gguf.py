@@ -147,9 +147,9 @@ def _stop_tokens(source: ExportSource, processor: Any) -> list[int]:
     eos = read_generation_config(source.folder, source.config.text_config).eos_token_id
     template = processor.chat_template
     end = end_of_turn(template, processor.tokenizer) if template else None
-    found = [processor.tokenizer.convert_tokens_to_ids(end)] if end else []
-    found += [*(eos if isinstance(eos, list) else [eos]), processor.tokenizer.eos_token_id]
-    return [token for token in dict.fromkeys(found) if token is not None]
+    token_ids = [processor.tokenizer.convert_tokens_to_ids(end)] if end else []
+    token_ids += [*(eos if isinstance(eos, list) else [eos]), processor.tokenizer.eos_token_id]
+    return [token for token in dict.fromkeys(token_ids) if token is not None]
 
 
 def _add_special_tokens(writer: Any, tokenizer: Any, stops: list[int]) -> None:

@@ -84,16 +84,16 @@ def decoder_tensors(tensors: Mapping[str, StoredTensor | torch.Tensor], text_con
     architecture = ARCHITECTURES[text_config.model_type]
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, text_config.num_hidden_layers)
-    found = []
+    gguf_tensors = []
     for name, tensor in tensors.items():
         if name.startswith(LANGUAGE_MODEL) or name == LM_HEAD:
             theirs = names.get_name(name.replace(LANGUAGE_MODEL, "model."), try_suffixes=(".weight", ".bias"))
             if theirs is None:
                 raise ValueError(f"llama.cpp has no place for the tensor {name}.")
-            found.append(GGUFTensor(theirs, tensor, _rotation_order(name, architecture, text_config)))
+            gguf_tensors.append(GGUFTensor(theirs, tensor, _rotation_order(name, architecture, text_config)))
     if rope_parameters(text_config)["rope_type"] == "llama3":
-        found.append(GGUFTensor("rope_freqs.weight", llama3_frequency_factors(text_config), keep_float32=True))
-    return found
+        gguf_tensors.append(GGUFTensor("rope_freqs.weight", llama3_frequency_factors(text_config), keep_float32=True))
+    return gguf_tensors
 
 
 def _rotation_order(name: str, architecture: str, text_config: Any) -> Any:

@@ -116,8 +116,8 @@ def _between(text: str, *marks: str) -> list[str]:
     """Return the texts before, between and after `marks`. Raises `ValueError` if they do not occur once, in order."""
     pieces = []
     for mark in marks:
-        before, found, text = text.partition(mark)
-        if not found or mark in text:
+        before, separator, text = text.partition(mark)
+        if not separator or mark in text:
             raise ValueError(mark)
         pieces.append(before)
     return [*pieces, text]

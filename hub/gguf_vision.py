@@ -113,19 +113,19 @@ def add_vision(writer: Any, config: Any, image_processor: Any) -> None:
 def vision_tensors(tensors: Mapping[str, StoredTensor | torch.Tensor], config: Any) -> list[GGUFTensor]:
     """Return the tensors of tower and projector under llama.cpp's names, without layers that are not used."""
     last = max(feature_layers(config))
-    found = []
+    gguf_tensors = []
     for name, tensor in tensors.items():
         if name.startswith(TOWER):
             theirs = _tower_name(name.removeprefix(TOWER), last)
             if theirs is not None:
-                found.append(GGUFTensor(theirs, tensor, keep_float32="embd" in theirs))
+                gguf_tensors.append(GGUFTensor(theirs, tensor, keep_float32="embd" in theirs))
         elif name.startswith(PROJECTOR):
             theirs = name.removeprefix(PROJECTOR).replace("linear_1", "mm.0").replace("linear_2", "mm.2")
-            found.append(GGUFTensor(theirs, tensor))
+            gguf_tensors.append(GGUFTensor(theirs, tensor))
     if not config.multimodal_projector_bias:  # llama.cpp's projector always adds a bias
         zeros = torch.zeros(config.text_config.hidden_size)
-        found += [GGUFTensor("mm.0.bias", zeros), GGUFTensor("mm.2.bias", zeros)]
-    return found
+        gguf_tensors += [GGUFTensor("mm.0.bias", zeros), GGUFTensor("mm.2.bias", zeros)]
+    return gguf_tensors
 
 
 def _tower_name(name: str, last: int) -> str | None:

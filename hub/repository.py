@@ -101,7 +101,7 @@ def foreign_code(folder: Path) -> list[str]:
     """
     installed = {file.name: file.read_bytes() for file in Path(modeling_vtlmm.__file__).parent.glob("*_vtlmm.py")}
     installed[HANDLER_FILE] = Path(__file__).with_name(HANDLER_FILE).read_bytes()
-    found = [
+    problems = [
         f"{file.name} differs from the installed package" if file.name in installed else f"{file.name} is unknown"
         for file in sorted(folder.glob("*.py"))
         if file.read_bytes() != installed.get(file.name)
@@ -113,8 +113,8 @@ def foreign_code(folder: Path) -> list[str]:
             continue
         for target in targets:
             if f"{target.split('.')[0]}.py" not in installed:
-                found.append(f"{config.name} names the code {target}")
-    return found
+                problems.append(f"{config.name} names the code {target}")
+    return problems
 
 
 def _code_targets(values: Any) -> Iterator[str]:

@@ -93,13 +93,13 @@ def check_weights(folder: Path, files: list[str], kind: str) -> tuple[int, list[
 
 def check_gguf(folder: Path, files: list[str]) -> tuple[int, list[str]]:
     """Return the number of parameters in the GGUF files of `folder`, and the problems of these files."""
-    found = [file for file in files if file.endswith(".gguf")]
-    expected = {file.replace("mmproj-", "model-") for file in found if file.startswith("mmproj-")}
-    problems = [f"{file}: missing, the decoder of the mmproj file" for file in sorted(expected - {*found})]
+    gguf_files = [file for file in files if file.endswith(".gguf")]
+    expected = {file.replace("mmproj-", "model-") for file in gguf_files if file.startswith("mmproj-")}
+    problems = [f"{file}: missing, the decoder of the mmproj file" for file in sorted(expected - {*gguf_files})]
     if "Modelfile" not in files:
         problems.append("Modelfile: missing; `vtlmm export --to gguf` writes it")
     num_parameters = 0
-    for file in found:
+    for file in gguf_files:
         try:
             tensors = import_gguf().GGUFReader(folder / file).tensors
         except (ValueError, IndexError, KeyError, OSError) as error:

@@ -170,7 +170,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        if sum(given is not None for given in (pixel_values, vision_features, image_outputs)) > 1:
+        if sum(value is not None for value in (pixel_values, vision_features, image_outputs)) > 1:
             raise ValueError("Pass only one of `pixel_values`, `vision_features` and `mm_encoder_outputs`.")
         if inputs_embeds is None:
             inputs_embeds = self._embed(cast(torch.Tensor, input_ids))

@@ -54,7 +54,10 @@ class PatchWordImages(TrainerCallback):
         with self.trainer.accelerator.autocast():
             tokens = read_visual_tokens(base, self.processor, self.images)
         model.train(training)
-        titles = [f"mean entropy {found.mean_entropy:.2f} of {found.max_entropy:.2f} nats" for found in tokens]
+        titles = [
+            f"mean entropy {image_tokens.mean_entropy:.2f} of {image_tokens.max_entropy:.2f} nats"
+            for image_tokens in tokens
+        ]
         caption = f"Words of the VM head after {state.global_step} steps."
         self.save_patch_words(path, self.processor, self.images, tokens, titles, caption)
         log_image(self.trainer, path, state.global_step, caption)

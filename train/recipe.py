@@ -76,8 +76,8 @@ def settings_table() -> list[Setting]:
             default = f.default_factory() if f.default_factory is not MISSING else f.default
             text = "required" if default is MISSING else "null" if default is None else str(default)
             help_text = " ".join(str(f.metadata.get("help", "")).split())
-            own = "training" if group == "stage" and f.name in inherited else group
-            table.append(Setting(own, f.name, format_hint(HINTS[f.name]), text, help_text))
+            setting_group = "training" if group == "stage" and f.name in inherited else group
+            table.append(Setting(setting_group, f.name, format_hint(HINTS[f.name]), text, help_text))
     order = [*GROUPS, "training"]
     return sorted(table, key=lambda setting: order.index(setting.group))
 
@@ -189,10 +189,10 @@ def check_settings(settings: dict[str, Any], source: str | Path) -> dict[str, An
     if (
         not isinstance(stages, dict)
         or not stages
-        or not all(own is None or isinstance(own, dict) for own in stages.values())
+        or not all(stage_settings is None or isinstance(stage_settings, dict) for stage_settings in stages.values())
     ):
         raise ValueError(f"{source}: `stages` must map each stage to its settings (or to nothing).")
-    checked = {stage: _check_flat(own or {}, source) for stage, own in stages.items()}
+    checked = {stage: _check_flat(stage_settings or {}, source) for stage, stage_settings in stages.items()}
     shared = {key: value for key, value in settings.items() if key != "stages"}
     return {**_check_flat(shared, source), "stages": checked}
 

@@ -32,12 +32,13 @@ def split_stages(settings: dict[str, Any]) -> list[dict[str, Any]]:
             )
     runs: list[dict[str, Any]] = []
     model = shared["model_name_or_path"]
-    for stage, own in settings["stages"].items():
-        given = [f"stages.{stage}.{key}" for key in STAGE_KEYS if key in own] + ["stage"] * ("stage" in shared)
-        if given:
-            raise ValueError(f"A recipe with `stages` sets {', '.join(given)} itself. Remove this setting.")
+    for stage, stage_settings in settings["stages"].items():
+        reserved_keys = [f"stages.{stage}.{key}" for key in STAGE_KEYS if key in stage_settings]
+        reserved_keys += ["stage"] * ("stage" in shared)
+        if reserved_keys:
+            raise ValueError(f"A recipe with `stages` sets {', '.join(reserved_keys)} itself. Remove this setting.")
         output_dir = str(Path(shared["output_dir"], stage))
-        run = {**shared, **own, "stage": stage, "model_name_or_path": model, "output_dir": output_dir}
+        run = {**shared, **stage_settings, "stage": stage, "model_name_or_path": model, "output_dir": output_dir}
         if runs:
             run.pop("model_revision", None)  # the revision of the first stage's model
         runs.append(run)

@@ -116,15 +116,15 @@ class Lens:
             return {}
         ranks, mass, labels = torch.stack(self.ranks)[used], torch.stack(self.mass)[used], labels[used]
         prior = self.total / len(self.ranks)
-        found = {}
+        agreements = {}
         for k in (k for k in TOP_KS if k <= len(prior)):
             frequent = torch.isin(self.token_ids, prior.topk(k).indices).cpu()
             by_prior = (labels & frequent).any(1).float()
-            found[f"hit@{k}"] = _with_controls(*label_hits(ranks, labels, k), by_prior)
+            agreements[f"hit@{k}"] = _with_controls(*label_hits(ranks, labels, k), by_prior)
         if self.is_distribution:
             by_prior = labels.double() @ prior[self.token_ids].cpu()
-            found["mass"] = _with_controls(*label_mass(mass, labels), by_prior)
-        return found
+            agreements["mass"] = _with_controls(*label_mass(mass, labels), by_prior)
+        return agreements
 
 
 def _with_controls(values: torch.Tensor, shuffled: torch.Tensor, prior: torch.Tensor) -> LabelAgreement:
@@ -171,7 +171,7 @@ class Diversity:
 
     def result(self) -> dict[str, Estimate]:
         """Return entropy and effective support of a patch, and the statistics over all images."""
-        found = {
+        estimates = {
             "entropy": mean_estimate(row[0] for row in self.entropies),
             "effective_support": mean_estimate(row[2] for row in self.entropies),
         }
@@ -179,8 +179,8 @@ class Diversity:
         without = [self._overall(i) for i in range(groups)] if groups > 1 else []
         for name, value in self._overall().items():
             interval = jackknife_interval(value, [row[name] for row in without]) if without else (value, value)
-            found[name] = Estimate(value, *interval, len(self.entropies))
-        return found
+            estimates[name] = Estimate(value, *interval, len(self.entropies))
+        return estimates
 
     def warnings(self, name: str) -> list[str]:
         """Return a warning if all patches, or all images, get the same words."""
@@ -220,18 +220,18 @@ class Neighborhood:
         products["visual tokens"] = visual_token_gram(spaces["mixed"], vm_weight)
         pairs = [("features", "visual tokens"), ("vision", "visual tokens"), ("features", "pseudo")]
         k = min(NUM_NEIGHBORS, (number - 1) // 2)
-        found = {}
+        agreements = {}
         for first, second in pairs:
             a, b = products[first], products[second]
             mutual = mutual_neighbors(a, b, k, seed)
             cka = unbiased_cka(a, b)
             groups = [torch.arange(number) % NUM_GROUPS != i for i in range(min(NUM_GROUPS, number // 4))]
             interval = jackknife_interval(cka, [unbiased_cka(a[kept][:, kept], b[kept][:, kept]) for kept in groups])
-            found[f"{first} ~ {second}"] = SpaceAgreement(
+            agreements[f"{first} ~ {second}"] = SpaceAgreement(
                 mean_estimate(mutual["overlap"], bounds=SCORE_BOUNDS),
                 k,
                 mutual["chance"],
                 mutual["p_value"],
                 Estimate(cka, *interval, number),
             )
-        return found
+        return agreements

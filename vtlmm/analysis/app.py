@@ -285,11 +285,17 @@ def launch(page, host: str, port: int, **options):
     """Serve the page. Browsers load resources from this server only."""
     from starlette.middleware import Middleware
 
-    own: dict[str, Any] = {"share": False, "ssr_mode": False, "quiet": True, "footer_links": [], "theme": _theme()}
-    own["css"] = STYLE
-    own["max_file_size"] = MAX_UPLOAD_BYTES
-    own["app_kwargs"] = {"middleware": [Middleware(_PolicyHeader)]}
-    return page.launch(server_name=host, server_port=port, **own, **options)
+    settings: dict[str, Any] = {
+        "share": False,
+        "ssr_mode": False,
+        "quiet": True,
+        "footer_links": [],
+        "theme": _theme(),
+        "css": STYLE,
+        "max_file_size": MAX_UPLOAD_BYTES,
+        "app_kwargs": {"middleware": [Middleware(_PolicyHeader)]},
+    }
+    return page.launch(server_name=host, server_port=port, **settings, **options)
 
 
 def _theme():

@@ -81,13 +81,13 @@ def measure_caption_matching(
         losses += _caption_losses(model, processor, [encoded[row] for row, _ in batch], images).tolist()
     model.train(was_training)
     table = torch.tensor(losses, dtype=torch.float64).view(len(rows), 1 + num_others)
-    own, other = table[:, :1], table[:, 1:]
-    scores = ((own < other).double() + 0.5 * (own == other).double()).mean(1).tolist()
+    own_losses, other_losses = table[:, :1], table[:, 1:]
+    scores = ((own_losses < other_losses).double() + 0.5 * (own_losses == other_losses).double()).mean(1).tolist()
     return CaptionMatching(
         accuracy=mean_estimate(scores, bounds=SCORE_BOUNDS),
-        loss=mean_estimate(own[:, 0].tolist()),
-        loss_shuffled=mean_estimate(other.mean(1).tolist()),
-        loss_lift=mean_estimate((other.mean(1) - own[:, 0]).tolist()),
+        loss=mean_estimate(own_losses[:, 0].tolist()),
+        loss_shuffled=mean_estimate(other_losses.mean(1).tolist()),
+        loss_lift=mean_estimate((other_losses.mean(1) - own_losses[:, 0]).tolist()),
         scores=scores,
     )
 
@@ -128,8 +128,10 @@ def _similar_rows(rows: Dataset, num_others: int) -> list[list[int]]:
     """Return the rows whose answers have the most content words in common with each row's."""
     words = [content_words(answer_texts(row["messages"])) for row in rows]
     similar = []
-    for row, own in enumerate(words):
-        shared = [(-len(own & other), (number - row) % len(words)) for number, other in enumerate(words)]
+    for row, row_words in enumerate(words):
+        shared = [
+            (-len(row_words & other_words), (number - row) % len(words)) for number, other_words in enumerate(words)
+        ]
         ranked = sorted(set(range(len(words))) - {row}, key=shared.__getitem__)
         similar.append(ranked[:num_others])
     return similar

@@ -57,8 +57,8 @@ class CaptionWords:
             ("one of the ten most likely words", "top_10"),
             ("most likely word of a patch", "patch_word"),
         ):
-            own, other = getattr(self, name), getattr(self, f"{name}_shuffled")
-            rows.append([label, _percent(own), _percent(other)])
+            own_estimate, other_estimate = getattr(self, name), getattr(self, f"{name}_shuffled")
+            rows.append([label, _percent(own_estimate), _percent(other_estimate)])
         table = markdown_table(["", "its captions", "another image's captions"], rows)
         return (
             f"{table}\n\n{self.top_word.n} images, {self.num_patch_words} different patch words, "
@@ -110,9 +110,9 @@ def measure_caption_words(model, processor, rows: Dataset, *, batch_size: int = 
 
 def _share_in(captions: list[set[str]], counts: Counter, index: int, words: list[str]) -> tuple[float, float]:
     """Return the share of `words` in the captions of image `index`, and its mean over all other images."""
-    own = sum(word in captions[index] for word in words)
-    others = (sum(counts[word] for word in words) - own) / (len(captions) - 1)
-    return own / len(words), others / len(words)
+    num_own = sum(word in captions[index] for word in words)
+    mean_num_others = (sum(counts[word] for word in words) - num_own) / (len(captions) - 1)
+    return num_own / len(words), mean_num_others / len(words)
 
 
 def _any_in(captions: list[set[str]], index: int, words: set[str]) -> tuple[float, float]:
@@ -124,9 +124,11 @@ def _any_in(captions: list[set[str]], index: int, words: set[str]) -> tuple[floa
 def _estimates(name: str, scores: list[tuple[float, float]]) -> dict[str, Estimate]:
     """Return the estimates of a score, of its shuffled control and of their paired difference."""
     return {
-        name: mean_estimate((own for own, _ in scores), bounds=SCORE_BOUNDS),
-        f"{name}_shuffled": mean_estimate((other for _, other in scores), bounds=SCORE_BOUNDS),
-        f"{name}_lift": mean_estimate((own - other for own, other in scores), bounds=DIFFERENCE_BOUNDS),
+        name: mean_estimate((own_score for own_score, _ in scores), bounds=SCORE_BOUNDS),
+        f"{name}_shuffled": mean_estimate((other_score for _, other_score in scores), bounds=SCORE_BOUNDS),
+        f"{name}_lift": mean_estimate(
+            (own_score - other_score for own_score, other_score in scores), bounds=DIFFERENCE_BOUNDS
+        ),
     }
 
 

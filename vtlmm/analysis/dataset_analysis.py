@@ -220,7 +220,7 @@ class Analysis:
             distinct_top_words={name: diversity.distinct_top_words for name, diversity in self.diversity.items()},
             reconstruction={name: mean_estimate(values) for name, values in self.mixes.items()},
             locality=mean_estimate(self.localities, bounds=SCORE_BOUNDS) if self.localities else None,
-            warnings=[text for name, found in self.diversity.items() for text in found.warnings(name)],
+            warnings=[text for name, diversity in self.diversity.items() for text in diversity.warnings(name)],
         )
 
 

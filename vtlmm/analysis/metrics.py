@@ -64,15 +64,15 @@ def label_hits(ranks: torch.Tensor, labels: torch.Tensor, k: int) -> tuple[torch
         `tuple[torch.Tensor, torch.Tensor]`: both of shape `(num_images,)`.
     """
     reached, wanted = (ranks < k).float(), labels.float().T
-    own = ((ranks < k) & labels).any(1).float()
+    own_hits = ((ranks < k) & labels).any(1).float()
     with_all = torch.cat([(part @ wanted > 0).sum(1) for part in reached.split(TILE_ROWS)])
-    return own, (with_all - own) / (len(own) - 1)
+    return own_hits, (with_all - own_hits) / (len(own_hits) - 1)
 
 
 def label_mass(mass: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what [`label_hits`] does, for the probability of the label words, `mass` (num_images, num_words)."""
-    own = (mass * labels).sum(1)
-    return own, (mass @ labels.to(mass.dtype).sum(0) - own) / (len(own) - 1)
+    own_mass = (mass * labels).sum(1)
+    return own_mass, (mass @ labels.to(mass.dtype).sum(0) - own_mass) / (len(own_mass) - 1)
 
 
 def top_word_overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -132,14 +132,14 @@ def mutual_neighbors(first: torch.Tensor, second: torch.Tensor, k: int, seed: in
         unrelated.
     """
     a, b = neighbors(first, k), neighbors(second, k)
-    found = (a & b).sum(1).float() / k
+    overlap = (a & b).sum(1).float() / k
     generator = torch.Generator().manual_seed(seed)
     as_large = 0
     for _ in range(NUM_PERMUTATIONS):
         order = torch.randperm(len(b), generator=generator).to(b.device)
         as_large += int((a & b[order][:, order]).sum() >= (a & b).sum())
     p_value = (1 + as_large) / (1 + NUM_PERMUTATIONS)
-    return {"overlap": found, "chance": k / (len(a) - 1), "p_value": p_value}
+    return {"overlap": overlap, "chance": k / (len(a) - 1), "p_value": p_value}
 
 
 def unbiased_cka(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -160,8 +160,8 @@ def unbiased_cka(first: torch.Tensor, second: torch.Tensor) -> float:
         inner = (x * y).sum() + x.sum() * y.sum() / ((number - 1) * (number - 2))
         return inner - 2 / (number - 2) * (x.sum(0) @ y.sum(0))
 
-    own = [hsic(x, x) / (x * x).sum() for x in (a, b)]
-    if min(own) < 1e-9:  # all patches are equal, up to rounding
+    self_similarities = [hsic(x, x) / (x * x).sum() for x in (a, b)]
+    if min(self_similarities) < 1e-9:  # all patches are equal, up to rounding
         return math.nan
     return (hsic(a, b) / (hsic(a, a) * hsic(b, b)).sqrt()).item()
 

@@ -52,15 +52,15 @@ def _verdict(result: AnalysisResult) -> str:
             f"Verdict: unknown. Only {result.num_labeled_images} of {result.num_images} images have a label word that "
             "is one token of the vocabulary, so the visual tokens cannot be compared with labels."
         )
-    found = result.lenses["vm_head"][metric]
+    vm_head = result.lenses["vm_head"][metric]
     k = metric.removeprefix("hit@")
     numbers = (
-        f"in {found.agreement.value:.0%} of {found.agreement.n} images one of its {k} likeliest words at some patch "
-        f"is a label of the image, compared with {found.shuffled:.0%} for the labels of another image"
+        f"in {vm_head.agreement.value:.0%} of {vm_head.agreement.n} images one of its {k} likeliest words at some "
+        f"patch is a label of the image, compared with {vm_head.shuffled:.0%} for the labels of another image"
     )
-    if found.lift.low > 0:
+    if vm_head.lift.low > 0:
         return f"Verdict: the VM head names what is in the images better than chance; {numbers}."
-    if found.lift.high < 0:
+    if vm_head.lift.high < 0:
         return f"Verdict: the VM head names the wrong things; {numbers}."
     return f"Verdict: the VM head does not name what is in the images better than chance; {numbers}."
 
@@ -75,11 +75,11 @@ def _label_sentences(result: AnalysisResult) -> list[str]:
     metric = _main_metric(result)
     if metric is None:
         return []
-    found, decoder = result.lenses["vm_head"][metric], result.lenses["decoder"][metric]
-    prior = _compared(found.lift_over_prior, "naming the same frequent words for every image")
+    vm_head, decoder = result.lenses["vm_head"][metric], result.lenses["decoder"][metric]
+    prior = _compared(vm_head.lift_over_prior, "naming the same frequent words for every image")
     sentences = [f"On {metric} it is {prior}."]
-    if found.lift_over_random_head is not None:
-        sentences[0] = f"On {metric} it is {prior}, and {_compared(found.lift_over_random_head, 'a random head')}."
+    if vm_head.lift_over_random_head is not None:
+        sentences[0] = f"On {metric} it is {prior}, and {_compared(vm_head.lift_over_random_head, 'a random head')}."
     sentences.append(
         f"The decoder's own prediction of a patch, which supervises the VM head, reaches "
         f"{decoder.agreement.value:.0%} ({decoder.shuffled:.0%} with the labels of another image)."
@@ -97,11 +97,12 @@ def _compared(lift: Estimate, baseline: str) -> str:
 
 
 def _sharpness(result: AnalysisResult) -> str:
-    found = result.diversity["vm_head"]
-    share = found["entropy"].value / math.log(result.vocab_size)
+    diversity = result.diversity["vm_head"]
+    share = diversity["entropy"].value / math.log(result.vocab_size)
     text = (
-        f"A visual token has an entropy of {found['entropy'].value:.2f} of at most {math.log(result.vocab_size):.2f} "
-        f"nats and spreads over about {found['effective_support'].value:.0f} of {result.vocab_size} words"
+        f"A visual token has an entropy of {diversity['entropy'].value:.2f} of at most "
+        f"{math.log(result.vocab_size):.2f} nats and spreads over about "
+        f"{diversity['effective_support'].value:.0f} of {result.vocab_size} words"
     )
     if share > NEAR_UNIFORM:
         return f"{text}: it is near-uniform, as in an untrained VM head."
@@ -110,10 +111,10 @@ def _sharpness(result: AnalysisResult) -> str:
 
 
 def _collapse(result: AnalysisResult) -> str:
-    found = result.diversity["vm_head"]
+    diversity = result.diversity["vm_head"]
     numbers = (
-        f"a word carries {found['information_patch'].value:.2f} nats of information about its patch and "
-        f"{found['information_image'].value:.2f} about its image"
+        f"a word carries {diversity['information_patch'].value:.2f} nats of information about its patch and "
+        f"{diversity['information_image'].value:.2f} about its image"
     )
     if result.warnings:
         return " ".join(result.warnings)
@@ -177,8 +178,14 @@ def format_analysis(result: AnalysisResult) -> str:
     ]
     if result.neighborhood:
         rows = [
-            [name, _cell(found.mutual_neighbors), f"{found.chance:.3f}", f"{found.p_value:.3g}", _cell(found.cka)]
-            for name, found in result.neighborhood.items()
+            [
+                name,
+                _cell(agreement.mutual_neighbors),
+                f"{agreement.chance:.3f}",
+                f"{agreement.p_value:.3g}",
+                _cell(agreement.cka),
+            ]
+            for name, agreement in result.neighborhood.items()
         ]
         head = ["two spaces", "shared neighbors", "chance", "p-value", "CKA"]
         lines += ["## Neighborhoods", "", markdown_table(head, rows), ""]
@@ -191,14 +198,14 @@ def format_analysis(result: AnalysisResult) -> str:
     return "\n".join(lines)
 
 
-def _cell(found: Estimate | None, style: str = ".3f") -> str:
-    return "–" if found is None else f"{found.value:{style}} [{found.low:{style}}, {found.high:{style}}]"
+def _cell(estimate: Estimate | None, style: str = ".3f") -> str:
+    return "–" if estimate is None else f"{estimate.value:{style}} [{estimate.low:{style}}, {estimate.high:{style}}]"
 
 
 def _estimates(title: str, name: str, estimates: Mapping[str, Estimate | None]) -> list[str]:
     if not estimates:
         return []
-    rows = [[key.replace("_", " "), _cell(found)] for key, found in estimates.items()]
+    rows = [[key.replace("_", " "), _cell(estimate)] for key, estimate in estimates.items()]
     return [title, "", markdown_table([name, "value"], rows), ""]
 
 
@@ -208,9 +215,9 @@ def _label_tables(result: AnalysisResult) -> list[str]:
     for metric in metrics:
         head = ["lens", metric, "labels shuffled", "lift", "lift over frequent words", "lift over random head"]
         rows = [
-            [LENSES.get(lens, lens), *_agreement_cells(found[metric])]
-            for lens, found in result.lenses.items()
-            if metric in found
+            [LENSES.get(lens, lens), *_agreement_cells(agreements[metric])]
+            for lens, agreements in result.lenses.items()
+            if metric in agreements
         ]
         lines += [markdown_table(head, rows), ""]
     classes = list(result.top_words["vm_head"])
@@ -222,14 +229,17 @@ def _label_tables(result: AnalysisResult) -> list[str]:
     return [*lines, markdown_table(head, rows), ""]
 
 
-def _agreement_cells(found: LabelAgreement) -> list[str]:
-    lifts = (found.lift, found.lift_over_prior, found.lift_over_random_head)
-    return [_cell(found.agreement), f"{found.shuffled:.3f}", *(_cell(lift, "+.3f") for lift in lifts)]
+def _agreement_cells(agreement: LabelAgreement) -> list[str]:
+    lifts = (agreement.lift, agreement.lift_over_prior, agreement.lift_over_random_head)
+    return [_cell(agreement.agreement), f"{agreement.shuffled:.3f}", *(_cell(lift, "+.3f") for lift in lifts)]
 
 
 def _diversity_table(result: AnalysisResult) -> str:
     names = list(result.diversity["vm_head"])
-    rows = [[name.replace("_", " "), *(_cell(found[name]) for found in result.diversity.values())] for name in names]
+    rows = [
+        [name.replace("_", " "), *(_cell(diversity[name]) for diversity in result.diversity.values())]
+        for name in names
+    ]
     rows.append(["distinct top words", *(str(number) for number in result.distinct_top_words.values())])
     return markdown_table(["", *(LENSES[lens] for lens in result.diversity)], rows)
 

@@ -80,7 +80,7 @@ def save_visual_tokens(
     content = {
         "model": model.name_or_path,
         "top_k": top_k,
-        "images": [{"image": name, **asdict(found)} for name, found in zip(names, tokens, strict=True)],
+        "images": [{"image": name, **asdict(image_tokens)} for name, image_tokens in zip(names, tokens, strict=True)],
     }
     write_json(folder / TOKENS_FILE, content, indent=None)
     return folder

@@ -32,14 +32,14 @@ def check(
         from vtlmm.train.recipe import read_recipe  # imports TRL
 
         settings = read_recipe(config)
-    given = {
+    option_values = {
         "dataset_name": dataset,
         "model_name_or_path": model,
         "image_folder": None if image_folder is None else str(image_folder),
         "columns": parse_columns(columns),
         "max_length": max_length,
     }
-    settings.update({key: value for key, value in given.items() if value is not None})
+    settings.update({key: value for key, value in option_values.items() if value is not None})
     num_problems = 0
     for split, report in check_data(settings):
         num_problems += len(report.problems)

@@ -100,8 +100,8 @@ def with_loading_options(command: Callable[..., None]) -> Callable[..., None]:
         loading = LoadingOptions(**{name: values.pop(name) for name in names})
         command(**values, loading=loading)
 
-    own = [parameter for name, parameter in signature.parameters.items() if name != "loading"]
-    parameters = [*own, *inspect.signature(LoadingOptions).parameters.values()]
+    command_parameters = [parameter for name, parameter in signature.parameters.items() if name != "loading"]
+    parameters = [*command_parameters, *inspect.signature(LoadingOptions).parameters.values()]
     wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # typer reads it
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapped

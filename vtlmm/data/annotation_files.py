@@ -54,8 +54,8 @@ def annotation_rows(content: Any, path: Path, folder: str, load: Callable[[Path]
             image = {} if "image" in row or "image_id" not in row else {"image": _image_path(folder, row["image_id"])}
             yield {**row, **image}
     else:
-        found = f"a dict with {sorted(keys)[:8]}" if keys else f"a {type(content).__name__}"
-        raise ValueError(f"{path} must hold a list of rows, not {found}.")
+        description = f"a dict with {sorted(keys)[:8]}" if keys else f"a {type(content).__name__}"
+        raise ValueError(f"{path} must hold a list of rows, not {description}.")
 
 
 def caption_lines(lines: Iterator[str], path: Path) -> Iterator[dict]:

@@ -120,15 +120,15 @@ def apply_columns(row: dict, columns: Mapping[str, Any]) -> dict:
     return renamed
 
 
-def check_unused(given: dict, used: set[str], conversations: list[list[dict]], images: list, where: str) -> None:
+def check_unused(values: dict, used: set[str], conversations: list[list[dict]], images: list, where: str) -> None:
     """
     Reject a row with a column that has a meaning and would be ignored.
 
     Raises:
         `ValueError`: for a column of another format, an unsupported column, or images under another name.
     """
-    for name in given.keys() - used:
-        value = given[name]
+    for name in values.keys() - used:
+        value = values[name]
         if name in UNSUPPORTED_COLUMNS and not _is_empty_json(value):
             reason = UNSUPPORTED_COLUMNS[name]
         elif name in KNOWN_COLUMNS and not _repeats(value, conversations):
@@ -143,12 +143,12 @@ def check_unused(given: dict, used: set[str], conversations: list[list[dict]], i
             f"{where}: column `{name}` would be ignored. {reason} Remove the column, or set "
             f"{format_columns({name: None})} to ignore it."
         )
-    _check_swapped(given, images, where)
+    _check_swapped(values, images, where)
 
 
-def _check_swapped(given: dict, images: list, where: str) -> None:
+def _check_swapped(values: dict, images: list, where: str) -> None:
     """Raise if the question is an image path and the image is not."""
-    question = given.get("question", given.get("query"))
+    question = values.get("question", values.get("query"))
     if images and is_image_text(question) and isinstance(images[0], str) and not is_image_text(images[0]):
         raise ValueError(
             f"{where}: the image is {images[0][:60]!r} and the question is {question!r}. The columns look swapped. "
@@ -179,15 +179,17 @@ def _identifies(name: str, value: Any, images: list) -> bool:
     return os.path.basename(value) in {os.path.basename(path) for path in paths if isinstance(path, str)}
 
 
-def suggest_columns(given: dict) -> str:
+def suggest_columns(values: dict) -> str:
     """Return a sentence with the column mapping that would make a row fit a format, or an empty text."""
-    image = next((name for name, value in given.items() if looks_like_image(value)), None)
-    texts = [name for name, value in given.items() if name != image and isinstance(value, str) and len(value) < 10_000]
+    image = next((name for name, value in values.items() if looks_like_image(value)), None)
+    texts = [
+        name for name, value in values.items() if name != image and isinstance(value, str) and len(value) < 10_000
+    ]
 
     def best(names: tuple[str, ...]) -> str | None:
         return next((text for name in names for text in texts if name in text.lower()), None)
 
-    question = best(QUESTION_NAMES) or next((name for name in texts if given[name].strip().endswith("?")), None)
+    question = best(QUESTION_NAMES) or next((name for name in texts if values[name].strip().endswith("?")), None)
     texts = [name for name in texts if name != question]
     answer = best(ANSWER_NAMES)
     mapping = {"image": image} if image else {}

@@ -168,7 +168,9 @@ def make_report(results: pa.Table, max_length: int | None, max_positions: int | 
         num_images=pc.sum(results["num_images"]).as_py(),
         num_text_only_rows=int(np.count_nonzero(results["num_images"].to_numpy() == 0)),
         problems=[
-            Problem(i, **problem) for i, found in zip(bad_rows.tolist(), problems, strict=True) for problem in found
+            Problem(i, **problem)
+            for i, row_problems in zip(bad_rows.tolist(), problems, strict=True)
+            for problem in row_problems
         ],
         max_length=max_length,
         max_positions=max_positions,

@@ -85,23 +85,23 @@ def convert_row(
     where = f"{source}, row {index}"
     original: dict = dict(row) if isinstance(row, Mapping) else {}
     row = apply_columns(original, columns or {})
-    given = {key: value for key, value in row.items() if not is_empty(value)}
-    images, image_columns = _column_images(given, where)
-    turns = _read_turns(row, given, bool(images), require_answers, where)
+    values = {key: value for key, value in row.items() if not is_empty(value)}
+    images, image_columns = _column_images(values, where)
+    turns = _read_turns(row, values, bool(images), require_answers, where)
     if turns is None:  # an empty question or conversation is invalid, but its format is known
         present = {key: value for key, value in row.items() if value is not None}
         turns = _read_turns(row, present, bool(images), require_answers, where)
     if turns is None:
         raise ValueError(
-            f"{where} has columns {sorted(given)}, which match no supported format. Supported: {FORMATS}."
-            + suggest_columns(given)
+            f"{where} has columns {sorted(values)}, which match no supported format. Supported: {FORMATS}."
+            + suggest_columns(values)
         )
     parts = [part for message in turns.conversations[0] for part in message["content"]]
     embedded = [part.pop("image") for part in parts if "image" in part]
     if embedded and images:
         raise ValueError(f"{where} has images in its messages and in {sorted(image_columns)}. Keep one of them.")
     images = embedded or images
-    check_unused(given, turns.used | image_columns, turns.conversations, images, where)
+    check_unused(values, turns.used | image_columns, turns.conversations, images, where)
     rows = []
     for messages in turns.conversations:
         if images and not any(part["type"] == "image" for message in messages for part in message["content"]):
@@ -128,45 +128,45 @@ def is_empty(value: Any) -> bool:
 # ---- Images ----
 
 
-def _column_images(given: dict, where: str) -> tuple[list, set[str]]:
+def _column_images(values: dict, where: str) -> tuple[list, set[str]]:
     """Return the images of a row, and the columns that they came from."""
-    used = {name for name in ("images", "image") if name in given}
-    lists = [_as_list(given[name]) for name in sorted(used)]
+    used = {name for name in ("images", "image") if name in values}
+    lists = [_as_list(values[name]) for name in sorted(used)]
     if len(lists) == 2 and lists[0] != lists[1]:
         raise ValueError(f"{where} has different images in `image` and `images`. Keep one of the two columns.")
-    if not used and "file_name" in given:  # metadata of a folder of images
-        return [given["file_name"]], {"file_name"}
+    if not used and "file_name" in values:  # metadata of a folder of images
+        return [values["file_name"]], {"file_name"}
     return (lists[0] if lists else []), used
 
 
 # ---- Texts ----
 
 
-def _read_turns(row: dict, given: dict, has_images: bool, require_answers: bool, where: str) -> Turns | None:
+def _read_turns(row: dict, values: dict, has_images: bool, require_answers: bool, where: str) -> Turns | None:
     """Return the conversations of a row, or None if it matches no format."""
-    turns = _read_messages(given, where) or _read_prompt(row, given, require_answers, where)
-    turns = turns or _read_questions(row, given, require_answers)
-    if turns is None and has_images and any(name in given for name in CAPTIONS):
-        name = next(name for name in CAPTIONS if name in given)
-        texts = [one for value in _as_list(given[name]) for one in _caption_texts(value)]
+    turns = _read_messages(values, where) or _read_prompt(row, values, require_answers, where)
+    turns = turns or _read_questions(row, values, require_answers)
+    if turns is None and has_images and any(name in values for name in CAPTIONS):
+        name = next(name for name in CAPTIONS if name in values)
+        texts = [one for value in _as_list(values[name]) for one in _caption_texts(value)]
         return Turns([_pairs([CAPTION_QUESTION], [text]) for text in texts or [None]], {name})
-    return turns and _with_system(_with_history(turns, given), given, where)
+    return turns and _with_system(_with_history(turns, values), values, where)
 
 
-def _read_messages(given: dict, where: str) -> Turns | None:
+def _read_messages(values: dict, where: str) -> Turns | None:
     """`messages`, `conversations`, `conversation` or `texts`."""
-    if "texts" in given:  # the_cauldron and FineVision
-        pairs = [turn if isinstance(turn, dict) else {} for turn in _rows_of(given["texts"])]
+    if "texts" in values:  # the_cauldron and FineVision
+        pairs = [turn if isinstance(turn, dict) else {} for turn in _rows_of(values["texts"])]
         questions, answers = ([pair.get(key) for pair in pairs] for key in ("user", "assistant"))
         return Turns([_pairs(questions, answers)], {"texts"})
-    name = next((name for name in CONVERSATIONS if name in given), None)
+    name = next((name for name in CONVERSATIONS if name in values), None)
     if name is None:
         return None
-    turns = _rows_of(given[name])
+    turns = _rows_of(values[name])
     try:
-        context = int(given.get("num_context_messages", 0))
+        context = int(values.get("num_context_messages", 0))
     except (ValueError, TypeError, OverflowError):
-        number = given["num_context_messages"]
+        number = values["num_context_messages"]
         raise ValueError(f"{where}: `num_context_messages` is {number!r}. It must be a whole number.") from None
     if turns and all(isinstance(turn, dict) and {"human", "assistant"} <= turn.keys() for turn in turns):
         messages = _pairs([turn["human"] for turn in turns], [turn["assistant"] for turn in turns])
@@ -175,11 +175,11 @@ def _read_messages(given: dict, where: str) -> Turns | None:
     return Turns([messages], {name, "num_context_messages"}, context)
 
 
-def _read_prompt(row: dict, given: dict, require_answers: bool, where: str) -> Turns | None:
+def _read_prompt(row: dict, values: dict, require_answers: bool, where: str) -> Turns | None:
     """`prompt` and `completion`, each a text or messages."""
-    if "prompt" not in given or ("completion" not in row and require_answers):
+    if "prompt" not in values or ("completion" not in row and require_answers):
         return None
-    prompt, completion = given["prompt"], row.get("completion")
+    prompt, completion = values["prompt"], row.get("completion")
     context = _messages(prompt, where) if isinstance(prompt, list) else [_message("user", prompt)]
     if completion is None and not require_answers:
         return Turns([context], {"prompt"})
@@ -187,20 +187,20 @@ def _read_prompt(row: dict, given: dict, require_answers: bool, where: str) -> T
     return Turns([context + answer], {"prompt", "completion"}, len(context))
 
 
-def _read_questions(row: dict, given: dict, require_answers: bool) -> Turns | None:
+def _read_questions(row: dict, values: dict, require_answers: bool) -> Turns | None:
     """A question and an answer in two columns, see `QUESTIONS`; `instruction` has more text in `input`."""
     for column, answer_columns in QUESTIONS.items():
-        if column not in given:
+        if column not in values:
             continue
-        questions = _as_list(given[column])
+        questions = _as_list(values[column])
         used = {column, *answer_columns}
         if column == "instruction":
             used.add("input")
-            if isinstance(given.get("input"), str) and isinstance(questions[0], str):
-                questions = [f"{questions[0]}\n{given['input']}"]
-        answer_column = next((name for name in answer_columns if name in given), None)
+            if isinstance(values.get("input"), str) and isinstance(questions[0], str):
+                questions = [f"{questions[0]}\n{values['input']}"]
+        answer_column = next((name for name in answer_columns if name in values), None)
         answer_column = answer_column or next((name for name in answer_columns if name in row), None)
-        if answer_column is None or (not require_answers and answer_column not in given):
+        if answer_column is None or (not require_answers and answer_column not in values):
             if require_answers:
                 continue
             return Turns([[_message("user", question) for question in questions]], used)
@@ -224,9 +224,9 @@ def _caption_texts(value: Any) -> list:
     return _as_list(value)
 
 
-def _with_history(turns: Turns, given: dict) -> Turns:
+def _with_history(turns: Turns, values: dict) -> Turns:
     """Put the earlier turns of ms-swift's and LLaMA-Factory's `history`, pairs of question and answer, first."""
-    pairs = given.get("history")
+    pairs = values.get("history")
     if not isinstance(pairs, list | tuple) or "messages" in turns.used:
         return turns
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
@@ -236,12 +236,12 @@ def _with_history(turns: Turns, given: dict) -> Turns:
     return Turns([history + messages for messages in turns.conversations], turns.used | {"history"}, context)
 
 
-def _with_system(turns: Turns, given: dict, where: str) -> Turns:
+def _with_system(turns: Turns, values: dict, where: str) -> Turns:
     """Put the text of a column `system` or `system_prompt` first."""
-    name = next((name for name in ("system", "system_prompt") if name in given), None)
+    name = next((name for name in ("system", "system_prompt") if name in values), None)
     if name is None:
         return turns
-    system = _message("system", given[name])
+    system = _message("system", values[name])
     if any(messages and messages[0]["role"] == "system" for messages in turns.conversations):
         if turns.conversations[0][0] != system:
             raise ValueError(f"{where} has a column `{name}` and a different system message. Keep one of them.")

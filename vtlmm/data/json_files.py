@@ -49,8 +49,8 @@ def require_type(
     content: Any = value  # `isinstance` above narrowed its type to object
     for key, entry in (entries or {}).items():
         if not isinstance(content.get(key), entry):
-            found = describe_type(content[key]) if key in content else "missing"
-            raise ValueError(f"{name}: `{key}` must be {NAMES[entry]}, but is {found}.")
+            actual = describe_type(content[key]) if key in content else "missing"
+            raise ValueError(f"{name}: `{key}` must be {NAMES[entry]}, but is {actual}.")
     return value
 
 

@@ -25,16 +25,18 @@ def mix_datasets(
     Raises:
         `ValueError`: if only some datasets have a weight, or a weight is not positive.
     """
-    given = [] if weights is None else [weight for weight in weights if weight is not None]
-    if given and len(given) < len(datasets):
-        raise ValueError(f"Only {len(given)} of {len(datasets)} datasets have a `weight`. Give all or none a weight.")
-    if any(isinstance(w, bool) or not isinstance(w, int | float) or not 0 < w < float("inf") for w in given):
-        raise ValueError(f"The weights of the datasets are {given}. Each `weight` must be a positive number.")
+    numbers = [] if weights is None else [weight for weight in weights if weight is not None]
+    if numbers and len(numbers) < len(datasets):
+        raise ValueError(
+            f"Only {len(numbers)} of {len(datasets)} datasets have a `weight`. Give all or none a weight."
+        )
+    if any(isinstance(w, bool) or not isinstance(w, int | float) or not 0 < w < float("inf") for w in numbers):
+        raise ValueError(f"The weights of the datasets are {numbers}. Each `weight` must be a positive number.")
     if len(datasets) == 1:
         return datasets[0]
     parts: Any = list(datasets)
-    if given:
-        probabilities = [weight / sum(given) for weight in given]
+    if numbers:
+        probabilities = [weight / sum(numbers) for weight in numbers]
         return interleave_datasets(parts, probabilities, seed=seed, stopping_strategy="all_exhausted")
     if isinstance(datasets[0], IterableDataset):
         return interleave_datasets(parts, stopping_strategy=cast(Any, "all_exhausted_without_replacement"))

@@ -88,7 +88,7 @@ class RowChecker:
             [{"kind": k, "detail": detail} for k, detail in self.message_problems(row["messages"], len(row["images"]))]
             for row in rows
         ]
-        good = [i for i, found in enumerate(problems) if not found]
+        good = [i for i, row_problems in enumerate(problems) if not row_problems]
         encoded = encode_conversations(
             self.processor,
             [rows[i]["messages"] for i in good],
@@ -155,8 +155,8 @@ class RowChecker:
     def _row_image_problems(self, images: list[dict]) -> list[dict]:
         if not self.images:
             return []
-        found = [problem for image in images for problem in self._image_problems(image)]
-        return [{"kind": kind, "detail": detail, "image": path} for kind, detail, path in found]
+        problems = [problem for image in images for problem in self._image_problems(image)]
+        return [{"kind": kind, "detail": detail, "image": path} for kind, detail, path in problems]
 
     def _image_problems(self, image: dict) -> list[tuple]:
         """Return the problems of an image. A file that many rows use is decoded once, unless it changes."""

@@ -231,8 +231,8 @@ class TracedTemplate:
 
         def traced_call(context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
             is_allowed = any(function is one for one in functions) or type(function).__module__ == "jinja2.runtime"
-            given = [value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars")]
-            if not is_allowed and any(map(holds_text, (*args, *given))):
+            keyword_values = [value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars")]
+            if not is_allowed and any(map(holds_text, (*args, *keyword_values))):
                 fail()
             return call(context, function, *args, **kwargs)
 

@@ -125,13 +125,13 @@ class VisionFeatureCache:
                 batch = of_file[i : i + batch_size]
                 positions = [missing[key] for key in batch]
                 images = [dataset[index]["images"][number] for index, number in positions]
-                found = encode([open_image(image) for image in images])
+                batch_features = encode([open_image(image) for image in images])
                 if start == i == 0:
-                    self._require_room(len(missing), found[0].nbytes)
+                    self._require_room(len(missing), batch_features[0].nbytes)
                 features.update(
                     {
                         key: tensor.clone(memory_format=torch.contiguous_format)
-                        for key, tensor in zip(batch, found.cpu(), strict=True)
+                        for key, tensor in zip(batch, batch_features.cpu(), strict=True)
                     }
                 )
             self._write(features)

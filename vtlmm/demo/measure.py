@@ -83,7 +83,8 @@ def plot_patch_words(path: Path, model, processor, scenes: list[Scene], seed: in
     ]
     tokens = read_visual_tokens(model, processor, images, top_k=1)
     correct = [
-        correct_patches([word for word, _ in found.labels], scene) for found, scene in zip(tokens, scenes, strict=True)
+        correct_patches([word for word, _ in image_tokens.labels], scene)
+        for image_tokens, scene in zip(tokens, scenes, strict=True)
     ]
     number, total = sum(map(sum, correct)), sum(map(len, correct))
     caption = (

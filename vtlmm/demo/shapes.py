@@ -308,8 +308,8 @@ def shuffled(items: Iterable, rng: random.Random) -> list:
 def words() -> list[str]:
     """Return all words and punctuation marks of captions, questions and answers, in a fixed order."""
     rng = random.Random(0)
-    found = {CAPTION_QUESTION, PATCH_QUESTION, BLANK}
+    texts = {CAPTION_QUESTION, PATCH_QUESTION, BLANK}
     for scene in islice(make_scenes(rng, held_out=False), 500):
-        found.add(caption(scene, rng))
-        found.update(text for q in questions(scene, rng) for text in (q.question, q.answer))
-    return sorted({word for text in found for word in re.findall(r"[\w-]+|[^\w\s]", text)})
+        texts.add(caption(scene, rng))
+        texts.update(text for q in questions(scene, rng) for text in (q.question, q.answer))
+    return sorted({word for text in texts for word in re.findall(r"[\w-]+|[^\w\s]", text)})

@@ -69,7 +69,9 @@ def calibration(probabilities: Sequence[float], scores: Sequence[float], cluster
     bins = []
     for number in np.unique(members):
         chosen = np.flatnonzero(members == number).tolist()
-        found = mean_estimate([scores[i] for i in chosen], [clusters[i] for i in chosen], bounds=SCORE_BOUNDS)
+        estimate = mean_estimate([scores[i] for i in chosen], [clusters[i] for i in chosen], bounds=SCORE_BOUNDS)
         mean = sum(probabilities[i] for i in chosen) / len(chosen)
-        bins.append({"n": found.n, "probability": mean, "score": found.value, "low": found.low, "high": found.high})
+        bins.append(
+            {"n": estimate.n, "probability": mean, "score": estimate.value, "low": estimate.low, "high": estimate.high}
+        )
     return {"error": error.value, "low": error.low, "high": error.high, "bins": bins}

@@ -71,10 +71,10 @@ class Comparison:
         """Return the table of differences by kind of question."""
         rows = []
         for line in self.kinds:
-            found, test = line.difference, line.test
+            difference, test = line.difference, line.test
             rows.append(
-                [line.kind, line.n, f"{line.first:.1%}", f"{line.second:.1%}", f"{found.value:+.1%}"]
-                + [f"{found.low:+.1%} – {found.high:+.1%}", test.first_better, test.second_better]
+                [line.kind, line.n, f"{line.first:.1%}", f"{line.second:.1%}", f"{difference.value:+.1%}"]
+                + [f"{difference.low:+.1%} – {difference.high:+.1%}", test.first_better, test.second_better]
                 + [f"{test.p_value:.2g}"]
             )
         header = ["kind", "n", "first", "second", "difference", "95 %", "first better", "second better", "p"]

@@ -61,8 +61,8 @@ def read_questions(
         columns = {name: value for name, value in columns.items() if value is not None}
         filled |= set(columns)
         for turn_number, turn in enumerate(turns):
-            own = _columns_of_turn(columns, turn_number, len(turns), number)
-            questions.append({**turn, "row": number, "kind": "all", "id": None, **own})
+            turn_columns = _columns_of_turn(columns, turn_number, len(turns), number)
+            questions.append({**turn, "row": number, "kind": "all", "id": None, **turn_columns})
     if not questions:
         raise ValueError("No row has a question with an answer. Add a user message and an assistant message.")
     if len(filled) < len(named):

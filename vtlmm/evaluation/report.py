@@ -48,8 +48,8 @@ def table_by_kind(
             if values is None:
                 line |= dict.fromkeys(columns)
                 continue
-            found = mean_estimate([values[i] for i in chosen], [clusters[i] for i in chosen], bounds=SCORE_BOUNDS)
-            line |= dict(zip(columns, (found.value, found.low, found.high), strict=True))
+            estimate = mean_estimate([values[i] for i in chosen], [clusters[i] for i in chosen], bounds=SCORE_BOUNDS)
+            line |= dict(zip(columns, (estimate.value, estimate.low, estimate.high), strict=True))
         lines.append(line)
     return lines
 

@@ -36,9 +36,9 @@ class AnswerText:
         self._text += window[len(self._known) :]
         self._start, self._read = self._read, len(self.tokens)
         self._known = self.tokenizer.decode(self.tokens[self._start :], skip_special_tokens=True)
-        found = [self._text.find(stop, max(before - len(stop) + 1, 0)) for stop in self.stop]
-        if any(position >= 0 for position in found):
-            self._text = self._text[: min(position for position in found if position >= 0)]
+        positions = [self._text.find(stop, max(before - len(stop) + 1, 0)) for stop in self.stop]
+        if any(position >= 0 for position in positions):
+            self._text = self._text[: min(position for position in positions if position >= 0)]
             self.is_stopped = True
 
     def new_text(self) -> str:

@@ -127,21 +127,21 @@ def image_inputs(model, processor, keys: list[str], load_image: Callable, vision
     has_vm_head = model.config.model_type == "vtlmm"  # an exported LLaVA takes no vision features
     cached = {key: vision_features[key] for key in distinct if key in vision_features}
     new = [key for key in distinct if key not in cached]
-    found: dict[str, torch.Tensor] = {}
+    image_features: dict[str, torch.Tensor] = {}
     if cached and has_vm_head:
         features = torch.stack(list(cached.values())).to(model.device, model.dtype)
         encoded = model.model.get_image_features(vision_features=features)
-        found.update(zip(cached, encoded.pooler_output, strict=True))
+        image_features.update(zip(cached, encoded.pooler_output, strict=True))
     elif cached:
-        found.update({key: features.to(model.device, model.dtype) for key, features in cached.items()})
+        image_features.update({key: features.to(model.device, model.dtype) for key, features in cached.items()})
     if new:
         loaded = [load_image(key) for key in new]
         pixels = [image if isinstance(image, torch.Tensor) else image_pixels(processor, image) for image in loaded]
         encoded = model.get_image_features(pixel_values=torch.stack(pixels).to(model.device))
-        found.update(zip(new, encoded.pooler_output, strict=True))
+        image_features.update(zip(new, encoded.pooler_output, strict=True))
         for key, features in zip(new, encoded.vision_features if has_vm_head else encoded.pooler_output, strict=True):
             vision_features[key] = features.cpu()
-    return found
+    return image_features
 
 
 def limit_new_tokens(model, prompt_length: int, max_new_tokens: int) -> int:

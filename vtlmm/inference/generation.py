@@ -76,7 +76,7 @@ def generate(
     if not isinstance(images, list | tuple) or len(images) != len(questions):
         raise ValueError(f"`images` must be a list with one entry for each of the {len(questions)} questions.")
     sources: dict = {}
-    prompts = [build_prompt(question, own, sources) for question, own in zip(questions, images, strict=True)]
+    prompts = [build_prompt(*pair, sources) for pair in zip(questions, images, strict=True)]
     if len(prompts) > batch_size:  # an image that cannot be read must not stop the run half-way
         for source in sources.values():
             open_image(source)
@@ -103,21 +103,21 @@ def build_prompt(question: str | list[dict], images: Any, sources: dict) -> Prom
     Raises:
         `ValueError`: if the conversation's image parts and the images do not match.
     """
-    given = images if isinstance(images, list | tuple) else [] if images is None else [images]
+    remaining_images = images if isinstance(images, list | tuple) else [] if images is None else [images]
     if isinstance(question, str):
-        question, given = conversation({"images": list(given), "question": question}), []
-    given, used, messages = list(given), [], []
+        question, remaining_images = conversation({"images": list(remaining_images), "question": question}), []
+    remaining_images, used, messages = list(remaining_images), [], []
     for message in question:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         messages.append({**message, "content": parts})
         for part in parts:
             if part["type"] == "image":
-                if part.get("image") is None and not given:
+                if part.get("image") is None and not remaining_images:
                     raise ValueError("The conversation has more image parts than images.")
-                used.append(given.pop(0) if part.get("image") is None else part["image"])
-    if given:
-        raise ValueError(f"The conversation has no image part for {len(given)} of its images.")
+                used.append(remaining_images.pop(0) if part.get("image") is None else part["image"])
+    if remaining_images:
+        raise ValueError(f"The conversation has no image part for {len(remaining_images)} of its images.")
     keys = [image_key(source) for source in used]
     sources.update(zip(keys, used, strict=True))
     return Prompt(messages, keys)
@@ -179,7 +179,7 @@ def generate_answers(
     answers: dict[int, Answer] = {}
     for start in tqdm(range(0, len(order), batch_size), desc="Answering", leave=False, disable=len(order) <= 1):
         batch = order[start : start + batch_size]
-        found = generate_batch(
+        batch_answers = generate_batch(
             model,
             processor,
             [prompts[i] for i in batch],
@@ -188,7 +188,7 @@ def generate_answers(
             vision_features=vision_features,
             prefixes=prefixes,
         )
-        answers.update(zip(batch, found, strict=True))
+        answers.update(zip(batch, batch_answers, strict=True))
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -237,9 +237,9 @@ def generate_batch(
     texts = processor.batch_decode(new_ids, skip_special_tokens=True)
     eos_token_id = model.generation_config.eos_token_id
     ends = torch.tensor([] if eos_token_id is None else eos_token_id, dtype=torch.long, device=new_ids.device)
-    behind_end = torch.isin(new_ids, ends).cumsum(1).roll(1, 1)  # padding comes after the end
-    behind_end[:, 0] = 0
-    sums = greedy.stacked(new_ids.shape[1]).masked_fill(behind_end > 0, 0.0).sum(1)
+    num_ends_before = torch.isin(new_ids, ends).cumsum(1).roll(1, 1)  # padding comes after the end
+    num_ends_before[:, 0] = 0
+    sums = greedy.stacked(new_ids.shape[1]).masked_fill(num_ends_before > 0, 0.0).sum(1)
     return [Answer(text.strip(), value) for text, value in zip(texts, sums.tolist(), strict=True)]
 
 

@@ -116,12 +116,12 @@ def token_logprobs(logits: torch.Tensor, tokens: list[int], numbers: list[int | 
         numbers (`list[int | None]`): how many of the most likely tokens to return for each row; `None` for a row
             without log probabilities.
     """
-    found: list[TokenLogprob | None] = [None] * len(tokens)
+    row_logprobs: list[TokenLogprob | None] = [None] * len(tokens)
     rows = [i for i, number in enumerate(numbers) if number is not None]
     if rows:
         logprobs = logits[rows].float().log_softmax(-1)
         values, ids = logprobs.topk(min(max(numbers[i] or 0 for i in rows), logprobs.shape[-1]))
         for i, row, top_values, top_ids in zip(rows, logprobs, values.tolist(), ids.tolist(), strict=True):
             top = list(zip(top_ids, top_values, strict=True))[: numbers[i]]
-            found[i] = TokenLogprob(tokens[i], row[tokens[i]].item(), top)
-    return found
+            row_logprobs[i] = TokenLogprob(tokens[i], row[tokens[i]].item(), top)
+    return row_logprobs

@@ -140,10 +140,10 @@ def public_address(host: str, port: int) -> str:
         `ValueError`: if the name has no address, or if one of its addresses is not public.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        address_infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise ValueError(f"the host {host[:100]} was not found.") from error
-    addresses = [str(entry[4][0]) for entry in found]
+    addresses = [str(entry[4][0]) for entry in address_infos]
     for address in addresses:
         ip = ipaddress.ip_address(address.split("%")[0])
         inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None) or ip

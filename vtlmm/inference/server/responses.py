@@ -96,7 +96,7 @@ class Completion:
         total = prompt + self.num_tokens
         return {"prompt_tokens": prompt, "completion_tokens": self.num_tokens, "total_tokens": total}
 
-    def _logprobs(self, found: list[TokenLogprob]) -> dict | None:
+    def _logprobs(self, logprobs: list[TokenLogprob]) -> dict | None:
         if self.request.num_logprobs is None:
             return None
         content = [
@@ -104,7 +104,7 @@ class Completion:
                 **self._token(each.token, each.logprob),
                 "top_logprobs": [self._token(token, logprob) for token, logprob in each.top],
             }
-            for each in found
+            for each in logprobs
         ]
         return {"content": content, "refusal": None}
 
