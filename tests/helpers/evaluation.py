@@ -11,6 +11,8 @@ from PIL import Image as PILImage
 
 from modeling_vtlmm import VTLMMForConditionalGeneration
 from vtlmm.cli.main import main
+from vtlmm.evaluation.report import SAMPLES_FILE
+from vtlmm.evaluation.runner import SHUFFLED_FILE
 
 from .tiny_models import WORDS, build_config, build_processor, scale_weights
 
@@ -55,6 +57,13 @@ def arguments(work, output, *more, model: str = "model0", data="rows.jsonl") -> 
     """Return the arguments of `vtlmm eval`."""
     options = ["--kind", "kind", "--max-new-tokens", "4", "--output", str(output), *more]
     return ["eval", str(work / model), "--dataset", str(work / data), *options]
+
+
+FILES = ("run.json", "answers.jsonl", SHUFFLED_FILE, "results.json", "results.csv", SAMPLES_FILE)
+
+
+def read_files(folder) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in FILES}
 
 
 def records(path) -> list[dict]:

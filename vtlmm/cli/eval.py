@@ -88,26 +88,10 @@ def eval(
         require_new_folder(answers_dataset)
     loaded, processor = loading.load(model)
     result = evaluate(
-        loaded,
-        processor,
-        dataset,
-        output=output,
-        image_folder=image_folder,
-        split=split,
-        columns=mapping,
-        kind=kind,
-        references=references,
-        row_id=id,
-        scorer=scorer,
-        prompt=prompt,
-        submission=submission,
-        bad_rows=bad_rows,
-        limit=limit,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        name=model,
-    )
+        loaded, processor, dataset, output=output, image_folder=image_folder, split=split, columns=mapping, kind=kind,
+        references=references, row_id=id, scorer=scorer, prompt=prompt, submission=submission, bad_rows=bad_rows,
+        limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed, name=model,
+    )  # fmt: skip
     print(f"{result.to_markdown()}\nAnswers, tables and samples: {output}")
     if answers_dataset is not None:
         write_answers(result.to_dataset(), answers_dataset)
