@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vtlmm.demo import warm_start
-from vtlmm.demo.run import as_dataset, quiet_libraries
+from vtlmm.demo.run import as_dataset, quiet_libraries, run_demo
 from vtlmm.demo.shapes import (
     BLANK,
     COLORS,
@@ -244,3 +244,9 @@ def test_the_demo_hides_progress_bars_of_libraries(capfd):
     assert capfd.readouterr().err == ""
     as_dataset(rows)
     assert "Casting the dataset" in capfd.readouterr().err  # shown again after the demo
+
+
+def test_an_existing_output_is_refused_before_the_training(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="is not empty. Choose another folder, or delete it"):
+        run_demo(tmp_path)

@@ -18,6 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from vtlmm.analysis.plots import save_curves
+from vtlmm.data.dataset_files import require_new_folder
 from vtlmm.data.output_files import write_json
 from vtlmm.data.questions import split_questions
 from vtlmm.data.setting_values import require_integers
@@ -155,10 +156,14 @@ def run_demo(output: str | Path, seed: int = 0) -> dict:
 
     Returns:
         `dict`: The content of `results.json`.
+
+    Raises:
+        `FileExistsError`: if `output` has files.
     """
     require_integers(0, seed=seed)
     started = time.time()
     output = Path(output)
+    require_new_folder(output)
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # the matrices are so small that a second thread slows the training down
