@@ -86,10 +86,9 @@ class VTLMMModel(VTLMMPreTrainedModel):
         """
         outputs = BaseModelOutput()
         if vision_features is None:
-            if not kwargs.get("output_hidden_states"):
-                kwargs["output_hidden_states"] = self.config.vision_feature_layers
-            kwargs["return_dict"] = True
-            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
+            # Not a list of layers: transformers counts them in different ways before and after 5.24.
+            arguments = {**kwargs, "output_hidden_states": True, "return_dict": True}
+            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **arguments)
             vision_features = select_vision_features(outputs, self.config)
         decoder_input = image_features = self.multi_modal_projector(vision_features)
         # Pseudo image features replace the image features here. The paper's released vwPifLlama models use them.
@@ -98,7 +97,7 @@ class VTLMMModel(VTLMMPreTrainedModel):
         return VTLMMImageFeaturesOutput(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=list(decoder_input),
-            hidden_states=outputs.hidden_states,
+            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
             attentions=getattr(outputs, "attentions", None),
             vision_features=vision_features,
             image_features=image_features,

@@ -67,8 +67,11 @@ def test_unused_layers_of_the_tower_are_not_computed(build_model):
 def test_several_vision_layers_are_concatenated(build_model):
     model = build_model(vision_feature_layer=[-3, -1])
     assert model.model.multi_modal_projector.linear_1.in_features == 32
-    hidden_states = model.get_image_features(torch.randn(1, 3, 28, 28)).hidden_states
-    assert hidden_states[1] is not None and hidden_states[3] is not None
+    pixel_values = torch.randn(1, 3, 28, 28)
+    layers = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    vision_features = model.get_image_features(pixel_values).vision_features
+    assert torch.equal(vision_features, torch.cat([layers[1], layers[3]], dim=-1)[:, 1:])
+    assert model.get_image_features(pixel_values, output_hidden_states=True).hidden_states[2] is not None
 
 
 def test_config_can_change_before_the_model_is_built():
